@@ -1,0 +1,1 @@
+"""Self-Consistent Internal Rewards (SCIR) for language models, in JAX."""

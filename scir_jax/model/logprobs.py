@@ -1,0 +1,161 @@
+"""Log-probabilities of tokens, the vocabulary taken a chunk at a time, and the verdict read-out.
+
+With N hidden states and V tokens the logits are an [N, V] array, by far the largest of a training
+step. Here they exist a chunk of C columns at a time: forward, a running maximum and sum give the
+log-sum-exp; backward, each chunk is computed again from the saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_CHUNK_BYTES = 64 * 2**20  # of one chunk's float32 logits
+_CHUNK_MULTIPLE = 128  # the width of a TPU's vector register and a good multiple elsewhere
+_VERDICT_CHUNK = 4096
+_NO_TARGET = -1
+
+
+def token_logprobs(
+    hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *, chunk: int | None = None
+) -> jax.Array:
+    """log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
+
+    Products are made in the dtype of `hidden` and summed in float32, in which everything else is
+    computed too. Differentiable in `hidden` and `head_VD`, in reverse mode, once.
+
+    Args:
+      hidden: [..., D], the decoder's final hidden states.
+      head_VD: [V, D], any float dtype; its gradient is accumulated in float32.
+      targets: integers [...] in 0..V-1. For a target outside, the result is -inf: mask it out with
+        `jnp.where` before it is summed.
+      chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits for
+        all of `hidden` (over all devices), at least 128.
+
+    Returns:
+      float32 [...].
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+    """
+    hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head_VD.shape[-1]:
+        raise ValueError(
+            f"hidden {hidden.shape}, head {head_VD.shape} and targets {targets.shape} do not fit together."
+        )
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
+    picked_N, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, targets.reshape(-1))
+    return (picked_N - normalizer_N).reshape(targets.shape)
+
+
+def log_normalizer(hidden: jax.Array, head_VD: jax.Array, *, chunk: int | None = None) -> jax.Array:
+    """log sum_v exp(hidden @ head[v]) for hidden [..., D] and head [V, D]: float32 [...]."""
+    hidden = jnp.asarray(hidden)
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
+    nothing_N = jnp.full(hidden_ND.shape[0], _NO_TARGET, jnp.int32)
+    _, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, nothing_N)
+    return normalizer_N.reshape(hidden.shape[:-1])
+
+
+def verdict_logits(hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array) -> jax.Array:
+    """The logits [B, 2] (float32) of the two verdict tokens: two rows of the head, no others."""
+    rows_2D = head_VD[jnp.asarray(verdict_ids)].astype(hidden_BD.dtype)
+    return jnp.einsum("bd,vd->bv", hidden_BD, rows_2D, preferred_element_type=jnp.float32)
+
+
+def verdict_mass(hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array) -> jax.Array:
+    """P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
+
+    A measure, not an objective: no gradient passes through it.
+    """
+    hidden_BD, head_VD = jax.lax.stop_gradient((hidden_BD, head_VD))
+    both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids), axis=-1)
+    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=_VERDICT_CHUNK))
+
+
+def _chunk(rows: int, vocab: int, chunk: int | None) -> int:
+    if chunk is None:
+        chunk = _CHUNK_BYTES // (4 * max(rows, 1)) // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
+        chunk = max(chunk, _CHUNK_MULTIPLE)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}.")
+    return min(chunk, vocab)
+
+
+def _chunk_logits(
+    index: jax.Array, chunk: int, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One chunk: its first row, head rows [C, D], logits [N, C] and where the target is [N, C].
+
+    The last chunk starts early enough to be whole, instead of a padded copy of the head. The
+    columns that it shares with the chunk before count there: here their logits are -inf.
+    """
+    start = jnp.minimum(index * chunk, head_VD.shape[0] - chunk)
+    rows_CD = jax.lax.dynamic_slice_in_dim(head_VD, start, chunk).astype(hidden_ND.dtype)
+    logits_NC = jnp.einsum("nd,cd->nc", hidden_ND, rows_CD, preferred_element_type=jnp.float32)
+    columns_C = start + jnp.arange(chunk)
+    new_C = columns_C >= index * chunk
+    return (
+        start,
+        rows_CD,
+        jnp.where(new_C, logits_NC, -jnp.inf),
+        (targets_N[:, None] == columns_C) & new_C,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pick_and_normalize(
+    chunk: int, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The target's logit (-inf without one) and the log-sum-exp of all logits: float32 [N] each."""
+
+    def step(index, carry):
+        maximum_N, sum_N, picked_N = carry
+        _, _, logits_NC, target_NC = _chunk_logits(index, chunk, hidden_ND, head_VD, targets_N)
+        new_maximum_N = jnp.maximum(maximum_N, logits_NC.max(axis=-1))
+        exponentials_NC = jnp.exp(logits_NC - new_maximum_N[:, None])
+        sum_N = sum_N * jnp.exp(maximum_N - new_maximum_N) + exponentials_NC.sum(axis=-1)
+        picked_N = jnp.maximum(picked_N, jnp.where(target_NC, logits_NC, -jnp.inf).max(axis=-1))
+        return new_maximum_N, sum_N, picked_N
+
+    rows = hidden_ND.shape[0]
+    lowest_N = jnp.full(rows, -jnp.inf, jnp.float32)
+    start = (lowest_N, jnp.zeros(rows, jnp.float32), lowest_N)
+    maximum_N, sum_N, picked_N = jax.lax.fori_loop(0, -(-head_VD.shape[0] // chunk), step, start)
+    return picked_N, maximum_N + jnp.log(sum_N)
+
+
+def _forward(chunk, hidden_ND, head_VD, targets_N):
+    picked_N, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, targets_N)
+    return (picked_N, normalizer_N), (hidden_ND, head_VD, targets_N, normalizer_N)
+
+
+def _backward(chunk, saved, cotangents):
+    hidden_ND, head_VD, targets_N, normalizer_N = saved
+    picked_cotangent_N, normalizer_cotangent_N = cotangents
+
+    def step(index, carry):
+        dhidden_ND, dhead_VD = carry
+        start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, hidden_ND, head_VD, targets_N)
+        probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
+        dlogits_NC = normalizer_cotangent_N[:, None] * probabilities_NC
+        dlogits_NC += jnp.where(target_NC, picked_cotangent_N[:, None], 0.0)
+        dlogits_NC = dlogits_NC.astype(hidden_ND.dtype)
+        dhidden_ND += jnp.einsum("nc,cd->nd", dlogits_NC, rows_CD, preferred_element_type=jnp.float32)
+        drows_CD = jnp.einsum("nc,nd->cd", dlogits_NC, hidden_ND, preferred_element_type=jnp.float32)
+        # Added, for the last chunk overlaps the one before it; in the overlap drows is zero.
+        drows_CD += jax.lax.dynamic_slice_in_dim(dhead_VD, start, chunk)
+        return dhidden_ND, jax.lax.dynamic_update_slice_in_dim(dhead_VD, drows_CD, start, axis=0)
+
+    zeros = (jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    dhidden_ND, dhead_VD = jax.lax.fori_loop(0, -(-head_VD.shape[0] // chunk), step, zeros)
+    no_gradient = np.zeros(targets_N.shape, jax.dtypes.float0)
+    return dhidden_ND.astype(hidden_ND.dtype), dhead_VD.astype(head_VD.dtype), no_gradient
+
+
+_pick_and_normalize.defvjp(_forward, _backward)

@@ -1,0 +1,178 @@
+"""Command lines: typed options from the configuration's dataclasses, YAML files, one-sentence errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from scir_jax.config import Config
+from scir_jax.errors import Interrupted, InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+QUICKSTART = Path("configs/quickstart.yaml")
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(
+    command: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    sections: Sequence[str] | None = None,
+    options: dict[str, tuple[type, Any, str]] | None = None,
+    default_config: Path | None = None,
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration and a command's own options from its command line.
+
+    Args:
+      sections: the sections of `Config` that the command reads; all by default. Others keep their defaults.
+      options: name -> (type, default or ..., help) of options outside the configuration; `...` means required.
+      default_config: the YAML file used when no --config is given and it exists.
+
+    Raises:
+      InputError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = options or {}
+    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    names = list(sections or types)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m scir_jax.{command}", description=description, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file; may be repeated, later ones win")
+    for name, (kind, default, text) in options.items():
+        if default is ...:
+            parser.add_argument(f"--{name}", type=kind, required=True, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    for name in names:
+        parser.add_class_arguments(types[name], name)
+    if default_config and "--config" not in argv and not any(a.startswith("--config=") for a in argv):
+        if default_config.exists():
+            argv = ["--config", str(default_config), *argv]
+        elif not argv:
+            raise InputError(f"{default_config}: no such file; run from the project's directory or give --config FILE")
+    known = _known_keys(names) | set(options)
+    argv = _checked(argv, known, names)
+    try:
+        parsed = parser.instantiate(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    config = Config(**{name: parsed[name] for name in names})
+    return config, {name: parsed[name] for name in options}
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as plain nested mappings, tuples as lists."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    plain = {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def main(run: Callable[[], int | None]) -> None:
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2."""
+    try:
+        sys.exit(run() or 0)
+    except InputError as error:
+        code, message = 2, str(error)
+    except Interrupted as stop:
+        code, message = 128 + stop.signal, str(stop)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        code, message = 3, _disk_full(error)
+    except Exception as error:
+        # Orbax and TensorStore wrap the operating system's error in their own.
+        if "No space left" not in str(error) and "File too large" not in str(error):
+            raise
+        code, message = 3, _disk_full(error)
+    print(f"error: {message}" if code < 128 else message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _disk_full(error: Exception) -> str:
+    where = getattr(error, "filename", None)
+    return (
+        f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
+        "free some space and run the same command again"
+    )
+
+
+def _known_keys(sections: Sequence[str]) -> set[str]:
+    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    return {f"{s}.{f.name}" for s in sections for f in dataclasses.fields(types[s])}
+
+
+def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[str]:
+    """Refuses unknown keys of files and options with the nearest known key."""
+    allowed = known | set(sections) | {"config", "help", "print_config"}
+    every = _known_keys([f.name for f in dataclasses.fields(Config)])
+    for position, argument in enumerate(argv):
+        if not argument.startswith("--"):
+            continue
+        name, _, value = argument[2:].partition("=")
+        if name == "config":
+            file = Path(value or (argv[position + 1] if position + 1 < len(argv) else ""))
+            for key in _file_keys(file):
+                if key not in allowed and key not in every:
+                    raise InputError(f"{file}: unknown key {key!r}{_nearest(key, known)}")
+        elif name not in allowed:
+            raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+    if len(sections) == len(dataclasses.fields(Config)):
+        return argv
+    # A command that reads a few sections takes a whole run's file: the other sections are left out.
+    return _only_sections(argv, sections)
+
+
+def _only_sections(argv: list[str], sections: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config" or argument.startswith("--config="):
+            file = argument.partition("=")[2] or next(arguments)
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            kept = {k: v for k, v in content.items() if k in sections}
+            result += ["--config", yaml.safe_dump(kept)] if kept else []
+        else:
+            result.append(argument)
+    return result
+
+
+def _file_keys(file: Path) -> list[str]:
+    if not file.is_file():
+        raise InputError(f"--config {file}: no such file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a mapping of sections, found {type(content).__name__}")
+    keys: list[str] = []
+    for section, values in content.items():
+        keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
+    return keys
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # the right name in the wrong section
+        leaf = key.rpartition(".")[2]
+        close = [k for k in sorted(known) if k.rpartition(".")[2] == leaf]
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"

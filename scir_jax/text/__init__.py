@@ -1,0 +1,1 @@
+"""Chat and judge templates to token ids. Text of users and models never becomes a control token."""
