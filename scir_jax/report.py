@@ -322,7 +322,7 @@ def curve_plots(run: Run) -> list[Plot]:
         plot = plots.setdefault(figure, Plot(figure, figure))
         series = {name: column(records[over], name) for name in names}
         present = {name: y for name, y in series.items() if np.isfinite(y).any()}
-        plot.absent += [name if present else f"{name} ({title})" for name in names if name not in present]
+        plot.absent += [name for name in names if name not in present] if present else [title]
         if not present:
             continue
         x = np.arange(len(models), dtype=float) if by_model else column(records[over], "step")

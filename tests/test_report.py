@@ -33,18 +33,20 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
         noise = source.gauss(0, 0.05)
         lines.append({
             "step": step, "stage": "optimise", "iteration": iteration, "loss": 1.2 - 0.5 * gain + noise,
-            "preference": None if step % 17 == 0 else 0.69 - 0.3 * gain + noise, "consistency": 0.4 - 0.2 * gain + noise,
-            "sft": 0.11, "agreement": 0.6 + 0.3 * gain + noise, "selected": 0.5 + 0.3 * gain + noise,
+            "preference": None if step % 17 == 0 else 0.69 - 0.3 * gain + noise,
+            "consistency": 0.4 - 0.2 * gain + noise, "sft": 0.11,
+            "agreement": 0.6 + 0.3 * gain + noise, "selected": 0.5 + 0.3 * gain + noise,
             "rewards/margins": gain, "rewards/accuracies": 0.5 + 0.4 * gain + noise, "rewards/chosen": gain / 2,
             "rewards/rejected": -gain / 2, "logps/chosen": -20 - gain, "logps/rejected": -21 - 3 * gain,
             "generative/slot_bias": 0.4 - 0.5 * gain, "generative/flip_rate": 0.3 - 0.2 * gain,
-            "generative/verdict_mass": 0.95, "generative/entropy": 0.6 - 0.2 * gain, "implicit/entropy": 0.69 - 0.4 * gain,
-            "grad_norm": 0.5, "learning_rate": 1e-4 * (1 - gain), "skipped": int(step == sft + 3), "tokens_per_second": 5e3,
+            "generative/verdict_mass": 0.95, "generative/entropy": 0.6 - 0.2 * gain,
+            "implicit/entropy": 0.69 - 0.4 * gain, "grad_norm": 0.5, "learning_rate": 1e-4 * (1 - gain),
+            "skipped": int(step == sft + 3), "tokens_per_second": 5e3,
         })  # fmt: skip
     return lines
 
 
-def make_run(root: Path, iterations: int = 2, graded: bool = True, text: str = "Sort: pear fig", steps: int = 30) -> Path:
+def make_run(root: Path, iterations: int = 2, graded: bool = True, text: str = "Sort: fig", steps: int = 30) -> Path:
     """A finished run as the training command leaves it."""
     source = random.Random(7)
     run = root / "demo"
@@ -74,7 +76,8 @@ def make_run(root: Path, iterations: int = 2, graded: bool = True, text: str = "
                 p, q = (1 / (1 + math.exp(-lean * (1 + epoch) - source.gauss(0, 1.5 - epoch))) for _ in range(2))
                 agreed = (p > 0.5) == (q > 0.5)
                 decisions.append({"step": 20 + epoch, "pair": pair, "p_generative": [p, p**1.1], "p_implicit": q,
-                                  "agreed": agreed, "selected": agreed and abs(q - 0.5) > 0.1, "label": int(p > 0.5)})  # fmt: skip
+                                  "agreed": agreed, "selected": agreed and abs(q - 0.5) > 0.1,
+                                  "label": int(p > 0.5)})  # fmt: skip
             length = max(1, round(source.gauss(12 + number, 4)))
             responses.append({"prompt": text, "response": "fig", "stop": "length" if length > 17 else "eos",
                               "logprob": -3.0, "response_ids": list(range(length))})  # fmt: skip
@@ -119,7 +122,8 @@ def hostile(tmp_path_factory) -> Path:
 def test_full_run_shows_every_part(plain):
     page = Page(plain)
     for words in ("M1", "M3", "generative accuracy", "label accuracy", "slot bias", "first decisions",
-                  "last decisions", "Iteration 2: 20 sampled pairs", "config.yaml", "1 step skipped", "Last step 79"):  # fmt: skip
+                  "last decisions", "Iteration 2: 20 sampled pairs", "config.yaml", "1 step skipped",
+                  "Last step 79"):  # fmt: skip
         assert words in page.text
     assert "Agreement alone is no success" in page.text
     assert "not there:" not in page.text.lower() and "What is not there" not in page.text
@@ -152,6 +156,7 @@ def test_run_in_its_first_steps(tmp_path):
     page = Page(write_report(run))
     assert "No model has been evaluated yet" in page.text
     assert "Implicit rewards: no values are there." in page.text
+    assert "Not there: optimisation: total and terms." in page.text
     assert "No iteration has made pairs yet." in page.text
 
 
@@ -184,7 +189,8 @@ def test_page_is_self_contained(hostile):
     assert links and all(value.startswith("#") for value in links)
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
     assert not [value for _, value in page.attributes if "url(" in value and "url(#" not in value]
-    assert "@import" not in page.text and ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "@import" not in page.text
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
 
 
 def test_ids_are_unique_and_references_resolve(plain):
@@ -205,7 +211,8 @@ def test_report_is_deterministic_and_replaces_the_old_one(tmp_path, plain):
 def test_odd_values_do_not_stop_it(tmp_path):
     run = make_run(tmp_path)
     write_json_lines(run / "iteration_01" / "decisions.jsonl", [
-        {"pair": 1, "p_generative": None, "p_implicit": None}, {"pair": "x"}, {"pair": []}, {"pair": 2, "p_generative": 0.3, "p_implicit": 0.4},
+        {"pair": 1, "p_generative": None, "p_implicit": None}, {"pair": "x"}, {"pair": []},
+        {"pair": 2, "p_generative": 0.3, "p_implicit": 0.4},
         {"pair": 900, "p_generative": [], "p_implicit": 10**400, "label": 0.7},
     ])  # fmt: skip
     with (run / "iteration_01" / "pairs.jsonl").open("a") as lines:
@@ -218,9 +225,12 @@ def test_odd_values_do_not_stop_it(tmp_path):
     assert "iteration_01/pairs.jsonl: 1 unreadable line was left out." in page.text
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p.mkdir(), (p / "metrics.jsonl").touch())])
-def test_nothing_to_report_is_one_sentence_and_status_two(tmp_path, capsys, make):
-    make(tmp_path / "run")
+@pytest.mark.parametrize("found", ["no directory", "empty directory", "empty metrics"])
+def test_nothing_to_report_is_one_sentence_and_status_two(tmp_path, capsys, found):
+    if found != "no directory":
+        (tmp_path / "run").mkdir()
+    if found == "empty metrics":
+        (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(InputError):
         read_run(tmp_path / "run")
     assert main([str(tmp_path / "run")]) == 2

@@ -55,15 +55,15 @@ class Architecture:
         defaults = _DEFAULTS[family]
         num_heads = _integer(config, "num_attention_heads", where)
         hidden_size = _integer(config, "hidden_size", where)
-        num_kv_heads = _integer(
-            config, "num_key_value_heads", where, defaults.get("num_key_value_heads", num_heads), num_heads
-        )
+        default_kv_heads = defaults.get("num_key_value_heads", num_heads)
+        num_kv_heads = _integer(config, "num_key_value_heads", where, default_kv_heads, num_heads)
         if num_heads % num_kv_heads:
             raise InputError(
                 f"{where}: num_attention_heads ({num_heads}) is not a multiple of "
                 f"num_key_value_heads ({num_kv_heads})."
             )
-        head_dim = _integer(config, "head_dim", where, hidden_size // num_heads, hidden_size // num_heads)
+        share = hidden_size // num_heads
+        head_dim = _integer(config, "head_dim", where, share, share)
         if head_dim % 2:
             raise InputError(f"{where}: head_dim is {head_dim}; rotary positions need an even number.")
         window = None
@@ -177,7 +177,9 @@ def _rope_theta(config: dict[str, Any], where: str) -> float:
     return _positive(config, "rope_theta", where, _DEFAULT_ROPE_THETA)
 
 
-def _integer(config: dict[str, Any], key: str, where: str, absent: int | None = None, null: int | None = None) -> int:
+def _integer(
+    config: dict[str, Any], key: str, where: str, absent: int | None = None, null: int | None = None
+) -> int:
     """The positive integer at `key`; `absent` and `null` stand in for a key that is missing or null."""
     value = config.get(key, absent)
     if value is None:

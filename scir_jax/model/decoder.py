@@ -217,7 +217,9 @@ class Model:
         """
         spare = cache_length - ids_BP.shape[1]
         if spare < 0:
-            raise ValueError(f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens.")
+            raise ValueError(
+                f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens."
+            )
 
         def step(x_BPD, layer_params):
             x_BPD, keys_values = self._block(layer_params)(x_BPD)

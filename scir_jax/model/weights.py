@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,9 @@ def hf_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory}: there is no such model directory.")
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(f"{directory}: config.json is missing, so this is not a Hugging Face model directory.")
+        raise InputError(
+            f"{directory}: config.json is missing, so this is not a Hugging Face model directory."
+        )
     return _read_json(path)
 
 
@@ -83,7 +86,8 @@ def load(directory: Path, *, dtype: str = "float32") -> tuple[Architecture, Para
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
         _check_tensors(directory, arch, expected, stored)
-        params = _empty(arch, _DTYPES[dtype])
+        abstract = define(arch).abstract()
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, _DTYPES[dtype]), abstract)
         for name, tensor in expected.items():
             place = _leaf(params, tensor.path)
             if tensor.layer is not None:
@@ -93,8 +97,8 @@ def load(directory: Path, *, dtype: str = "float32") -> tuple[Architecture, Para
             head = _read(stored, "lm_head.weight").astype(_DTYPES[dtype])
             if head.shape != params["embed"].shape or not np.array_equal(head, params["embed"]):
                 raise InputError(
-                    f"{directory}: config.json ties the head to the embedding, but lm_head.weight is different; "
-                    "set tie_word_embeddings to false in config.json or remove the tensor."
+                    f"{directory}: config.json ties the head to the embedding, but lm_head.weight is "
+                    "different; set tie_word_embeddings to false in config.json or remove the tensor."
                 )
     return arch, params
 
@@ -124,19 +128,24 @@ def save(
     Raises:
       InputError: if `directory` is a file or has subdirectories, or `source` has no usable config.json.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: this is a file; give the name of a directory to write the model to.")
+        raise InputError(
+            f"{directory}: this is a file; give the name of a directory to write the model to."
+        )
     kept = sorted(directory.iterdir()) if directory.is_dir() else []
     if any(path.is_dir() for path in kept):
-        raise InputError(f"{directory}: this directory has subdirectories; give a new directory for the model.")
+        raise InputError(
+            f"{directory}: this directory has subdirectories; give a new directory for the model."
+        )
 
     copied: list[Path] = []
     config = arch.to_hf_config()
     if source is not None:
         source = Path(source)
         config = _merged_config(hf_config(source), config)
-        copied = [p for p in sorted(source.iterdir()) if _matches(p, (*_TOKENIZER_FILES, "generation_config.json"))]
+        wanted = (*_TOKENIZER_FILES, "generation_config.json")
+        copied = [p for p in sorted(source.iterdir()) if _matches(p, wanted)]
         kept = [p for p in kept if not _matches(p, _TOKENIZER_FILES)]
     config["dtype"] = dtype
     kept = [p for p in kept if not _matches(p, _WEIGHT_FILES)]
@@ -149,9 +158,15 @@ def save(
             shutil.copy2(path, new / path.name)
         _write_json(new / "config.json", config)
         _write_tensors(new, arch, params, _DTYPES[dtype], max_shard_bytes)
+        old = Path(scratch) / "old"
         if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        new.rename(directory)
+            directory.rename(old)
+        try:
+            new.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
 
 
 def _names(arch: Architecture) -> dict[str, _Tensor]:
@@ -179,15 +194,6 @@ def _names(arch: Architecture) -> dict[str, _Tensor]:
     return names
 
 
-def _empty(arch: Architecture, dtype: Any) -> Params:
-    def empty(tree):
-        if isinstance(tree, dict):
-            return {key: empty(value) for key, value in tree.items()}
-        return np.empty(tree.shape, dtype)
-
-    return empty(define(arch).abstract())
-
-
 def _leaf(params: Params, path: tuple[str, ...]) -> Any:
     for key in path:
         params = params[key]
@@ -208,7 +214,7 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _St
     for path in _weight_files(directory):
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
-            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in file.keys():
                 view = file.get_slice(name)
                 stored[name] = _Stored(path, file, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
@@ -245,9 +251,9 @@ def _check_tensors(
     missing = [name for name in expected if name not in stored]
     if missing:
         raise InputError(f"{directory}: the weights lack tensors that config.json asks for: {_list(missing)}.")
-    unknown = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-    if arch.tie_embeddings:
-        unknown = [name for name in unknown if name != "lm_head.weight"]
+    # Old checkpoints store the rotary frequencies; a tied head is compared when it is read.
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if arch.tie_embeddings else ("rotary_emb.inv_freq",)
+    unknown = [name for name in stored if name not in expected and not name.endswith(ignored)]
     if unknown:
         raise InputError(
             f"{directory}: the weights have tensors that the model of config.json does not: {_list(unknown)}."
@@ -269,7 +275,9 @@ def _read(stored: dict[str, _Stored], name: str) -> np.ndarray:
     return stored[name].file.get_tensor(name)
 
 
-def _write_tensors(directory: Path, arch: Architecture, params: Params, dtype: Any, max_shard_bytes: int) -> None:
+def _write_tensors(
+    directory: Path, arch: Architecture, params: Params, dtype: Any, max_shard_bytes: int
+) -> None:
     shards = list(_shards(_names(arch), np.dtype(dtype).itemsize, max_shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -279,7 +287,8 @@ def _write_tensors(directory: Path, arch: Architecture, params: Params, dtype: A
         for name, tensor in names.items():
             array = _leaf(params, tensor.path)
             array = array if tensor.layer is None else array[tensor.layer]
-            tensors[name] = np.ascontiguousarray(np.asarray(array).astype(dtype)).reshape(tensor.stored_shape)
+            array = np.ascontiguousarray(np.asarray(array).astype(dtype))
+            tensors[name] = array.reshape(tensor.stored_shape)
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         total = arch.parameter_count() * np.dtype(dtype).itemsize

@@ -1,0 +1,1 @@
+"""Files of rows in, arrays of fixed shapes out."""

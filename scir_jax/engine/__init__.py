@@ -1,0 +1,1 @@
+"""What runs on devices: mesh, jitted steps, sampler, checkpoints, metrics."""

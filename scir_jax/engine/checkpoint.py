@@ -1,0 +1,93 @@
+"""Orbax checkpoints: models between iterations, training states inside a stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from scir_jax.engine.mesh import param_shardings
+from scir_jax.errors import InputError
+
+
+class ModelStore:
+    """M0, M1, ... of a run, parameters only. A model is there completely or not at all."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+
+    def path(self, number: int) -> Path:
+        return self.directory / f"M{number}"
+
+    def exists(self, number: int) -> bool:
+        return self.path(number).is_dir()
+
+    def latest(self) -> int | None:
+        numbers = [int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit()]
+        return max(numbers, default=None)
+
+    def save(self, number: int, params: Any) -> None:
+        ocp.save(self.path(number), params, overwrite=True)
+
+    def load(self, number: int, abstract: Any) -> Any:
+        """Parameters straight into the shardings of `abstract`. InputError if the checkpoint cannot be read."""
+        try:
+            return ocp.load(self.path(number), abstract)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
+
+
+class StageCheckpoints:
+    """Training states of one stage; saving goes on in the background while training does.
+
+    A checkpoint holds the state, the step and the data iterator's position, so that training goes on to the bit.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory.absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
+        self._pending = None
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts saving `state` as of `step` completed steps; waits for the save before it."""
+        self.wait()
+        if self._checkpointer.latest is not None and self._checkpointer.latest.step == step:
+            return
+        self._pending = self._checkpointer.save_checkpointables_async(step, dict(state=state, meta=meta))
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, meta) of the newest checkpoint, or None."""
+        latest = self._checkpointer.latest
+        if latest is None:
+            return None
+        found = self._checkpointer.load_checkpointables(latest.step, dict(state=abstract, meta=None))
+        return latest.step, found["state"], found["meta"]
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+    def remove(self) -> None:
+        """Closes and deletes the stage's checkpoints, once its model is saved."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def abstract_params(model, mesh) -> Any:
+    """Shapes and shardings of a model's float32 parameters."""
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        model.abstract(),
+        param_shardings(model, mesh),
+    )

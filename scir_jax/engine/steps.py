@@ -1,0 +1,185 @@
+"""The jitted training step: (state, batch, learning rate) -> (state, output), with explicit shardings, state donated.
+
+Metrics and losses stay sums and counts until the global batch is complete, so micro-batches cannot change a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from scir_jax.config import Config, OptimizerConfig
+from scir_jax.data.rows import TrainBatch
+from scir_jax.engine import forward, mesh as meshes
+from scir_jax.method import objective
+from scir_jax.model.decoder import Model, Params
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """Parameters, optimiser state, and the number of steps skipped in a row up to now (int32)."""
+
+    params: Params
+    opt_state: Any
+    skipped: Array
+
+
+class StepOutput(NamedTuple):
+    """Scalars by name, and per-pair decisions (empty outside SCIR training)."""
+
+    metrics: dict[str, Array]
+    decisions: dict[str, Array]
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping and AdamW without the learning rate, which the step takes as an argument (no compilation a schedule).
+
+    Norm scales are not decayed.
+    """
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2),
+        optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity(),
+    )
+
+
+def learning_rates(config: OptimizerConfig, peak: float, steps: int) -> np.ndarray:
+    """The learning rate of each step of a stage, [steps] float32."""
+    warmup = min(int(np.ceil(config.warmup * steps)), steps - 1)
+    rest = max(steps - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final),
+        "linear": lambda: optax.linear_schedule(peak, config.final * peak, rest),
+    }[config.schedule]()
+    # Warm-up ends at the peak, and its first step is not an idle one.
+    schedule = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
+
+
+class Trainer:
+    """Makes states and steps for one model on one mesh."""
+
+    def __init__(
+        self, config: Config, model: Model, mesh: Mesh, *, verdict_ids, continued: bool, response_tokens: int
+    ):
+        self.config = config
+        self.model = model
+        self.mesh = mesh
+        self.optimizer = make_optimizer(config.optimizer)
+        self._pair_settings = dict(verdict_ids=verdict_ids, continued=continued, response_tokens=response_tokens)
+        self._params = meshes.param_shardings(model, mesh)
+        self._replicated = meshes.replicated(mesh)
+        self.state_shardings = TrainState(self._params, self._opt_shardings(), self._replicated)
+        self._init = jax.jit(
+            lambda params: TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32)),
+            out_shardings=self.state_shardings,
+            donate_argnums=0,
+        )
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, meshes.batch_sharding(mesh), self._replicated),
+            out_shardings=(self.state_shardings, self._replicated),
+            donate_argnums=0,
+        )
+
+    def init(self, params: Params) -> TrainState:
+        """A fresh optimiser around parameters, which are donated."""
+        return self._init(params)
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes with their shardings, to restore a checkpoint into."""
+        shapes = jax.eval_shape(self._init, self.model.abstract())
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
+        )
+
+    def sums(self, params: Params, batch: TrainBatch) -> tuple[objective.Sums, dict[str, Array]]:
+        """Sums and counts of all terms and metrics of a (micro-)batch, and the pairs' decisions."""
+        sums: objective.Sums = {}
+        decisions: dict[str, Array] = {}
+        if batch.pairs is not None:
+            logps, judged = forward.pair_outputs(self.model, params, batch.pairs, **self._pair_settings)
+            sums, decisions = objective.objective(forward.objective_inputs(batch.pairs, logps, judged), self.config)
+        for name, targets in (("sft/ift", batch.ift), ("sft/eft", batch.eft)):
+            if targets is not None:
+                sums[name] = forward.sft_sums(self.model, params, targets)
+        return sums, decisions
+
+    def loss(self, params: Params, batch: TrainBatch) -> tuple[Array, tuple[objective.Sums, dict[str, Array]]]:
+        """The objective of a global batch, micro-batch by micro-batch."""
+        micro = self.config.optimizer.accumulate
+        if micro == 1:
+            sums, decisions = self.sums(params, batch)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
+            # Checkpointed: the backward pass holds one micro-batch's activations at a time.
+            body = jax.checkpoint(lambda part: self.sums(params, part), prevent_cse=False)
+            _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(part)), None, split)
+            sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
+            decisions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decisions)
+        sft_terms = tuple(name for name in sums if name.startswith("sft/"))
+        if batch.pairs is None:
+            return sum(objective.divide(*sums[name]) for name in sft_terms), (sums, decisions)
+        return objective.total(sums, self.config, sft_terms), (sums, decisions)
+
+    def _step(self, state: TrainState, batch: TrainBatch, learning_rate: Array) -> tuple[TrainState, StepOutput]:
+        (loss, (sums, decisions)), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        # A step with a non-finite loss or gradient changes nothing but the count of such steps.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics = {
+            "loss": loss,
+            **{name: jnp.where(count > 0, total / jnp.maximum(count, 1e-9), jnp.nan) for name, (total, count) in sums.items()},
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "skipped": (~finite).astype(jnp.float32),
+            "skipped_in_a_row": skipped,
+        }
+        return TrainState(params, opt_state, skipped), StepOutput(metrics, decisions)
+
+    def _opt_shardings(self):
+        abstract = jax.eval_shape(self.optimizer.init, self.model.abstract())
+        return optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            abstract,
+            self._params,
+            transform_non_params=lambda _: self._replicated,
+        )
+
+
+def scorer(model: Model, mesh: Mesh, response_tokens: int) -> Callable[[Params, Any], Array]:
+    """Jitted (params, Rows [B, ...]) -> log pi(y|x) [B]."""
+    return jax.jit(
+        lambda params, rows: forward.response_logps(model, params, rows, response_tokens),
+        in_shardings=(meshes.param_shardings(model, mesh), meshes.batch_sharding(mesh)),
+        out_shardings=meshes.replicated(mesh),
+    )
+
+
+def judge(model: Model, mesh: Mesh, verdict_ids) -> Callable[[Params, Any], forward.Judged]:
+    """Jitted (params, judge rows [P, 2, ...] a template) -> Judged."""
+    return jax.jit(
+        lambda params, rows: forward.judge_verdicts(model, params, rows, verdict_ids),
+        in_shardings=(meshes.param_shardings(model, mesh), meshes.batch_sharding(mesh)),
+        out_shardings=meshes.replicated(mesh),
+    )

@@ -1,0 +1,117 @@
+"""What a person sees: a progress bar a stage, a line a finished stage, tables. Quiet where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from scir_jax.errors import Interrupted
+
+stderr = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed and speed >= 1 else f"{1 / speed:.1f} s each" if speed else "")
+
+
+class Bar:
+    """One stage's progress."""
+
+    def __init__(self, progress: Progress, task):
+        self._progress, self._task = progress, task
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        self._progress.update(self._task, advance=by, note=note)
+
+
+@contextlib.contextmanager
+def stage(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A progress bar while inside, and one line with the stage's time afterwards."""
+    started = time.monotonic()
+    columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
+    with Progress(
+        *columns, TextColumn("[dim]{task.fields[note]}"), console=stderr, transient=True, disable=not stderr.is_terminal
+    ) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+    stderr.print(f"{title:<28} done, {time.monotonic() - started:.1f} s")
+
+
+def say(message: str) -> None:
+    stderr.print(message, soft_wrap=True, markup=False)
+
+
+_COLUMNS = {
+    "model": ("model", "{}"),
+    "quality": ("quality", "{:.3f}"),
+    "exact": ("exact", "{:.3f}"),
+    "greedy_quality": ("greedy", "{:.3f}"),
+    "win_rate": ("win v. M1", "{:.3f}"),
+    "generative_accuracy": ("GRM acc.", "{:.3f}"),
+    "implicit_accuracy": ("IRM acc.", "{:.3f}"),
+    "agreement": ("agreement", "{:.3f}"),
+    "selected": ("selected", "{:.3f}"),
+    "label_accuracy": ("label acc.", "{:.3f}"),
+    "length": ("length", "{:.1f}"),
+    "distinct": ("distinct", "{:.2f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """A row a model; columns that no row has are left out."""
+    present = {key: column for key, column in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    result = Table(title=title)
+    for key, (name, _) in present.items():
+        result.add_column(name, justify="left" if key == "model" else "right")
+    for row in rows:
+        result.add_row(
+            *(form.format(row[key]) if row.get(key) is not None else "-" for key, (_, form) in present.items())
+        )
+    return result
+
+
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
+    console.print(table(rows, title))
+
+
+class Stopper:
+    """Turns the first Ctrl-C or SIGTERM into a request that a stage answers at its next safe point."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _) -> None:
+        if self.signal is not None:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+        say("stopping at the next safe point; once more stops at once")
+
+    def check(self, where: str) -> None:
+        """Raises Interrupted if asked to stop. Call it where everything done so far is saved."""
+        if self.signal is not None:
+            raise Interrupted(
+                f"stopped in {where}; everything is saved: run the same command again to go on", self.signal
+            )

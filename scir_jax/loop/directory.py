@@ -1,0 +1,120 @@
+"""The run directory: its files, its lock, and the refusal to mix two configurations in one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from scir_jax import options
+from scir_jax.config import Config
+from scir_jax.data.records import write_json
+from scir_jax.errors import InputError
+
+PACKAGES = ("scir_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """Paths of a run. Iteration 0 is SFT; iteration t turns M_t into M_{t+1}."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: FileLock | None = None
+
+    def iteration(self, number: int) -> Path:
+        directory = self.path / f"iteration_{number:02d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def open(self, config: Config) -> bool:
+        """Locks the directory and records the configuration; True if a run is there to be resumed.
+
+        Raises:
+          InputError: another process uses the directory, it holds a run of another configuration (the keys that
+            differ are listed), or it holds other files.
+        """
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"{self.path}: is a file; choose another run.directory") from None
+        # Held until the process ends, however it ends: the kernel frees it.
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.path}: another process is running here; wait for it or choose another run.directory") from None
+        recorded = self.path / "config.yaml"
+        if recorded.exists():
+            self._compare(yaml.safe_load(recorded.read_text(encoding="utf-8")), options.to_dict(config))
+            return True
+        others = [p.name for p in self.path.iterdir() if p.name not in (".lock", "config.yaml.partial")]
+        if not new and others:
+            raise InputError(f"{self.path}: holds files of something else ({', '.join(sorted(others)[:3])}); choose another run.directory")
+        partial = recorded.with_name("config.yaml.partial")
+        partial.write_text(options.to_yaml(config), encoding="utf-8")
+        partial.replace(recorded)
+        return False
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def check_manifest(self, manifest: dict[str, Any]) -> None:
+        """Records what the run is made of; on resuming, refuses files that have changed."""
+        path = self.path / "manifest.json"
+        if not path.exists():
+            write_json(path, manifest)
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [k for k, v in manifest["sha256"].items() if before["sha256"].get(k) != v]
+        if changed:
+            raise InputError(
+                f"{self.path}: changed since this run began: {', '.join(changed)}; restore them or choose another run.directory"
+            )
+
+    def _compare(self, before: Any, now: dict[str, dict[str, Any]]) -> None:
+        before = before if isinstance(before, dict) else {}
+        keys = sorted({(s, k) for c in (before, now) for s, values in c.items() for k in values})
+        differ = [
+            f"{s}.{k} ({before.get(s, {}).get(k)!r} there, {now.get(s, {}).get(k)!r} here)"
+            for s, k in keys
+            if before.get(s, {}).get(k) != now.get(s, {}).get(k)
+        ]
+        if differ:
+            raise InputError(f"{self.path}: holds a run of another configuration; these keys differ: {', '.join(differ)}")
+
+
+def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
+    """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates."""
+    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file()}
+    hashes = {f"model.path/{name}": sha256(path) for name, path in files.items()}
+    for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
+        if name := getattr(config.data, key):
+            hashes[f"data.{key}"] = sha256(Path(name))
+    for name, content in templates.items():
+        hashes[f"generative.templates/{name}"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "seed": config.run.seed,
+        "sha256": hashes,
+        "templates": templates,
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,266 @@
+"""Everything that a run's stages share: model, tokenizer, encoder, data, and the compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scir_jax.config import Config
+from scir_jax.data import records
+from scir_jax.data.encode import Encoder, Prompt, Shapes
+from scir_jax.engine import mesh as meshes
+from scir_jax.engine import sampler, steps
+from scir_jax.engine.checkpoint import abstract_params
+from scir_jax.errors import InputError
+from scir_jax.model import decoder, weights
+from scir_jax.model.architecture import Architecture
+from scir_jax.text.chat import Chat, load_tokenizer
+from scir_jax.text.judge import compile_judge, load_template
+
+Ids = tuple[int, ...]
+
+
+def resolve(config: Config) -> Config:
+    """Replaces {world} in paths by the world's directory. InputError where there is none."""
+    world = config.world.directory
+
+    def fill(value: Any, key: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fill(v, key) for v in value)
+        if isinstance(value, str) and "{world}" in value:
+            if world is None:
+                raise InputError(f"{key} is {value!r} but world.directory is not set; give a path")
+            return value.replace("{world}", world)
+        return value
+
+    sections = {}
+    for name in ("model", "data", "generative"):
+        section = getattr(config, name)
+        sections[name] = dataclasses.replace(
+            section, **{f.name: fill(getattr(section, f.name), f"{name}.{f.name}") for f in dataclasses.fields(section)}
+        )
+    return dataclasses.replace(config, **sections)
+
+
+def check(config: Config) -> None:
+    """Refuses settings that contradict each other, before anything is loaded."""
+    models, labels = config.rewards.models, config.preference.labels
+    if not models or len(set(models)) != len(models):
+        raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
+    if not config.generative.templates:
+        raise InputError("generative.templates is empty; name at least one judge template")
+    if labels in ("generative", "implicit", "likelihood") and labels not in models and config.preference.update == "frozen":
+        raise InputError(f"preference.labels is {labels}, frozen: add {labels} to rewards.models")
+    if config.consistency.target == "consensus" or labels == "consensus":
+        weights_ = {n: getattr(config.rewards, f"{n}_weight") for n in models}
+        if not any(weights_.values()):
+            raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.{models[0]}_weight")
+    for key, value in (
+        ("optimise.batch_size", config.optimise.batch_size),
+        ("optimizer.accumulate", config.optimizer.accumulate),
+        ("sample.responses", config.sample.responses),
+        ("sample.batch_size", config.sample.batch_size),
+        ("evaluate.batch_size", config.evaluate.batch_size),
+        ("evaluate.samples", config.evaluate.samples),
+        ("checkpoint.every", config.checkpoint.every),
+        ("text.max_response_tokens", config.text.max_response_tokens),
+        ("pairs.per_prompt", config.pairs.per_prompt),
+        ("optimise.epochs", config.optimise.epochs),
+        ("optimizer.max_skipped", config.optimizer.max_skipped),
+    ):
+        if value < 1:
+            raise InputError(f"{key} must be at least 1, not {value}")
+    if config.run.iterations < 0:
+        raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
+    if config.sample.temperature < 0 or not 0 < config.sample.top_p <= 1 or config.sample.top_k < 0:
+        raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
+    if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
+        raise InputError("sample.responses must be at least 2: a pair needs two responses")
+    for key, value in (("optimise.batch_size", config.optimise.batch_size), ("replay.ift_batch_size", config.replay.ift_batch_size), ("replay.eft_batch_size", config.replay.eft_batch_size), ("sft.ift_batch_size", config.sft.ift_batch_size), ("sft.eft_batch_size", config.sft.eft_batch_size)):
+        if value % config.optimizer.accumulate:
+            raise InputError(f"{key}={value} does not divide into optimizer.accumulate={config.optimizer.accumulate} micro-batches")
+
+
+class Session:
+    """A model with its tokenizer and compiled programs on a mesh.
+
+    Args:
+      config: resolved.
+      prompts, ift_tokens: what the static shapes are derived from; see `shapes`.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        directory = Path(config.model.path)
+        self.hf_config = weights.hf_config(directory)
+        self.arch = Architecture.from_hf_config(self.hf_config, str(directory / "config.json"))
+        self.chat = Chat(load_tokenizer(directory), str(directory), stop_ids(directory, self.hf_config))
+        self.templates = [load_template(name) for name in config.generative.templates]
+        self.judges = [compile_judge(template, self.chat) for template in self.templates]
+        self.encoder = Encoder(config, self.chat, self.judges, self.arch.max_positions)
+        self.mesh = meshes.make_mesh(config.mesh)
+        activations = None
+        if self.mesh.size > 1:
+            activations = meshes.batch_sharding(self.mesh)
+        self.model = decoder.define(
+            self.arch,
+            compute_dtype=config.model.dtype,
+            attention=config.model.attention,
+            remat=config.model.remat,
+            activations=activations,
+        )
+        self.abstract_params = abstract_params(self.model, self.mesh)
+        self._shapes: Shapes | None = None
+        self._check_batches()
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return self._prompts("prompts")
+
+    @cached_property
+    def heldout_prompts(self) -> list[Prompt]:
+        return self._prompts("heldout_prompts")
+
+    @cached_property
+    def heldout_pairs(self) -> list[records.Comparison]:
+        path = self.config.data.heldout_pairs
+        return self._fitting(records.read_comparisons(path, need_label=True)) if path else []
+
+    @cached_property
+    def given_pairs(self) -> list[records.Comparison]:
+        path = self.config.data.pairs
+        need = self.config.preference.labels == "external"
+        return self._fitting(records.read_comparisons(path, label_key=self.config.data.label_key, need_label=need)) if path else []
+
+    @cached_property
+    def ift(self) -> list[records.Messages]:
+        return records.read_conversations(self.config.data.ift) if self.config.data.ift else []
+
+    @cached_property
+    def eft(self) -> list[records.Comparison]:
+        return self._fitting(records.read_comparisons(self.config.data.eft, need_label=True)) if self.config.data.eft else []
+
+    @cached_property
+    def ift_rows(self) -> list[tuple[Ids, tuple[bool, ...]]]:
+        return [self.encoder.conversation_row(messages, self.arch.max_positions) for messages in self.ift]
+
+    @cached_property
+    def eft_rows(self) -> list[tuple[Ids, tuple[bool, ...]]]:
+        """The judging examples under every template, both orders next to each other."""
+        return [row for judge in self.judges for c in self.eft for row in self.encoder.verdict_rows(judge, c)]
+
+    @property
+    def shapes(self) -> Shapes:
+        """The run's static lengths, from all of its files; computed once."""
+        if self._shapes is None:
+            conversations = [c.messages for source in (self.heldout_pairs, self.given_pairs, self.eft) for c in source]
+            others = [p for m in conversations if (p := self.encoder.prompt(m)) is not None]
+            prompts = [*self.prompts, *self.heldout_prompts, *others]
+            if not prompts:
+                raise InputError("no prompts: set data.prompts (or data.pairs)")
+            self._shapes = self.encoder.shapes(prompts, max((len(ids) for ids, _ in self.ift_rows), default=0))
+        return self._shapes
+
+    def shapes_for(self, prompts: list[Prompt]) -> None:
+        """Fixes the static lengths for a command that has prompts of its own."""
+        self._shapes = self.encoder.shapes(prompts, 0)
+
+    # --- compiled programs ------------------------------------------------------------------------------------------
+
+    @property
+    def verdict_ids(self) -> tuple[tuple[int, int], ...]:
+        return tuple(judge.verdict_ids for judge in self.judges)
+
+    @cached_property
+    def trainer(self) -> steps.Trainer:
+        return steps.Trainer(
+            self.config,
+            self.model,
+            self.mesh,
+            verdict_ids=self.verdict_ids,
+            continued=self.encoder.continued,
+            response_tokens=self.shapes.response,
+        )
+
+    @cached_property
+    def scorer(self):
+        return steps.scorer(self.model, self.mesh, self.shapes.response)
+
+    @cached_property
+    def judge(self):
+        return steps.judge(self.model, self.mesh, self.verdict_ids)
+
+    @cached_property
+    def _samplers(self) -> dict[int, Any]:
+        return {}
+
+    def sampler(self, responses: int):
+        if responses not in self._samplers:
+            self._samplers[responses] = sampler.sampler(
+                self.model,
+                self.mesh,
+                responses=responses,
+                response_tokens=self.shapes.response,
+                stop_ids=self.chat.stop_ids,
+                pad_id=self.chat.pad_id,
+            )
+        return self._samplers[responses]
+
+    def import_params(self, directory: Path):
+        """Parameters of a Hugging Face directory, sharded. InputError if its shape is not this model's."""
+        arch, params = weights.load(directory)
+        if arch != self.arch:
+            raise InputError(f"{directory}: another architecture than {self.config.model.path}")
+        return jax.device_put(params, jax.tree.map(lambda s: s.sharding, self.abstract_params))
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _prompts(self, key: str) -> list[Prompt]:
+        path = getattr(self.config.data, key)
+        if not path:
+            return []
+        return self.encoder.prompts(records.read_prompts(path, self.config.data.prompt_key), path)
+
+    def _fitting(self, comparisons: list[records.Comparison]) -> list[records.Comparison]:
+        """Without those whose prompt is left out for its length."""
+        if self.config.text.long_prompts != "drop":
+            return comparisons
+        return [c for c in comparisons if self.encoder.prompt(c.messages) is not None]
+
+    def _check_batches(self) -> None:
+        if self.chat.tokenizer.vocab_size and len(self.chat.tokenizer) > self.arch.vocab_size:
+            raise InputError(
+                f"{self.config.model.path}: the tokenizer has {len(self.chat.tokenizer)} tokens, the embedding "
+                f"{self.arch.vocab_size} rows; use the tokenizer that belongs to the model"
+            )
+        shards = meshes.batch_shards(self.mesh)
+        sizes = {
+            "optimise.batch_size": self.config.optimise.batch_size // self.config.optimizer.accumulate,
+            "sample.batch_size": self.config.sample.batch_size,
+            "evaluate.batch_size": self.config.evaluate.batch_size,
+            "sft.ift_batch_size": self.config.sft.ift_batch_size // self.config.optimizer.accumulate,
+            "sft.eft_batch_size": self.config.sft.eft_batch_size // self.config.optimizer.accumulate,
+            "replay.ift_batch_size": self.config.replay.ift_batch_size // self.config.optimizer.accumulate,
+            "replay.eft_batch_size": self.config.replay.eft_batch_size // self.config.optimizer.accumulate,
+        }
+        for key, size in sizes.items():
+            if size % shards:
+                raise InputError(f"{key} must be a multiple of the {shards} batch shards of the mesh (data x fsdp)")
+
+
+def stop_ids(directory: Path, hf_config: dict) -> Ids:
+    """End-of-sequence ids of generation_config.json and config.json."""
+    found: list[int] = []
+    path = directory / "generation_config.json"
+    configs = [json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    for content in (*configs, hf_config):
+        value = content.get("eos_token_id")
+        found += [value] if isinstance(value, int) else value or []
+    return tuple(dict.fromkeys(found))
