@@ -35,8 +35,9 @@ class Shapes:
 
     prompt: int
     response: int
-    row: int
-    judges: tuple[int, ...]
+    scored: int  # [prompt response]
+    row: int  # the training step's response rows
+    judges: tuple[int, ...]  # of every template
     ift: int
     eft: int
 
@@ -197,12 +198,12 @@ class Encoder:
         def shape(tokens: int) -> int:
             return min(round_up(tokens), self.context)
 
-        separate = lengths[1:] if self.continued else lengths
         return Shapes(
             prompt=shape(conversation),
             response=response,
+            scored=shape(conversation + response),
             row=shape(lengths[0] if self.continued else conversation + response),
-            judges=tuple(map(shape, separate)),
+            judges=tuple(map(shape, lengths)),
             ift=shape(ift_tokens) if ift_tokens else 0,
             eft=shape(max(lengths) + 2),
         )

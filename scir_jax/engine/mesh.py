@@ -14,7 +14,8 @@ from scir_jax.model.decoder import Model
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
-RULES = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+# The vocabulary is not split: log-probabilities take it a chunk at a time, and a split one would be gathered whole.
+RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

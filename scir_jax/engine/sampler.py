@@ -60,6 +60,8 @@ def sampler(
     """
 
     def sample(params: Params, ids_BP, lengths_B, index_B, key, sampling: Sampling) -> Samples:
+        # Cast once: decoding would otherwise read and cast the float32 weights for every token.
+        params = jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
         hidden_BPD, cache = model.prefill(params, ids_BP, ids_BP.shape[1] + response_tokens)
         last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         repeat = lambda x, axis: jnp.repeat(x, responses, axis=axis)
@@ -72,7 +74,7 @@ def sampler(
 
         def body(state: _State) -> _State:
             logits_MV = jnp.einsum(
-                "md,vd->mv", state.hidden_MD, head.astype(state.hidden_MD.dtype), preferred_element_type=jnp.float32
+                "md,vd->mv", state.hidden_MD, head, preferred_element_type=jnp.float32
             )
             step_keys_M = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_M, state.step)
             token_M = choose(logits_MV, step_keys_M, sampling)

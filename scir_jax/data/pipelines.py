@@ -1,0 +1,112 @@
+"""Grain pipelines: what a training step takes at place i. Random access, so that a position is one number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from scir_jax.data import records
+from scir_jax.data.encode import Encoder, Shapes
+from scir_jax.data.rows import PairBatch, TrainBatch, Targets, fill, pad, pad_rows, stack
+from scir_jax.errors import InputError
+
+MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
+
+
+def targets_dataset(
+    rows: Sequence[MarkedIds], tokens: int, batch_size: int, pad_id: int, seed: int
+) -> grain.MapDataset | None:
+    """Endless batches of supervised rows, shuffled anew each pass. None where there is nothing to take."""
+    if not rows or not batch_size:
+        return None
+
+    def example(i: int) -> Targets:
+        ids, marks = rows[i]
+        mask = np.zeros(tokens, np.float32)
+        mask[: len(marks)] = marks
+        return Targets(pad(ids, tokens, pad_id), mask)
+
+    indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat()
+    return indices.map(example).batch(batch_size, batch_fn=stack)
+
+
+def sft_dataset(
+    ift: grain.MapDataset | None, eft: grain.MapDataset | None, steps: int
+) -> grain.MapDataset:
+    """`steps` batches of conversations and judge questions side by side."""
+    return grain.MapDataset.source(np.arange(steps)).map(
+        lambda i: TrainBatch(None, ift[i] if ift is not None else None, eft[i] if eft is not None else None)
+    )
+
+
+def pairs_dataset(
+    rows: Sequence[tuple[str, dict]],
+    encoder: Encoder,
+    shapes: Shapes,
+    *,
+    rewards: int,
+    need_label: str | None,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    ift: grain.MapDataset | None,
+    eft: grain.MapDataset | None,
+) -> grain.MapDataset:
+    """Batches of SCIR training: every pair once an epoch, the last batch filled up with weight 0, and replay.
+
+    Args:
+      rows: (where, row) of pairs.jsonl.
+      rewards: R, the number of reward models.
+      need_label: the column that must hold an external label, or None.
+    """
+    examples = [_pair_source(row, where, encoder, rewards, need_label) for where, row in rows]
+
+    def example(i: int) -> PairBatch:
+        prompt, a, b, values = examples[i]
+        responses, judged = encoder.pair_rows(prompt, a, b)
+        separate = shapes.judges[1:] if encoder.continued else shapes.judges
+        return PairBatch(
+            responses=pad_rows(responses, shapes.row, encoder.chat.pad_id),
+            judges=tuple(pad_rows(r, t, encoder.chat.pad_id) for r, t in zip(judged, separate, strict=True)),
+            index=np.int32(i),
+            **values,
+        )
+
+    indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat(epochs)
+    pairs = indices.map(example).batch(batch_size, drop_remainder=False, batch_fn=stack)
+    pairs = pairs.map(lambda batch: fill(batch, batch_size))
+    return grain.MapDataset.source(np.arange(len(pairs))).map(
+        lambda i: TrainBatch(pairs[i], ift[i] if ift is not None else None, eft[i] if eft is not None else None)
+    )
+
+
+def iterator(dataset: grain.MapDataset, state: dict | None = None):
+    """An iterator that prepares a few batches ahead; its get_state() is the position of what was taken."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    result = iter(dataset.to_iter_dataset(options))
+    if state is not None:
+        result.set_state(state)
+    return result
+
+
+def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_label: str | None):
+    prompt = encoder.prompt(records.prompt_messages(row["messages"], f"{where}: messages"))
+    a, b = (encoder.sampled(row[f"response_{side}_ids"]) for side in "ab")
+    label = row.get(need_label or "label")
+    if need_label and label is None:
+        raise InputError(
+            f"{where}: lacks the external label {need_label!r} (1 where response_a is better, 0 where response_b is); "
+            "add it to every row and run the same command again"
+        )
+    lengths = np.array([len(a.ids), len(b.ids)], np.float32)
+    frozen = row.get("frozen_logits")
+    if frozen is not None and len(frozen) != rewards:
+        raise InputError(f"{where}: frozen_logits has {len(frozen)} values for {rewards} reward models")
+    values = {f"{role}_logps": np.array(row[f"{role}_logps"], np.float32) for role in ("preference", "implicit", "start")}
+    values["length_penalty"] = np.float32(row.get("length_penalty", 0.0)) * lengths
+    values["frozen_logits"] = np.array(frozen if frozen is not None else [0.0] * rewards, np.float32)
+    values["external"] = np.float32(0.5 if label is None else label)
+    values["weight"] = np.float32(1.0)
+    return prompt, a, b, values

@@ -1,0 +1,65 @@
+"""The embedded world's base model M0: trained once on the world's documents with the ordinary supervised step."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from scir_jax.config import Config, DataConfig, GenerativeConfig, ModelConfig, OptimizerConfig
+from scir_jax.data import pipelines
+from scir_jax.engine.mesh import put_batch
+from scir_jax.engine.sampler import stream_key
+from scir_jax.engine.steps import learning_rates
+from scir_jax.loop import console
+from scir_jax.loop.session import Session
+from scir_jax.model import weights
+from scir_jax.world.files import WorldSpec, write_world
+
+
+def build_world(config: Config, stopper: console.Stopper) -> None:
+    """Writes the world's files and its trained base model under world.directory, unless they are there.
+
+    The result is a Hugging Face directory and JSONL files like any user's. Interrupted, it starts again: it is a
+    minute's work.
+    """
+    directory = Path(config.world.directory)
+    model = directory / "model"
+    write_world(directory, WorldSpec(seed=config.world.seed))
+    if model.is_dir():
+        return
+    world = config.world
+    session = Session(
+        dataclasses.replace(
+            config,
+            model=ModelConfig(path=str(directory / "untrained")),
+            data=DataConfig(ift=str(directory / "base.jsonl"), eft=str(directory / "base_comparisons.jsonl"), prompts=str(directory / "prompts.jsonl")),
+            generative=GenerativeConfig(templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))),
+            optimizer=OptimizerConfig(warmup=0.05),
+        )
+    )
+    seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])
+    pad_id = session.chat.pad_id
+    dataset = pipelines.sft_dataset(
+        pipelines.targets_dataset(session.ift_rows, session.shapes.ift, world.documents, pad_id, seed),
+        pipelines.targets_dataset(session.eft_rows, session.shapes.eft, world.comparisons, pad_id, seed + 1),
+        world.steps,
+    )
+    trainer = session.trainer
+    params = jax.device_put(session.model.init(stream_key(world.seed, "world", 0)), trainer.state_shardings.params)
+    state = trainer.init(params)
+    rates = learning_rates(session.config.optimizer, world.learning_rate, world.steps)
+    output = None
+    with console.stage("embedded world: base model", world.steps) as bar:
+        for step, batch in enumerate(pipelines.iterator(dataset)):
+            stopper.check("the base model's training, which starts again")
+            state, output = trainer.step(state, put_batch(batch, session.mesh), rates[step])
+            if step % 20 == 0:
+                bar.advance(f"loss {float(output.metrics['loss']):.3f}", by=min(20, world.steps - step))
+    partial = directory / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    weights.save(partial, session.arch, jax.device_get(state.params), source=directory / "untrained")
+    partial.replace(model)

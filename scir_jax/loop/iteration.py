@@ -1,0 +1,221 @@
+"""The order of a run's stages. A stage whose file or model is there is not done again: that is all of resuming."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from scir_jax.data import pipelines, records
+from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.metrics import AppendOnly, Metrics
+from scir_jax.errors import InputError
+from scir_jax.loop import console, evaluation, pairing, sampling, scoring
+from scir_jax.loop.directory import RunDirectory
+from scir_jax.loop.models import Models
+from scir_jax.loop.session import Session
+from scir_jax.loop.training import train_stage
+from scir_jax.method.objective import reward_names
+
+
+class Run:
+    """M0 -> M1 -> ... in one run directory."""
+
+    def __init__(self, session: Session, directory: RunDirectory, metrics: Metrics, stopper: console.Stopper):
+        self.session = session
+        self.config = session.config
+        self.directory = directory
+        self.metrics = metrics
+        self.stopper = stopper
+        self.store = ModelStore(directory.checkpoints)
+        self.models = Models(self.store, session.config, session.abstract_params)
+        self.grader = evaluation.load_grader(session.config.evaluate.grader)
+
+    def run(self) -> list[dict]:
+        """All stages that are not done yet; returns the rows of the final table."""
+        if not self.store.exists(0):
+            self.store.save(0, self.session.import_params(Path(self.config.model.path)))
+        self.stopper.check("start-up")
+        self._timed(0, "sft", lambda: self.store.exists(1), self.sft)
+        self._timed(0, "evaluate", lambda: self._evaluated(0), lambda: self.evaluate(0))
+        for t in range(1, self.config.run.iterations + 1):
+            folder = self.directory.iteration(t)
+            responses = None if self.config.data.pairs else folder / "responses.jsonl"
+            if responses is not None:
+                self._timed(
+                    t,
+                    "sample",
+                    responses.exists,
+                    lambda: sampling.run_sampling(self.session, self.models.load(t), t, responses, self.stopper),
+                )
+            pairs = folder / "pairs.jsonl"
+            self._timed(
+                t,
+                "references",
+                pairs.exists,
+                lambda: pairing.run_pairing(self.session, self.models, t, responses, pairs, self.stopper),
+            )
+            self._timed(t, "optimise", lambda: self.store.exists(t + 1), lambda: self.optimise(t))
+            self._timed(t, "evaluate", lambda: self._evaluated(t), lambda: self.evaluate(t))
+        return self.rows()
+
+    def sft(self) -> None:
+        """M0 -> M1; without IFT and EFT, or with sft.epochs 0, M1 is M0."""
+        session, config = self.session, self.config.sft
+        ift, eft = self._replay_parts(config.ift_batch_size, config.eft_batch_size, stream=1)
+        lengths = [
+            len(rows) / size
+            for rows, size, part in (
+                (session.ift_rows, config.ift_batch_size, ift),
+                (session.eft_rows, config.eft_batch_size, eft),
+            )
+            if part is not None
+        ]
+        steps = int(np.ceil(config.epochs * max(lengths, default=0)))
+        if not steps:
+            self.store.save(1, self.models.load(0))
+            return
+        train_stage(
+            session,
+            self.directory,
+            self.metrics,
+            self.stopper,
+            name="sft",
+            stage="sft",
+            iteration=0,
+            title="SFT",
+            dataset=pipelines.sft_dataset(ift, eft, steps),
+            peak=config.learning_rate,
+            params=lambda: self.models.take(0),
+            save=lambda params: self.store.save(1, params),
+        )
+
+    def optimise(self, t: int) -> None:
+        """SCIR training M_t -> M_{t+1} on the iteration's pairs."""
+        session, config = self.session, self.config
+        folder = self.directory.iteration(t)
+        replay = config.replay
+        ift = eft = None
+        if replay.weight:
+            ift, eft = self._replay_parts(replay.ift_batch_size, replay.eft_batch_size, stream=10 + t)
+        dataset = pipelines.pairs_dataset(
+            records.read_rows(folder / "pairs.jsonl"),
+            session.encoder,
+            session.shapes,
+            rewards=len(reward_names(config)),
+            need_label=config.data.label_key if config.preference.labels == "external" else None,
+            batch_size=config.optimise.batch_size,
+            epochs=config.optimise.epochs,
+            seed=self._seed(100 + t),
+            ift=ift,
+            eft=eft,
+        )
+        train_stage(
+            session,
+            self.directory,
+            self.metrics,
+            self.stopper,
+            name=f"iteration_{t:02d}",
+            stage="optimise",
+            iteration=t,
+            title=f"iteration {t}: optimise",
+            dataset=dataset,
+            peak=config.optimise.learning_rate,
+            params=lambda: self.models.take(t),
+            decisions=AppendOnly(folder / "decisions.jsonl"),
+            save=lambda params: self.store.save(t + 1, params),
+        )
+
+    def evaluate(self, t: int) -> None:
+        """evaluation.json of M_{t+1}."""
+        session, config = self.session, self.config
+        folder = self.directory.iteration(t)
+        number = t + 1
+        reference = self.models.implicit_reference(t)
+        pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
+        items = evaluation.both_responses(pairs)
+        kinds = 2 if config.evaluate.greedy else 1
+        total = kinds * scoring.batches_of(len(session.heldout_prompts), config.sample.batch_size)
+        total += 2 * scoring.batches_of(len(items), 2 * config.evaluate.batch_size)
+        total += scoring.batches_of(len(pairs), config.evaluate.batch_size)
+        values: dict = {"model": f"M{number}"}
+        with console.stage(f"evaluate M{number}", total) as bar:
+
+            def advance() -> None:
+                bar.advance()
+                self.stopper.check(f"evaluation of M{number}")
+
+            reference_logps = None
+            if pairs and reference != number:
+                reference_logps = scoring.response_logps(session, self.models.load(reference), items, advance)
+            params = self.models.load(number)
+            if pairs:
+                logps = scoring.response_logps(session, params, items, advance).reshape(-1, 2)
+                judged = scoring.judge_pairs(session, params, pairs, advance)
+                lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
+                if reference_logps is not None:
+                    reference_logps = reference_logps.reshape(-1, 2)
+                values |= evaluation.pair_metrics(session, judged, logps, reference_logps, lengths, labels)
+            if session.heldout_prompts:
+                rows = evaluation.evaluate_responses(session, params, t, self.stopper, bar)
+                against = None
+                if t:
+                    path = self.directory.iteration(0) / "heldout_responses.jsonl"
+                    against = [row for _, row in records.read_rows(path)]
+                values |= evaluation.response_metrics(rows, self.grader, against)
+                records.write_rows(folder / "heldout_responses.jsonl", rows)
+        if t:
+            values |= evaluation.decision_metrics(folder, self.grader)
+        values = evaluation.clean(values)
+        self.metrics.evaluation(values)
+        records.write_json(folder / "evaluation.json", values)
+
+    def rows(self) -> list[dict]:
+        """The final table: a row a model, its seconds those of its iteration's stages."""
+        result = []
+        for t in range(self.config.run.iterations + 1):
+            row = evaluation.read_json(self.directory.iteration(t) / "evaluation.json")
+            timings = self.directory.iteration(t) / "seconds.json"
+            seconds = evaluation.read_json(timings) if timings.exists() else {}
+            result.append({**row, "seconds": round(sum(seconds.values()), 1)})
+        return result
+
+    def _evaluated(self, t: int) -> bool:
+        return (self.directory.iteration(t) / "evaluation.json").exists()
+
+    def _timed(self, t: int, stage: str, done, do) -> None:
+        """Runs a stage unless it is done, and keeps its time (of the last try) in seconds.json."""
+        if done():
+            return
+        started = time.monotonic()
+        do()
+        path = self.directory.iteration(t) / "seconds.json"
+        seconds = evaluation.read_json(path) if path.exists() else {}
+        records.write_json(path, {**seconds, stage: round(time.monotonic() - started, 2)})
+
+    def _replay_parts(self, ift_size: int, eft_size: int, stream: int):
+        session = self.session
+        pad_id = session.chat.pad_id
+        ift = pipelines.targets_dataset(session.ift_rows, session.shapes.ift, ift_size, pad_id, self._seed(stream))
+        eft = pipelines.targets_dataset(session.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000))
+        return ift, eft
+
+    def _seed(self, stream: int) -> int:
+        return int(np.random.SeedSequence([self.config.run.seed, 2, stream]).generate_state(1)[0])
+
+
+def check_inputs(session: Session) -> None:
+    """Reads and checks everything that the run will need, before anything is computed."""
+    config = session.config
+    if config.run.iterations and not session.prompts and not session.given_pairs:
+        raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
+    if config.preference.labels == "external" and not config.data.pairs:
+        console.say(
+            f"labels come from the column {config.data.label_key!r} that you add to each iteration's pairs.jsonl; "
+            "the run stops there until it is present"
+        )
+    _ = session.shapes, session.ift_rows, session.eft_rows
+    dropped, cut = session.encoder.dropped_prompts, session.encoder.truncated_prompts
+    if dropped or cut:
+        console.say(f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: {dropped} left out, {cut} lost their middle")

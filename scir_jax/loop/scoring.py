@@ -1,0 +1,66 @@
+"""Scores of many responses and pairs under one set of parameters, batch by batch in fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from scir_jax.data.encode import Prompt, Response
+from scir_jax.data.records import batched
+from scir_jax.data.rows import fill, pad_rows, stack
+from scir_jax.engine.forward import Judged
+from scir_jax.engine.mesh import put_batch
+from scir_jax.loop.session import Session
+
+Pair = tuple[Prompt, Response, Response]
+
+
+def nothing(*_) -> None:
+    """Does not report progress."""
+
+
+def response_logps(
+    session: Session, params, items: Sequence[tuple[Prompt, Response]], advance: Callable[[], None] = nothing
+) -> np.ndarray:
+    """log pi(y|x) of each response, [len(items)] float32 nats, summed over its tokens with the stop token."""
+    size = 2 * session.config.evaluate.batch_size
+    result = []
+    for part in batched(items, size):
+        rows = pad_rows([session.encoder.scored_row(*item) for item in part], session.shapes.scored, session.chat.pad_id)
+        logps = session.scorer(params, put_batch(fill(rows, size), session.mesh))
+        result.append(np.asarray(logps)[: len(part)])
+        advance()
+    return np.concatenate(result) if result else np.zeros(0, np.float32)
+
+
+def judge_pairs(session: Session, params, pairs: Sequence[Pair], advance: Callable[[], None] = nothing) -> Judged:
+    """Verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32."""
+    size = session.config.evaluate.batch_size
+    verdicts, mass = [], []
+    for part in batched(pairs, size):
+        rows = tuple(
+            stack(
+                [
+                    pad_rows(
+                        [session.encoder.judge_row(judge, prompt, *order) for order in ((a, b), (b, a))],
+                        tokens,
+                        session.chat.pad_id,
+                    )
+                    for prompt, a, b in part
+                ]
+            )
+            for judge, tokens in zip(session.judges, session.shapes.judges, strict=True)
+        )
+        judged = session.judge(params, put_batch(fill(rows, size), session.mesh))
+        verdicts.append(np.asarray(judged.verdicts)[: len(part)])
+        mass.append(np.asarray(judged.mass)[: len(part)])
+        advance()
+    if not pairs:
+        templates = len(session.judges)
+        return Judged(np.zeros((0, templates, 2, 2), np.float32), np.zeros((0, templates, 2), np.float32))
+    return Judged(np.concatenate(verdicts), np.concatenate(mass))
+
+
+def batches_of(items: int, size: int) -> int:
+    return -(-items // size)

@@ -1,0 +1,147 @@
+"""One training stage: batches in, a model out, resumable to the bit at any step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from scir_jax.data.pipelines import iterator
+from scir_jax.engine.checkpoint import StageCheckpoints
+from scir_jax.engine.mesh import put_batch
+from scir_jax.engine.metrics import AppendOnly, Metrics
+from scir_jax.engine.steps import learning_rates
+from scir_jax.errors import InputError
+from scir_jax.loop import console
+from scir_jax.loop.directory import RunDirectory
+from scir_jax.loop.session import Session
+
+
+def train_stage(
+    session: Session,
+    run: RunDirectory,
+    metrics: Metrics,
+    stopper: console.Stopper,
+    *,
+    name: str,
+    stage: str,
+    iteration: int,
+    title: str,
+    dataset: grain.MapDataset,
+    peak: float,
+    params: Callable[[], Any],
+    decisions: AppendOnly | None = None,
+    save: Callable[[Any], None],
+) -> None:
+    """Trains over `dataset` once and saves the resulting parameters; goes on from the newest checkpoint if any.
+
+    Args:
+      name: of the stage's checkpoint directory.
+      params: gives the parameters to start from, which are donated.
+      decisions: file of the per-pair decisions of every step.
+      save: is given the final parameters.
+
+    Raises:
+      InputError: after optimizer.max_skipped steps in a row with a non-finite loss or gradient.
+      Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    config = session.config
+    trainer = session.trainer
+    steps = len(dataset)
+    rates = learning_rates(config.optimizer, peak, steps)
+    checkpoints = StageCheckpoints(run.checkpoints / name, config.checkpoint.keep)
+    restored = checkpoints.restore(trainer.abstract_state())
+    if restored is None:
+        done, state, position = 0, trainer.init(params()), None
+    else:
+        done, state, meta = restored
+        position = meta["data"]
+    batches = iterator(dataset, position)
+    metrics.start_stage(stage, iteration, done)
+    if decisions is not None:
+        decisions.cut(lambda row: row["step"] <= done)
+
+    writer = _Writer(metrics, decisions, stage, iteration, config.optimizer.max_skipped)
+    try:
+        with console.stage(title, steps, done) as bar:
+            for step in range(done, steps):
+                batch = next(batches)
+                started = time.monotonic()
+                state, output = trainer.step(state, put_batch(batch, session.mesh), rates[step])
+                # Read one step late: the device is never waited for.
+                writer.flush()
+                writer.hold(step + 1, output, batch, _tokens(batch), started)
+                bar.advance(writer.note)
+                completed = step + 1
+                stop = stopper.signal is not None
+                if completed < steps and (stop or completed % config.checkpoint.every == 0):
+                    writer.flush(sync=True)
+                    checkpoints.save(completed, state, {"data": batches.get_state()})
+                if stop and completed < steps:
+                    checkpoints.wait()
+                    stopper.check(title)
+            writer.flush(sync=True)
+        save(state.params)
+        jax.block_until_ready(state)
+    except BaseException:
+        checkpoints.close()
+        raise
+    finally:
+        if decisions is not None:
+            decisions.close()
+    checkpoints.remove()
+
+
+class _Writer:
+    """Holds the last step's output until the next step is under way."""
+
+    def __init__(self, metrics: Metrics, decisions: AppendOnly | None, stage: str, iteration: int, max_skipped: int):
+        self._metrics, self._decisions = metrics, decisions
+        self._stage, self._iteration = stage, iteration
+        self._max_skipped = max_skipped
+        self._held: tuple | None = None
+        self._last = time.monotonic()
+        self.note = ""
+
+    def hold(self, step: int, output, batch, tokens: int, started: float) -> None:
+        self._held = (step, output, batch, tokens, started)
+
+    def flush(self, *, sync: bool = False) -> None:
+        if self._held is not None:
+            (step, output, batch, tokens, started), self._held = self._held, None
+            values = {k: float(v) for k, v in jax.device_get(output.metrics).items()}
+            now = time.monotonic()
+            seconds, self._last = now - max(started, self._last), now
+            in_a_row = int(values.pop("skipped_in_a_row"))
+            values["seconds"] = seconds
+            values["tokens_per_second"] = tokens / max(seconds, 1e-9)
+            self._metrics.write(self._stage, self._iteration, step, values)
+            if self._decisions is not None:
+                self._write_decisions(step, jax.device_get(output.decisions), batch.pairs.index)
+            self.note = f"loss {values['loss']:.3f}"
+            if in_a_row >= self._max_skipped:
+                self._metrics.sync()
+                raise InputError(
+                    f"{in_a_row} steps in a row had a non-finite loss or gradient (up to step {step} of {self._stage}, "
+                    "none of them changed the model); the last checkpoint is intact: lower the learning rate or look "
+                    "at the data, in a new run.directory"
+                )
+        if sync:
+            self._metrics.sync()
+            if self._decisions is not None:
+                self._decisions.sync()
+
+    def _write_decisions(self, step: int, decided: dict[str, np.ndarray], index: np.ndarray) -> None:
+        for i, pair in enumerate(index):
+            if pair >= 0:
+                row = {name: values[i].tolist() for name, values in decided.items()}
+                self._decisions.write({"step": step, "pair": int(pair), **row})
+
+
+def _tokens(batch) -> int:
+    """Token places of a batch, padding included: what the device works on."""
+    return sum(x.size for x in jax.tree.leaves(batch) if x.dtype == np.int32 and x.ndim > 1)
