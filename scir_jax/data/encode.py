@@ -153,9 +153,9 @@ class Encoder:
             a, b = answers[::-1] if swapped else answers
             question = self.judge_row(judge, prompt, a, b).ids
             first_is_better = (comparison.label > 0.5) != swapped
-            verdict = (judge.verdict_ids[0 if first_is_better else 1], self.chat.stop_ids[0])
-            unmarked = len(question) - prefix
-            rows.append((question + verdict, (False,) * unmarked + (True,) * (prefix + 2)))
+            verdict = judge.verdict_ids[0 if first_is_better else 1]
+            # The stop token behind it is not learned here: that would halve the verdict's share of the loss.
+            rows.append(((*question, verdict), (False,) * (len(question) - prefix) + (True,) * (prefix + 1)))
         return rows
 
     # --- budget -----------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Encoder:
     def quote_tokens(self, judge: Judge, conversation: int, prompt: int) -> int:
         """Tokens of each quoted answer that fit into the context; InputError if none do."""
         response = self.config.max_response_tokens
-        fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 2  # the verdict and its stop token
+        fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 1  # the verdict
         if judge.template.layout == "continuation":
             fixed += conversation + response + 1
         room = (self.context - fixed) // (judge.slots("response_a") + judge.slots("response_b"))
@@ -176,8 +176,11 @@ class Encoder:
             )
         return min(room, response)
 
-    def shapes(self, prompts: Sequence[Prompt], ift_tokens: int) -> Shapes:
-        """Static lengths for these prompts; InputError where prompt and response do not fit into the context."""
+    def shapes(self, prompts: Sequence[Prompt], ift_tokens: int = 0, eft_tokens: int = 0) -> Shapes:
+        """Static lengths for these prompts and for supervised rows of at most so many tokens.
+
+        Raises InputError where prompt and response do not fit into the context.
+        """
         conversation = max(len(p.conversation) for p in prompts)
         text = max(len(p.text) for p in prompts)
         response = self.config.max_response_tokens
@@ -205,7 +208,7 @@ class Encoder:
             row=shape(lengths[0] if self.continued else conversation + response),
             judges=tuple(map(shape, lengths)),
             ift=shape(ift_tokens) if ift_tokens else 0,
-            eft=shape(max(lengths) + 2),
+            eft=shape(eft_tokens) if eft_tokens else 0,
         )
 
 

@@ -63,8 +63,6 @@ def check(config: Config) -> None:
     for key, value in (
         ("optimise.batch_size", config.optimise.batch_size),
         ("optimizer.accumulate", config.optimizer.accumulate),
-        ("sample.responses", config.sample.responses),
-        ("sample.batch_size", config.sample.batch_size),
         ("evaluate.batch_size", config.evaluate.batch_size),
         ("evaluate.samples", config.evaluate.samples),
         ("checkpoint.every", config.checkpoint.every),
@@ -77,22 +75,38 @@ def check(config: Config) -> None:
             raise InputError(f"{key} must be at least 1, not {value}")
     if config.run.iterations < 0:
         raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
-    if config.sample.temperature < 0 or not 0 < config.sample.top_p <= 1 or config.sample.top_k < 0:
-        raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
+    check_sampling(config)
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
-    for key, value in (("optimise.batch_size", config.optimise.batch_size), ("replay.ift_batch_size", config.replay.ift_batch_size), ("replay.eft_batch_size", config.replay.eft_batch_size), ("sft.ift_batch_size", config.sft.ift_batch_size), ("sft.eft_batch_size", config.sft.eft_batch_size)):
-        if value % config.optimizer.accumulate:
-            raise InputError(f"{key}={value} does not divide into optimizer.accumulate={config.optimizer.accumulate} micro-batches")
+    micro = config.optimizer.accumulate
+    for key, value in training_batches(config).items():
+        if value % micro:
+            raise InputError(f"{key}={value} does not divide into optimizer.accumulate={micro} micro-batches")
+
+
+def training_batches(config: Config) -> dict[str, int]:
+    """The batch sizes that micro-batches divide, by key."""
+    return {
+        "optimise.batch_size": config.optimise.batch_size,
+        "sft.ift_batch_size": config.sft.ift_batch_size,
+        "sft.eft_batch_size": config.sft.eft_batch_size,
+        "replay.ift_batch_size": config.replay.ift_batch_size,
+        "replay.eft_batch_size": config.replay.eft_batch_size,
+    }
+
+
+def check_sampling(config: Config) -> None:
+    """Refuses settings of `sample` that mean nothing."""
+    sample = config.sample
+    if sample.temperature < 0 or not 0 < sample.top_p <= 1 or sample.top_k < 0:
+        raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
+    for key in ("responses", "batch_size"):
+        if getattr(sample, key) < 1:
+            raise InputError(f"sample.{key} must be at least 1, not {getattr(sample, key)}")
 
 
 class Session:
-    """A model with its tokenizer and compiled programs on a mesh.
-
-    Args:
-      config: resolved.
-      prompts, ift_tokens: what the static shapes are derived from; see `shapes`.
-    """
+    """A model with its tokenizer, encoder, data files and compiled programs on a mesh. Takes a resolved Config."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -165,12 +179,13 @@ class Session:
             prompts = [*self.prompts, *self.heldout_prompts, *others]
             if not prompts:
                 raise InputError("no prompts: set data.prompts (or data.pairs)")
-            self._shapes = self.encoder.shapes(prompts, max((len(ids) for ids, _ in self.ift_rows), default=0))
+            longest = (max((len(ids) for ids, _ in rows), default=0) for rows in (self.ift_rows, self.eft_rows))
+            self._shapes = self.encoder.shapes(prompts, *longest)
         return self._shapes
 
     def shapes_for(self, prompts: list[Prompt]) -> None:
         """Fixes the static lengths for a command that has prompts of its own."""
-        self._shapes = self.encoder.shapes(prompts, 0)
+        self._shapes = self.encoder.shapes(prompts)
 
     # --- compiled programs ------------------------------------------------------------------------------------------
 
@@ -241,15 +256,10 @@ class Session:
                 f"{self.arch.vocab_size} rows; use the tokenizer that belongs to the model"
             )
         shards = meshes.batch_shards(self.mesh)
-        sizes = {
-            "optimise.batch_size": self.config.optimise.batch_size // self.config.optimizer.accumulate,
-            "sample.batch_size": self.config.sample.batch_size,
-            "evaluate.batch_size": self.config.evaluate.batch_size,
-            "sft.ift_batch_size": self.config.sft.ift_batch_size // self.config.optimizer.accumulate,
-            "sft.eft_batch_size": self.config.sft.eft_batch_size // self.config.optimizer.accumulate,
-            "replay.ift_batch_size": self.config.replay.ift_batch_size // self.config.optimizer.accumulate,
-            "replay.eft_batch_size": self.config.replay.eft_batch_size // self.config.optimizer.accumulate,
-        }
+        micro = self.config.optimizer.accumulate
+        sizes = {key: size // micro for key, size in training_batches(self.config).items()}
+        sizes["sample.batch_size"] = self.config.sample.batch_size
+        sizes["evaluate.batch_size"] = self.config.evaluate.batch_size
         for key, size in sizes.items():
             if size % shards:
                 raise InputError(f"{key} must be a multiple of the {shards} batch shards of the mesh (data x fsdp)")

@@ -46,21 +46,45 @@ def attention(
         if window is not None:
             visible_BS &= places_S > positions_B[:, None] - window
         # One query has no [T, S] scores to save, and cuDNN would need the mask as a float bias.
-        return jax.nn.dot_product_attention(
-            q_BTHd, k_BSKd, v_BSKd, mask=visible_BS[:, None, None, :], implementation="xla"
-        )
+        return _xla(q_BTHd, k_BSKd, v_BSKd, visible_BS[:, None, None, None, :])
     if implementation == "auto":
         implementation = "cudnn" if _cudnn_works(q_BTHd) else "xla"
-    if window is not None and window >= q_BTHd.shape[1]:
+    tokens = q_BTHd.shape[1]
+    if window is not None and window >= tokens:
         window = None
-    return jax.nn.dot_product_attention(
-        q_BTHd,
-        k_BSKd,
-        v_BSKd,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
-    )
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BTHd,
+            k_BSKd,
+            v_BSKd,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    behind_TT = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    visible_TT = behind_TT >= 0 if window is None else (behind_TT >= 0) & (behind_TT < window)
+    return _xla(q_BTHd, k_BSKd, v_BSKd, visible_TT)
+
+
+def _xla(q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention as two batched matrix products; `visible` broadcasts to [B, K, G, T, S], G = H / K.
+
+    The queries of a group are stacked as rows of one product with their shared key head. XLA compiles that (and its
+    gradient) to plain batched products, several times faster on a CPU than the five-axis einsum.
+    """
+    batch, tokens, heads, dim = q_BTHd.shape
+    places, kv_heads = k_BSKd.shape[1:3]
+    group = heads // kv_heads
+    q_BKRd = q_BTHd.reshape(batch, tokens, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    q_BKRd = q_BKRd.reshape(batch, kv_heads, group * tokens, dim)
+    scores = jnp.matmul(q_BKRd, k_BSKd.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, tokens, places) * dim**-0.5
+    # Finite, so that a row that sees nothing (none does) would not become NaN.
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = weights.astype(v_BSKd.dtype).reshape(batch, kv_heads, group * tokens, places)
+    mixed = jnp.matmul(weights, v_BSKd.transpose(0, 2, 1, 3))
+    mixed = mixed.reshape(batch, kv_heads, group, tokens, dim).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, tokens, heads, dim)
 
 
 def _cudnn_works(q_BTHd: jax.Array) -> bool:

@@ -87,9 +87,11 @@ class SwiGLU(nnx.Module):
         self.down = _normal(rngs, arch.hidden_size, arch.intermediate_size)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate = jnp.einsum("btD,fD->btf", x_BTD, self.gate[...])
-        up = jnp.einsum("btD,fD->btf", x_BTD, self.up[...])
-        return jnp.einsum("btf,Df->btD", jax.nn.silu(gate) * up, self.down[...])
+        # One row axis: the weights' gradients are then plain matrix products.
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        gate = jnp.einsum("nD,fD->nf", x_ND, self.gate[...])
+        up = jnp.einsum("nD,fD->nf", x_ND, self.up[...])
+        return jnp.einsum("nf,Df->nD", jax.nn.silu(gate) * up, self.down[...]).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):

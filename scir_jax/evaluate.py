@@ -1,0 +1,118 @@
+"""python -m scir_jax.evaluate: a run's models, or a model directory, on held-out prompts and labelled pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from scir_jax import options
+
+SECTIONS = ("world", "model", "mesh", "data", "text", "sample", "generative", "implicit", "evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, own = options.parse(
+        "evaluate",
+        __doc__,
+        argv,
+        sections=SECTIONS,
+        options={
+            "run": (str | None, None, "run directory: print its models' evaluations, evaluating again with --again"),
+            "again": (bool, False, "with --run: evaluate all of its models anew, with the run's configuration"),
+            "reference": (str | None, None, "model directory: reference of the implicit reward, without one it is left out"),
+            "output": (str | None, None, "evaluation.json to write for a model directory"),
+        },
+    )
+    from scir_jax.errors import InputError
+    from scir_jax.loop import console
+
+    if own["run"]:
+        rows = _run(Path(own["run"]), own["again"])
+        console.print_table(rows, own["run"])
+        return 0
+    if not (config.data.heldout_prompts or config.data.heldout_pairs):
+        raise InputError("nothing to evaluate on: give --data.heldout_prompts or --data.heldout_pairs (or --run RUN)")
+    values = _directory(config, own["reference"])
+    output = Path(own["output"] or "evaluation.json")
+    from scir_jax.data.records import write_json
+
+    write_json(output, values)
+    console.print_table([values], config.model.path)
+    console.say(f"written: {output}")
+    return 0
+
+
+def _run(path: Path, again: bool) -> list[dict]:
+    from scir_jax.data.records import write_json
+    from scir_jax.engine.metrics import Metrics
+    from scir_jax.errors import InputError
+    from scir_jax.loop import console
+    from scir_jax.loop.directory import RunDirectory
+    from scir_jax.loop.evaluation import read_json
+    from scir_jax.loop.iteration import Run
+    from scir_jax.loop.session import Session
+
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: not a run directory (no config.yaml)")
+    config, _ = options.parse("train", "", ["--config", str(path / "config.yaml")])
+    directory = RunDirectory(path)
+    evaluations = sorted(path.glob("iteration_*/evaluation.json"))
+    if not again:
+        if not evaluations:
+            raise InputError(f"{path}: no model is evaluated yet; run train on, or give --again true")
+        return [read_json(file) for file in evaluations]
+    directory.open(config)
+    try:
+        with console.Stopper() as stopper:
+            metrics = Metrics(path, tensorboard=False, wandb=False, config={})
+            run = Run(Session(config), directory, metrics, stopper)
+            last = run.store.latest()
+            if not last:
+                raise InputError(f"{path}: no model beyond M0 to evaluate yet")
+            for iteration in range(last):
+                run.evaluate(iteration)
+            rows = [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)]
+            if (path / "summary.json").exists():
+                write_json(path / "summary.json", {"rows": run.rows()})
+    finally:
+        directory.close()
+    return rows
+
+
+def _directory(config, reference: str | None) -> dict:
+    import numpy as np
+
+    from scir_jax.loop import console, evaluation, scoring
+    from scir_jax.loop.session import Session, check_sampling, resolve
+
+    config = resolve(config)
+    check_sampling(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=None, ift=None, eft=None, pairs=None))
+    grader = evaluation.load_grader(config.evaluate.grader)
+    session = Session(config)
+    pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
+    items = evaluation.both_responses(pairs)
+    values: dict = {"model": config.model.path}
+    batches = scoring.batches_of(len(pairs), config.evaluate.batch_size)
+    kinds = 2 if config.evaluate.greedy else 1
+    total = batches * 3 + kinds * scoring.batches_of(len(session.heldout_prompts), config.sample.batch_size)
+    with console.Stopper() as stopper, console.stage("evaluate", total) as bar:
+        reference_logps = None
+        if pairs and reference:
+            params = session.import_params(Path(reference))
+            reference_logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
+        params = session.import_params(Path(config.model.path))
+        if pairs:
+            logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
+            judged = scoring.judge_pairs(session, params, pairs, bar.advance)
+            lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
+            values |= evaluation.pair_metrics(session, judged, logps, reference_logps, lengths, labels)
+        if session.heldout_prompts:
+            rows = evaluation.evaluate_responses(session, params, 0, stopper, bar)
+            values |= evaluation.response_metrics(rows, grader, None)
+    return evaluation.clean(values)
+
+
+if __name__ == "__main__":
+    options.main(main)

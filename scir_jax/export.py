@@ -1,0 +1,40 @@
+"""python -m scir_jax.export: a checkpoint of a run to a Hugging Face directory that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from scir_jax import options
+from scir_jax.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("output", type=Path, help="directory to write")
+    parser.add_argument("--model", help="M0, M1, ...; the newest by default")
+    arguments = parser.parse_args(argv)
+
+    from scir_jax.engine.checkpoint import ModelStore
+    from scir_jax.loop import console
+    from scir_jax.loop.directory import RunDirectory
+    from scir_jax.loop.export import export_model
+    from scir_jax.loop.session import Session
+
+    recorded = arguments.run / "config.yaml"
+    if not recorded.is_file():
+        raise InputError(f"{arguments.run}: not a run directory (no config.yaml)")
+    config, _ = options.parse("train", "", ["--config", str(recorded)])
+    directory = RunDirectory(arguments.run)
+    name = arguments.model or f"M{ModelStore(directory.checkpoints).latest() or 0}"
+    if not name.removeprefix("M").isdigit():
+        raise InputError(f"--model {name}: expected M0, M1, ...")
+    export_model(Session(config), directory, int(name.removeprefix("M")), arguments.output)
+    console.say(f"{name} of {arguments.run}: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    options.main(main)

@@ -1,0 +1,122 @@
+"""python -m scir_jax.judge: both reward models' probabilities for a file of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scir_jax import options
+
+SECTIONS = ("world", "model", "mesh", "data", "text", "generative", "implicit", "evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, own = options.parse(
+        "judge",
+        __doc__,
+        argv,
+        sections=SECTIONS,
+        options={
+            "input": (str, ..., "JSONL file of prompt, response_a, response_b (or prompt, chosen, rejected)"),
+            "output": (str, ..., "JSONL file to write: the rows with p_generative, p_implicit, agreed, ..."),
+            "reference": (str | None, None, "model directory of the implicit reward's reference; without one no p_implicit"),
+            "with_ids": (bool, False, "add each judge row's token ids, verdict position and verdict ids"),
+        },
+    )
+    import numpy as np
+
+    from scir_jax.data import records
+    from scir_jax.loop import console, scoring
+    from scir_jax.loop.evaluation import accuracy, both_responses, implicit_logits
+    from scir_jax.loop.session import Session, resolve
+    from scir_jax.method import rewards
+
+    config = resolve(config)
+    comparisons = records.read_comparisons(own["input"], label_key=config.data.label_key)
+    rows = [row for _, row in records.read_rows(own["input"])]
+    session = Session(config)
+    prompts = [session.encoder.prompt(c.messages) for c in comparisons]
+    kept = [i for i, p in enumerate(prompts) if p is not None]
+    if len(kept) < len(rows):
+        console.say(f"{len(rows) - len(kept)} rows left out: prompt longer than text.max_prompt_tokens")
+    rows, comparisons, prompts = ([x[i] for i in kept] for x in (rows, comparisons, prompts))
+    session.shapes_for(prompts)
+    pairs = [
+        (p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in zip(prompts, comparisons, strict=True)
+    ]
+    items = both_responses(pairs)
+    batches = scoring.batches_of(len(pairs), config.evaluate.batch_size)
+    implicit = None
+    with console.stage("judge", batches * (3 if own["reference"] else 1)) as bar:
+        if own["reference"]:
+            params = session.import_params(Path(own["reference"]))
+            reference_logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
+        params = session.import_params(Path(config.model.path))
+        judged = scoring.judge_pairs(session, params, pairs, bar.advance)
+        if own["reference"]:
+            logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
+            lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
+            implicit = implicit_logits(session, logps, reference_logps, lengths)
+
+    by_template = [
+        {k: np.asarray(v, np.float64) for k, v in rewards.generative(judged.verdicts[:, g]).items()}
+        for g in range(len(session.judges))
+    ]
+    generative = np.mean([t["logit"] for t in by_template], axis=0)
+    slot_bias = np.mean([t["slot_bias"] for t in by_template], axis=0)
+    for i, row in enumerate(rows):
+        row["p_generative"] = _sigmoid(generative[i])
+        row["slot_bias"] = float(slot_bias[i])
+        row["verdict_mass"] = float(judged.mass[i].mean())
+        if implicit is not None:
+            row["p_implicit"] = _sigmoid(implicit[i])
+            row["agreed"] = bool(generative[i] * implicit[i] > 0)
+            row["logps"] = [float(x) for x in logps[i]]
+            row["reference_logps"] = [float(x) for x in reference_logps[i]]
+        if own["with_ids"]:
+            row["judge_rows"] = _judge_rows(session, pairs[i], judged.verdicts[i])
+    records.write_rows(Path(own["output"]), rows)
+
+    labels = np.array([np.nan if c.label is None else c.label for c in comparisons])
+    known = ~np.isnan(labels) & (labels != 0.5)
+    summary = {"pairs": len(rows), "slot_bias": slot_bias.mean(), "verdict_mass": judged.mass.mean()}
+    summary["flip_rate"] = np.mean([t["flip"] for t in by_template])
+    if known.any():
+        summary["generative_accuracy"] = accuracy(generative[known], labels[known] > 0.5)
+        if implicit is not None:
+            summary["implicit_accuracy"] = accuracy(implicit[known], labels[known] > 0.5)
+    if implicit is not None:
+        summary["agreement"] = np.mean(generative * implicit > 0)
+    for name, value in summary.items():
+        print(f"{name:<20} {value:.4f}" if name != "pairs" else f"{name:<20} {value}")
+    return 0
+
+
+def _judge_rows(session, pair, verdicts) -> list[dict]:
+    """Every judge row of a pair: what another implementation needs to check the probability."""
+    prompt, a, b = pair
+    result = []
+    for g, judge in enumerate(session.judges):
+        for order, (first, second) in enumerate(((a, b), (b, a))):
+            ids = session.encoder.judge_row(judge, prompt, first, second).ids
+            result.append(
+                {
+                    "template": judge.template.name,
+                    "shown_as_a": "ab"[order],
+                    "ids": list(ids),
+                    "verdict_position": len(ids) - 1,
+                    "verdict_ids": list(judge.verdict_ids),
+                    "verdict_logits": [float(x) for x in verdicts[g, order]],
+                }
+            )
+    return result
+
+
+def _sigmoid(x: float) -> float:
+    import math
+
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+if __name__ == "__main__":
+    options.main(main)

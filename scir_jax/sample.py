@@ -1,0 +1,53 @@
+"""python -m scir_jax.sample: responses of a model directory to a file of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from scir_jax import options
+from scir_jax.config import GenerativeConfig
+
+SECTIONS = ("run", "world", "model", "mesh", "data", "text", "sample")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, own = options.parse(
+        "sample", __doc__, argv, sections=SECTIONS, options={"output": (str, ..., "JSONL file to write, a row a response")}
+    )
+    from scir_jax.engine.sampler import Sampling, stream_key
+    from scir_jax.errors import InputError
+    from scir_jax.loop import console, sampling
+    from scir_jax.loop.session import Session, check_sampling, resolve
+
+    # No judge is asked here, and the model need not have room for one.
+    config = resolve(dataclasses.replace(config, generative=GenerativeConfig(templates=())))
+    check_sampling(config)
+    if not config.data.prompts:
+        raise InputError("no prompts: give --data.prompts FILE")
+    output = Path(own["output"])
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: the directory {output.parent} does not exist")
+    session = Session(config)
+    prompts = session.prompts[: config.sample.prompts]
+    session.shapes_for(prompts)
+    params = session.import_params(Path(config.model.path))
+    with console.Stopper() as stopper:
+        sampling.sample_file(
+            session,
+            params,
+            list(enumerate(prompts)),
+            output,
+            responses=config.sample.responses,
+            sampling=Sampling.of(config.sample.temperature, config.sample.top_p, config.sample.top_k),
+            key=stream_key(config.run.seed, "responses", 0),
+            title="sample",
+            stopper=stopper,
+        )
+    console.say(f"{len(prompts)} prompts x {config.sample.responses} responses: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    options.main(main)
