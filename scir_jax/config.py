@@ -20,6 +20,8 @@ class RunConfig:
     """seed of data order, sampling and pairing"""
     iterations: int = 2
     """rounds of SCIR training: 2 turns M1 into M3"""
+    start_from: str | None = None
+    """run directory whose M0 and M1 are taken instead of SFT, so that methods start from one model"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
     wandb: bool = False

@@ -34,6 +34,8 @@ class Run:
 
     def run(self) -> list[dict]:
         """All stages that are not done yet; returns the rows of the final table."""
+        if self.config.run.start_from:
+            self._start_from(Path(self.config.run.start_from))
         if not self.store.exists(0):
             self.store.save(0, self.session.import_params(Path(self.config.model.path)))
         self.stopper.check("start-up")
@@ -59,6 +61,14 @@ class Run:
             self._timed(t, "optimise", lambda: self.store.exists(t + 1), lambda: self.optimise(t))
             self._timed(t, "evaluate", lambda: self._evaluated(t), lambda: self.evaluate(t))
         return self.rows()
+
+    def _start_from(self, other: Path) -> None:
+        for number in (0, 1):
+            source = ModelStore(RunDirectory(other).checkpoints)
+            if not source.exists(number):
+                raise InputError(f"run.start_from {other}: holds no model M{number}")
+            if not self.store.exists(number):
+                self.store.save(number, source.load(number, self.session.abstract_params))
 
     def sft(self) -> None:
         """M0 -> M1; without IFT and EFT, or with sft.epochs 0, M1 is M0."""

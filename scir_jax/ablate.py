@@ -1,0 +1,156 @@
+"""python -m scir_jax.ablate: methods against each other, from one M1 a seed, every method tuned with the same budget.
+
+Each method's learning rate is the one of --rates with the best mean of --by on the tuning seeds; the table shows the
+other seeds. Runs that are finished are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from scir_jax import options
+from scir_jax.errors import InputError
+
+COLUMNS = ("quality", "exact", "greedy_quality", "win_rate", "generative_accuracy", "implicit_accuracy", "agreement", "label_accuracy", "selected", "distinct", "length")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="the configuration that methods are laid over")
+    parser.add_argument("--methods", nargs="+", required=True, help="YAML files of settings, for example configs/methods/*.yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)")
+    parser.add_argument("--tune_seeds", nargs="*", type=int, default=[], help="other seeds, for choosing the learning rate")
+    parser.add_argument("--rates", nargs="+", default=[], help="values of optimise.learning_rate to choose from")
+    parser.add_argument("--by", default="quality", help="column that chooses the rate")
+    parser.add_argument("--iterations", type=int, default=3, help="iterations of every method")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--output", type=Path, required=True, help="directory of all runs and of ablation.json")
+    arguments = parser.parse_args(argv)
+    if set(arguments.seeds) & set(arguments.tune_seeds):
+        raise InputError("--seeds and --tune_seeds share a seed: the table would show what was tuned on")
+    if arguments.rates and len(arguments.rates) > 1 and not arguments.tune_seeds:
+        raise InputError("--rates needs --tune_seeds to choose from")
+    for file in (arguments.config, *arguments.methods):
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such file")
+    study = Study(arguments)
+    study.starts([*arguments.tune_seeds, *arguments.seeds])
+    methods = {Path(file).stem: file for file in arguments.methods}
+    rates = {name: arguments.rates[0] if arguments.rates else None for name in methods}
+    tuning = {}
+    if len(arguments.rates) > 1:
+        grid = list(itertools.product(methods, arguments.rates, arguments.tune_seeds))
+        study.run_all([(methods[name], name, rate, seed) for name, rate, seed in grid])
+        for name in methods:
+            tuning[name] = {
+                rate: float(np.mean([study.last(name, rate, seed)[arguments.by] for seed in arguments.tune_seeds]))
+                for rate in arguments.rates
+            }
+            rates[name] = max(tuning[name], key=tuning[name].get)
+    study.run_all([(methods[name], name, rates[name], seed) for name in methods for seed in arguments.seeds])
+    rows = [study.summary("sft", [study.rows(study.start(seed))[0] for seed in arguments.seeds])]
+    for name in methods:
+        last = [study.last(name, rates[name], seed) for seed in arguments.seeds]
+        rows.append({**study.summary(name, last), "learning_rate": rates[name]})
+    result = {"seeds": arguments.seeds, "tune_seeds": arguments.tune_seeds, "rates": rates, "tuning": tuning, "rows": rows}
+    (arguments.output / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_table(rows, len(arguments.seeds), arguments.iterations)
+    return 0
+
+
+class Study:
+    """The runs of a study, each a run directory of the train command under `output`."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.output: Path = arguments.output
+
+    def start(self, seed: int) -> Path:
+        return self.output / f"seed_{seed}" / "start"
+
+    def directory(self, name: str, rate: str | None, seed: int) -> Path:
+        return self.output / f"seed_{seed}" / (f"{name}_{rate}" if rate else name)
+
+    def starts(self, seeds: Sequence[int]) -> None:
+        """M0 and M1 of every seed."""
+        jobs = []
+        for seed in seeds:
+            self.start(seed).parent.mkdir(parents=True, exist_ok=True)
+            jobs.append((self.start(seed), [*self._common(seed), "--run.iterations", "0"]))
+        self._parallel(jobs)
+
+    def run_all(self, runs: Sequence[tuple[str, str, str | None, int]]) -> None:
+        jobs = []
+        for file, name, rate, seed in runs:
+            more = ["--config", file, *self._common(seed)[2:], "--run.iterations", str(self.arguments.iterations)]
+            more += ["--run.start_from", str(self.start(seed))]
+            more += ["--optimise.learning_rate", rate] if rate else []
+            jobs.append((self.directory(name, rate, seed), [*self._common(seed)[:2], *more]))
+        self._parallel(jobs)
+
+    def rows(self, directory: Path) -> list[dict]:
+        return json.loads((directory / "summary.json").read_text(encoding="utf-8"))["rows"]
+
+    def last(self, name: str, rate: str | None, seed: int) -> dict:
+        return self.rows(self.directory(name, rate, seed))[-1]
+
+    def summary(self, name: str, rows: Sequence[dict]) -> dict:
+        """Mean and standard error over seeds of every column that all rows have."""
+        result: dict = {"method": name}
+        for column in COLUMNS:
+            values = [row.get(column) for row in rows]
+            if all(v is not None for v in values):
+                error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+                result[column] = [float(np.mean(values)), float(error)]
+        return result
+
+    def _common(self, seed: int) -> list[str]:
+        world = str(self.output / f"seed_{seed}" / "world")
+        return [
+            *("--config", self.arguments.config, "--world.directory", world, "--world.seed", str(seed)),
+            *("--run.seed", str(seed), "--run.compilation_cache", str(self.output / "compiled")),
+        ]
+
+    def _parallel(self, jobs: Sequence[tuple[Path, list[str]]]) -> None:
+        """Runs what has no summary.json yet; the first failure ends the study after the runs under way."""
+
+        def run(job: tuple[Path, list[str]]) -> None:
+            directory, arguments = job
+            command = [sys.executable, "-m", "scir_jax.train", *arguments, "--run.directory", str(directory)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise InputError(f"{directory}: the run failed: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{directory}: done", file=sys.stderr, flush=True)
+
+        open_jobs = [job for job in jobs if not (job[0] / "summary.json").exists()]
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            list(pool.map(run, open_jobs))
+
+
+def print_table(rows: Sequence[dict], seeds: int, iterations: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"after {iterations} iterations, {seeds} seeds, mean ± standard error")
+    present = [c for c in COLUMNS if any(c in row for row in rows)]
+    for name in ("method", "learning rate", *present):
+        table.add_column(name)
+    for row in rows:
+        cells = [f"{row[c][0]:.3f} ± {row[c][1]:.3f}" if c in row else "-" for c in present]
+        table.add_row(row["method"], row.get("learning_rate") or "-", *cells)
+    Console(width=220, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    options.main(main)

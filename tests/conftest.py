@@ -1,0 +1,86 @@
+"""Shared fixtures: a small embedded world with a random model, and configurations for it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from scir_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    GenerativeConfig,
+    ModelConfig,
+    OptimiseConfig,
+    ReplayConfig,
+    RunConfig,
+    SampleConfig,
+    SFTConfig,
+    TextConfig,
+    WorldConfig,
+)
+from scir_jax.model import decoder, weights
+from scir_jax.model.architecture import Architecture
+from scir_jax.world.files import WorldSpec, write_world
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory):
+    """A world of few rows; `model/` is a Hugging Face directory with random weights. Read only."""
+    directory = tmp_path_factory.mktemp("world") / "world"
+    spec = WorldSpec(
+        base_documents=8,
+        base_comparisons=8,
+        ift_documents=24,
+        eft_comparisons=12,
+        prompts=24,
+        heldout_prompts=8,
+        heldout_pairs=8,
+        hidden_size=32,
+        intermediate_size=64,
+        layers=2,
+        head_dim=8,
+    )
+    write_world(directory, spec)
+    untrained = directory / "untrained"
+    arch = Architecture.from_hf_config(weights.hf_config(untrained), str(untrained))
+    params = decoder.define(arch).init(jax.random.key(0))
+    # Larger than at initialisation, so that the distributions are far from uniform.
+    params = jax.tree_util.tree_map_with_path(lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params)
+    weights.save(directory / "model", arch, params, source=untrained)
+    return directory
+
+
+def _tiny_config(world_dir, **overrides) -> Config:
+    """A configuration with small batches; overrides are a mapping a section: sample=dict(responses=3)."""
+    world = str(world_dir)
+    config = Config(
+        run=RunConfig(iterations=1, tensorboard=False),
+        world=WorldConfig(directory=world),
+        model=ModelConfig(path=f"{world}/model"),
+        data=DataConfig(
+            prompts=f"{world}/prompts.jsonl",
+            ift=f"{world}/ift.jsonl",
+            eft=f"{world}/eft.jsonl",
+            heldout_prompts=f"{world}/heldout_prompts.jsonl",
+            heldout_pairs=f"{world}/heldout_pairs.jsonl",
+        ),
+        text=TextConfig(max_prompt_tokens=32, max_response_tokens=12),
+        sft=SFTConfig(ift_batch_size=8, eft_batch_size=8, learning_rate=1e-3),
+        sample=SampleConfig(responses=2, prompts=8, batch_size=8),
+        generative=GenerativeConfig(templates=(f"{world}/judge.yaml",)),
+        replay=ReplayConfig(eft_batch_size=8),
+        optimise=OptimiseConfig(batch_size=8, learning_rate=1e-3),
+        checkpoint=CheckpointConfig(every=2),
+        evaluate=EvaluateConfig(batch_size=8, samples=1),
+    )
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in overrides.items()}
+    return dataclasses.replace(config, **sections)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """tiny_config(world_dir, **overrides) -> Config."""
+    return _tiny_config
