@@ -38,11 +38,11 @@ class WorldConfig:
     """made here if absent; `{world}` in any path of `model` and `data` stands for it"""
     seed: int = 0
     """another seed is another world: other words, answers and model"""
-    steps: int = 700
+    steps: int = 1000
     """training steps of the base model M0"""
-    documents: int = 64
+    documents: int = 48
     """documents a step"""
-    comparisons: int = 128
+    comparisons: int = 96
     """comparisons a step"""
     learning_rate: float = 3e-3
     """peak of the cosine schedule"""

@@ -13,6 +13,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from scir_jax import host_memory
 from scir_jax.config import Config
 from scir_jax.errors import Interrupted, InputError
 
@@ -86,6 +87,7 @@ def to_yaml(config: Config) -> str:
 
 def main(run: Callable[[], int | None]) -> None:
     """Runs a command: the user's mistakes become one sentence on stderr and exit code 2."""
+    host_memory.keep()
     try:
         sys.exit(run() or 0)
     except InputError as error:

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from scir_jax import options
 from scir_jax.config import (
     CheckpointConfig,
     Config,
@@ -46,7 +48,7 @@ def world_dir(tmp_path_factory):
     write_world(directory, spec)
     untrained = directory / "untrained"
     arch = Architecture.from_hf_config(weights.hf_config(untrained), str(untrained))
-    params = decoder.define(arch).init(jax.random.key(0))
+    params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
     # Larger than at initialisation, so that the distributions are far from uniform.
     params = jax.tree_util.tree_map_with_path(lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params)
     weights.save(directory / "model", arch, params, source=untrained)
@@ -84,3 +86,62 @@ def _tiny_config(world_dir, **overrides) -> Config:
 def tiny_config():
     """tiny_config(world_dir, **overrides) -> Config."""
     return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def compiled_directory(tmp_path_factory):
+    """Compiled programs that the tests' runs share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def cheap_compilation(compiled_directory):
+    """Compilations of the module's runs optimise little and are kept between them."""
+    values = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(compiled_directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def write_config(tmp_path, world_dir):
+    """write_config(**overrides) -> YAML file of a tiny run in tmp_path/run, without building a world."""
+
+    def write(**overrides):
+        run = dict(directory=str(tmp_path / "run"), **overrides.pop("run", {}))
+        config = _tiny_config(world_dir, run=run, world=dict(directory=None), **overrides)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(options.to_yaml(config), encoding="utf-8")
+        return path
+
+    return write
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys):
+    """command(module.main, *arguments) -> Done: as its process would end; an uncaught exception comes through."""
+
+    def run(main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            options.main(lambda: main([str(argument) for argument in arguments]))
+        return Done(stop.value.code, *capsys.readouterr())
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,18 +20,21 @@ class AppendOnly:
         self.path = path
         self._file = None
 
-    def cut(self, keep) -> list[dict]:
-        """Keeps the rows for which keep(row), in order; a torn last line goes. Returns the rows kept."""
-        self.close()
+    def rows(self) -> list[dict]:
+        """The rows written so far; a torn last line, which a killed process may leave, is not one."""
+        self.sync()
         rows = []
         if self.path.exists():
-            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(text)
-                except ValueError:
-                    continue
-                if keep(row):
-                    rows.append(row)
+            for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(text))
+        return rows
+
+    def cut(self, keep) -> list[dict]:
+        """Keeps the rows for which keep(row), in order, and returns them."""
+        rows = [row for row in self.rows() if keep(row)]
+        self.close()
+        if self.path.exists():
             partial = self.path.with_name(self.path.name + ".partial")
             partial.write_text("".join(map(line, rows)), encoding="utf-8")
             os.replace(partial, self.path)
@@ -88,8 +92,7 @@ class Metrics:
     def evaluation(self, values: dict[str, Any]) -> None:
         """An evaluation's numbers into the event files, at the last step written."""
         numbers = {f"eval_{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        rows = self._file.cut(lambda row: True)
-        self._emit(numbers, max((r["step"] for r in rows), default=0))
+        self._emit(numbers, max((row["step"] for row in self._file.rows()), default=0))
 
     def sync(self) -> None:
         self._file.sync()

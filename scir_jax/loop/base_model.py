@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from filelock import FileLock
 
 from scir_jax.config import Config, DataConfig, GenerativeConfig, ModelConfig, OptimizerConfig
 from scir_jax.data import pipelines
@@ -27,10 +28,15 @@ def build_world(config: Config, stopper: console.Stopper) -> None:
     minute's work.
     """
     directory = Path(config.world.directory)
-    model = directory / "model"
-    write_world(directory, WorldSpec(seed=config.world.seed))
-    if model.is_dir():
-        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs may share a world: the second waits for the first to make it.
+    with FileLock(directory.with_name(directory.name + ".lock")):
+        write_world(directory, WorldSpec(seed=config.world.seed))
+        if not (directory / "model").is_dir():
+            _train(config, directory, stopper)
+
+
+def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     world = config.world
     session = Session(
         dataclasses.replace(
@@ -66,4 +72,4 @@ def build_world(config: Config, stopper: console.Stopper) -> None:
     partial = directory / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     weights.save(partial, session.arch, jax.device_get(state.params), source=directory / "untrained")
-    partial.replace(model)
+    partial.replace(directory / "model")

@@ -144,4 +144,5 @@ class _Writer:
 
 def _tokens(batch) -> int:
     """Token places of a batch, padding included: what the device works on."""
-    return sum(x.size for x in jax.tree.leaves(batch) if x.dtype == np.int32 and x.ndim > 1)
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return sum(x.size for path, x in leaves if getattr(path[-1], "name", "") == "ids")

@@ -15,7 +15,7 @@ from scir_jax.errors import InputError
 
 # Private-use characters around a message's number; a template passes them through untouched.
 _SLOT = "\ue000{}\ue001"
-_SLOT_PATTERN = re.compile("(\ue000\\d+\ue001)")
+_SLOT_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
 Ids = tuple[int, ...]
 Content = str | Sequence["str | Ids"]
@@ -44,6 +44,7 @@ class Chat:
     """A tokenizer with its chat template.
 
     Attributes:
+      lead: white space that the template writes between a prompt and its answer.
       stop_ids: tokens that end an assistant's turn, the first one is written after a given answer.
       pad_id: fills rows; never looked at.
     """
@@ -56,44 +57,49 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.where = where
-        added = {token.content: (index, token) for index, token in tokenizer.added_tokens_decoder.items()}
-        self._added = added
-        # The unknown token is what harmless text may become; every other added token is control.
-        self.control_ids = {index for index, _ in added.values()} - {tokenizer.unk_token_id}
-        self._control_texts = sorted((t for t, (i, _) in added.items() if i in self.control_ids), key=len, reverse=True)
-        plain = [t for t, (i, token) in added.items() if token.special and not (token.lstrip or token.rstrip)]
-        self._anchor = next((t for t in plain if t in (tokenizer.bos_token, tokenizer.eos_token)), plain[0] if plain else None)
+        # Added runs of white space that are not special (Gemma, Phi) only shorten text; other added tokens are control.
+        self._added = {
+            token.content: (index, token)
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content.strip()
+        }
         stops = list(dict.fromkeys(i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None))
+        self.control_ids = {index for index, _ in self._added.values()}
+        if tokenizer.unk_token_id not in (*stops, tokenizer.bos_token_id):
+            self.control_ids.discard(tokenizer.unk_token_id)  # what harmless text may become
+        # What a text may stand behind: nothing, a control token, or other text.
+        plain = [t for t, (_, token) in self._added.items() if token.special and not (token.lstrip or token.rstrip)]
+        self._control = next((t for t in plain if t in (tokenizer.bos_token, tokenizer.eos_token)), plain[0] if plain else "")
+        self._text = self._control
+        self._context_ids: dict[str, Ids] = {}
+        if any(t[0] in "▁Ġ" for t in tokenizer.convert_ids_to_tokens(self._encode("a", self._control))[:1]):
+            # This tokenizer puts a space before text behind a control token, but not before text behind text.
+            self._text = self._control + "\n"
+        self.lead = self._trail = ""
         closing = self._closing_stop(stops)
         if closing is not None:
             stops = [closing, *(s for s in stops if s != closing)]
         if not stops:
             raise InputError(f"{where}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
         self.stop_ids: Ids = tuple(stops)
+        self.lead, self._trail, self._answer_before = self._around_answer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
 
     # --- text -------------------------------------------------------------------------------------------------------
 
-    def encode_text(self, text: str, *, first: bool = False) -> Ids:
+    def encode_text(self, text: str, *, before: str | None = None) -> Ids:
         """Ids of plain text; no control token, whatever the text spells.
 
         Args:
-          first: the text opens the sequence (some tokenizers mark the start of a text).
+          before: what the text stands behind, which some tokenizers mark; other text by default.
         """
-        if not text:
-            return ()
-        for control in self._control_texts:
-            # Broken after its first character, the spelling of a control token is text like any other.
-            if (at := text.find(control)) >= 0:
-                return self.encode_text(text[: at + 1], first=first) + self.encode_text(text[at + 1 :])
-        ids = self._encode(text, first)
-        if self.control_ids.isdisjoint(ids):
-            return ids
-        # The tokenizer's normaliser made a control token of other characters (full-width letters, say).
-        if len(text) == 1:
-            raise InputError(f"{self.where}: the tokenizer turns the character {text!r} into a control token")
-        half = len(text) // 2
-        return self.encode_text(text[:half], first=first) + self.encode_text(text[half:])
+        result: list[int] = []
+        start = 0
+        for end in [*self._control_spellings(text), len(text)]:
+            if start < end:
+                result += self._encode_plain(text[start:end], self._text if start or before is None else before)
+                start = end
+        return tuple(result)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of response ids without their stop token; control tokens inside are spelled out."""
@@ -102,11 +108,35 @@ class Chat:
             ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _encode(self, text: str, first: bool) -> Ids:
-        if first or self._anchor is None:
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        # Behind an anchor the tokenizer does not take the text for the start of a sequence (SentencePiece's space).
-        return tuple(self.tokenizer(self._anchor + text, add_special_tokens=False)["input_ids"][1:])
+    def _control_spellings(self, text: str) -> list[int]:
+        """Places behind the first character of each control token that the text spells, overlapping ones too.
+
+        Broken there, the spelling of a control token is text like any other.
+        """
+        return [match.start() + 1 for match in self._control_starts.finditer(text)] if self._control_starts else []
+
+    def _encode_plain(self, text: str, before: str) -> Ids:
+        ids = self._encode(text, before)
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        # The tokenizer's normaliser made a control token of other characters (full-width letters, say).
+        if len(text) == 1:
+            raise InputError(f"{self.where}: the tokenizer turns the character {text!r} into a control token")
+        half = len(text) // 2
+        return self._encode_plain(text[:half], before) + self._encode_plain(text[half:], self._text)
+
+    def _encode(self, text: str, before: str) -> Ids:
+        for context in dict.fromkeys((before, self._control, "")):
+            if context not in self._context_ids:
+                self._context_ids[context] = self._tokenize(context)
+            prefix, ids = self._context_ids[context], self._tokenize(context + text)
+            if ids[: len(prefix)] == prefix:
+                return ids[len(prefix) :]
+            # Else the text's first token reaches into the context.
+        raise AssertionError("the empty context is a prefix of anything")
+
+    def _tokenize(self, text: str) -> Ids:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # --- conversations ----------------------------------------------------------------------------------------------
 
@@ -116,7 +146,7 @@ class Chat:
 
     def answer(self, text: str) -> Ids:
         """Ids of a complete assistant's answer, with its stop token."""
-        return self.encode_text(text) + self.stop_ids[:1]
+        return self._answer_text(text, self._answer_before) + self.stop_ids[:1]
 
     @staticmethod
     def flatten(pieces: Sequence[Ids]) -> Ids:
@@ -134,27 +164,45 @@ class Chat:
         """
         result: list[Ids] = []
         run: list[str] = []
+        before = ""
 
         def flush() -> None:
-            result.append(self.encode_text("".join(run), first=not any(result)))
+            nonlocal before
+            if text := "".join(run):
+                result.append(self.encode_text(text, before=before))
+                before = self._text
             run.clear()
 
-        for part in _SLOT_PATTERN.split(self.render(messages, generation_prompt=generation_prompt)):
-            if _SLOT_PATTERN.fullmatch(part):
-                message = messages[int(part[1:-1])]
-                content = message["content"]
-                own = message["role"] == "assistant"
-                for item in [content] if isinstance(content, str) else content:
-                    if isinstance(item, str) and not own:
-                        run.append(item)
-                    else:
-                        flush()
-                        result.append(self.encode_text(item) if isinstance(item, str) else tuple(item))
-            else:
-                self._template_text(part, run, result, flush)
+        def add(ids: Ids, behind: str) -> None:
+            nonlocal before
+            if ids:
+                result.append(ids)
+                before = behind
+
+        # Template texts at even places, between them the numbers of the messages.
+        parts = _SLOT_PATTERN.split(self.render(messages, generation_prompt=generation_prompt))
+        for place, part in enumerate(parts):
+            if place % 2 == 0:
+                if place and messages[int(parts[place - 1])]["role"] == "assistant":
+                    part = part.removeprefix(self._trail)
+                if place + 1 < len(parts) and messages[int(parts[place + 1])]["role"] == "assistant":
+                    part = part.removesuffix(self.lead)
+                self._template_text(part, run, flush, add)
+                continue
+            message = messages[int(part)]
+            content = message["content"]
+            for item in [content] if isinstance(content, str) else content:
+                if not isinstance(item, str):
+                    flush()
+                    add(tuple(item), self._text)
+                elif message["role"] == "assistant":
+                    flush()
+                    add(self._answer_text(item, before), self._text)
+                else:
+                    run.append(item)
         run.append(suffix)
         flush()
-        return [piece for piece in result if piece]
+        return result
 
     def render(self, messages: Sequence[dict], *, generation_prompt: bool) -> str:
         """The chat template's text with a numbered place-holder for each content."""
@@ -174,7 +222,11 @@ class Chat:
         texts = sorted(self._added, key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
 
-    def _template_text(self, text: str, run: list[str], result: list[Ids], flush) -> None:
+    @cached_property
+    def _control_starts(self) -> re.Pattern | None:
+        return re.compile(f"(?={self._added_pattern.pattern})") if self._added_pattern else None
+
+    def _template_text(self, text: str, run: list[str], flush, add) -> None:
         strip_next = False
         for part in self._added_pattern.split(text) if self._added_pattern else [text]:
             if part in self._added:
@@ -182,11 +234,33 @@ class Chat:
                 if token.lstrip and run:
                     run[-1] = run[-1].rstrip()
                 flush()
-                result.append((index,))
+                add((index,), self._control)
                 strip_next = token.rstrip
             elif part:
                 run.append(part.lstrip() if strip_next else part)
                 strip_next = False
+
+    def _answer_text(self, text: str, before: str) -> Ids:
+        return self.encode_text(self.lead + text + self._trail, before=before)
+
+    def _around_answer(self) -> tuple[str, str, str]:
+        """White space that the template puts around an answer, and what the two stand behind.
+
+        Llama 2 and Mistral write "[/INST] answer </s>", but end the prompt at "[/INST]": the spaces are the model's to
+        sample, so they belong to the answer.
+        """
+        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+        prompt = self.render([user], generation_prompt=True)
+        whole = self.render([user, assistant], generation_prompt=False)
+        lead = trail = ""
+        if whole.startswith(prompt):
+            lead, _, rest = whole[len(prompt) :].partition(_SLOT.format(1))
+            trail, *closing = self._added_pattern.split(rest, maxsplit=1) if self._added_pattern else [rest]
+            lead = lead if lead.isspace() else ""
+            if not trail.isspace() or not closing or self._added[closing[0]][1].lstrip:
+                trail = ""
+        behind_control = self._added_pattern is not None and self._added_pattern.split(prompt)[-1] == ""
+        return lead, trail, self._control if behind_control else self._text
 
     def _closing_stop(self, stops: Sequence[int]) -> int | None:
         """The stop token that the template itself writes after an assistant's answer."""

@@ -53,6 +53,8 @@ def load_template(name: str) -> Template:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         template = Template(name=name, **{**content, "verdicts": tuple(map(str, content["verdicts"]))})
+        if not all(isinstance(text, str) for text in (template.layout, template.question, template.answer_prefix)):
+            raise TypeError
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
         keys = ", ".join(f.name for f in dataclasses.fields(Template)[1:])
         raise InputError(f"judge template {name}: must be a YAML mapping with the keys {keys}") from None
@@ -119,7 +121,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     if template.layout == "continuation":
         messages = [{"role": "user", "content": [(-1001,)]}, {"role": "assistant", "content": [(-1002,)]}, *messages]
     first, second = (
-        chat.flatten(chat.pieces(messages, generation_prompt=True, suffix=template.answer_prefix + verdict))
+        chat.flatten(chat.pieces(messages, generation_prompt=True, suffix=chat.lead + template.answer_prefix + verdict))
         for verdict in template.verdicts
     )
     if len(first) != len(second) or first[:-1] != second[:-1] or first[-1] == second[-1]:
@@ -128,8 +130,9 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
             f"judge template {template.name}: the verdicts {a!r} and {b!r} must differ in exactly one token, the last, "
             f"but end in {list(first[-3:])} and {list(second[-3:])}; choose other letters or another answer_prefix"
         )
-    if first[-1] in chat.control_ids | {chat.tokenizer.unk_token_id}:
-        raise InputError(f"judge template {template.name}: verdict {template.verdicts[0]!r} is not a token of the model")
+    for verdict, token in zip(template.verdicts, (first[-1], second[-1])):
+        if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
+            raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
     flat = first[:-1]
     if template.layout == "continuation":
         flat = flat[flat.index(-1002) + 1 :]

@@ -1,0 +1,380 @@
+"""The sampler: its distribution, its independence of batching, and the sampling stage's file."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from scir_jax.config import MeshConfig
+from scir_jax.data.rows import Rows
+from scir_jax.engine import mesh as meshes
+from scir_jax.engine import steps
+from scir_jax.engine.metrics import AppendOnly
+from scir_jax.engine.sampler import Sampling, choose, limit, sampler, stream_key
+from scir_jax.errors import Interrupted
+from scir_jax.loop import console, sampling
+from scir_jax.loop.session import Session
+from scir_jax.model import decoder
+from scir_jax.model.architecture import Architecture
+
+ARCH = Architecture("mistral", 23, 32, 48, 2, 4, 2, 8, sliding_window=9, max_positions=64)
+STOPS, PAD = (2, 5), 7
+PROMPT, RESPONSE, N = 10, 12, 3
+LENGTHS = (1, 4, PROMPT, 7)
+ONE = Sampling.of(1.0)
+
+
+class Small:
+    """A random model and its compiled samplers."""
+
+    def __init__(self):
+        self.model = decoder.define(ARCH)
+        init = jax.jit(self.model.init)(jax.random.key(1))
+        self.params = jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key == "scale" else 10 * p, init)
+        self._table = jax.jit(
+            lambda params, row: jax.nn.log_softmax(self.model.hidden(params, row)[0] @ self.model.head(params).T)
+        )
+        self.mesh = meshes.make_mesh(MeshConfig())
+        self.samplers = {}
+        self.scorer = steps.scorer(self.model, self.mesh, RESPONSE)
+        rng = np.random.default_rng(0)
+        self.ids = rng.integers(0, ARCH.vocab_size, (len(LENGTHS), PROMPT)).astype(np.int32)
+        self.lengths = np.array(LENGTHS, np.int32)
+        self.index = np.array([3, 0, 11, 5], np.int32)
+
+    def sampler(self, stop_ids=STOPS):
+        if stop_ids not in self.samplers:
+            self.samplers[stop_ids] = sampler(
+                self.model, self.mesh, responses=N, response_tokens=RESPONSE, stop_ids=stop_ids, pad_id=PAD
+            )
+        return self.samplers[stop_ids]
+
+    def __call__(self, *, ids=None, lengths=None, index=None, key=None, sampling=ONE, stop_ids=STOPS):
+        """(ids [B, N, R], lengths [B, N], logps [B, N]) as NumPy; the four prompts unless others are given."""
+        given = (ids, lengths, index)
+        values = [a if a is not None else b for a, b in zip(given, (self.ids, self.lengths, self.index))]
+        key = stream_key(0, "responses", 1) if key is None else key
+        return tuple(np.asarray(x) for x in self.sampler(stop_ids)(self.params, *values, key, sampling))
+
+    def logprobs(self, prompt, response):
+        """log-probabilities [R, V] at the places of a response, from whole rows."""
+        row = np.zeros((1, PROMPT + RESPONSE), np.int32)
+        row[0, : len(prompt) + len(response)] = [*prompt, *response]
+        return np.asarray(self._table(self.params, row))[len(prompt) - 1 : len(prompt) + len(response) - 1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Small()
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [ONE, Sampling.of(0.7, 0.9, 15)], ids=["plain", "limited"])
+def test_logprobs_are_the_scorers(small, settings):
+    tokens, counts, logps = small(sampling=settings)
+    stopped = np.isin(np.take_along_axis(tokens, counts[..., None] - 1, axis=2)[..., 0], STOPS)
+    assert stopped.any() and not stopped.all()  # both kinds are there to be compared
+    rows = np.full((len(LENGTHS), N, PROMPT + RESPONSE), 17, np.int32)
+    for b, prompt in enumerate(LENGTHS):
+        for n in range(N):
+            count = counts[b, n]
+            rows[b, n, :prompt] = small.ids[b, :prompt]
+            rows[b, n, prompt : prompt + count] = tokens[b, n, :count]
+    start = np.repeat(small.lengths, N)
+    scored = small.scorer(small.params, Rows(rows.reshape(-1, PROMPT + RESPONSE), start, counts.reshape(-1), 0 * start))
+    np.testing.assert_allclose(logps.reshape(-1), scored, rtol=0, atol=1e-4)
+    response = tokens[1, 0, : counts[1, 0]]
+    table = small.logprobs(small.ids[1, : LENGTHS[1]], response)
+    np.testing.assert_allclose(logps[1, 0], table[np.arange(len(response)), response].sum(), rtol=0, atol=1e-4)
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_the_same_in_any_batch(small):
+    tokens, counts, logps = small()
+    # Other places, other company, padding rows, and other ids where a prompt has none.
+    order = [2, 1, 0, 3]
+    index = small.index[order].copy()
+    index[1] = -1
+    lengths = small.lengths[order]
+    ids = np.where(np.arange(PROMPT) < lengths[:, None], small.ids[order], 19)
+    ids[3], index[3], lengths[3] = 4, 99, 2
+    other = small(ids=ids, index=index, lengths=lengths)
+    for here, there in ((0, 2), (2, 0)):
+        np.testing.assert_array_equal(other[0][here], tokens[there])
+        np.testing.assert_array_equal(other[1][here], counts[there])
+        np.testing.assert_allclose(other[2][here], logps[there], rtol=0, atol=1e-5)
+    assert not np.array_equal(other[0][3], tokens[3])
+    # A padding row has no tokens.
+    assert (other[1][1] == 0).all() and (other[0][1] == PAD).all() and (other[2][1] == 0).all()
+
+
+def test_a_row_is_the_same_in_batches_of_other_shapes(small):
+    tokens, counts, logps = small()
+    wide = np.pad(small.ids[1:3], [(0, 0), (0, 6)], constant_values=9)
+    other = small(ids=wide, lengths=small.lengths[1:3], index=small.index[1:3])
+    np.testing.assert_array_equal(other[0], tokens[1:3])
+    np.testing.assert_array_equal(other[1], counts[1:3])
+    np.testing.assert_allclose(other[2], logps[1:3], rtol=0, atol=1e-5)
+
+
+def test_sample_prompt_iteration_stream_and_seed_give_other_noise(small):
+    # So hot that every token is all but uniform: what differs is the noise.
+    hot = Sampling.of(1e6)
+    same = np.repeat(small.ids[:1], 4, axis=0)
+    numbers = np.array([0, 1, 2, 3], np.int32)
+    keys = [("responses", 1, 0), ("responses", 2, 0), ("evaluation", 1, 0), ("responses", 1, 1)]
+    rows = []
+    for stream, iteration, seed in keys:
+        tokens, _, _ = small(
+            ids=same, index=numbers, lengths=np.full(4, 6, np.int32), key=stream_key(seed, stream, iteration),
+            sampling=hot, stop_ids=(),
+        )
+        rows.append(tokens.reshape(-1, RESPONSE))
+    rows = np.concatenate(rows)
+    assert len({tuple(row) for row in rows}) == len(rows) == len(keys) * 4 * N
+    # No two rows share more places than chance explains, and a row's places do not repeat one another's.
+    pairs = [(rows[i] == rows[j]).mean() for i in range(len(rows)) for j in range(i)]
+    assert max(pairs) <= 0.5 and abs(np.mean(pairs) - 1 / ARCH.vocab_size) < 0.01
+    assert abs((rows[:, 1:] == rows[:, :-1]).mean() - 1 / ARCH.vocab_size) < 0.03
+
+
+def test_the_same_key_gives_the_same_samples(small):
+    for a, b in zip(small(), small(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_setting_compiles_again(small):
+    compiled = small.sampler()._cache_size
+    small(sampling=ONE)
+    before = compiled()
+    seen = [small(sampling=s)[0] for s in (ONE, Sampling.of(0.0), Sampling.of(3.0), Sampling.of(3.0, 0.5), Sampling.of(3.0, 1.0, 2))]
+    small(key=stream_key(5, "evaluation", 3))
+    assert compiled() == before
+    assert len({tokens.tobytes() for tokens in seen}) == len(seen)  # and each setting is in force
+
+
+# --- greedy -----------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_zero_is_the_argmax(small):
+    tokens, counts, logps = small(sampling=Sampling.of(0.0))
+    again = small(sampling=Sampling.of(0.0, 0.1, 3), key=stream_key(9, "evaluation", 4))
+    np.testing.assert_array_equal(tokens, again[0])
+    for b, length in enumerate(LENGTHS):
+        np.testing.assert_array_equal(tokens[b], np.broadcast_to(tokens[b, 0], (N, RESPONSE)))
+        response = tokens[b, 0, : counts[b, 0]]
+        table = small.logprobs(small.ids[b, :length], response)
+        np.testing.assert_array_equal(table.argmax(axis=1), response)
+        np.testing.assert_allclose(logps[b, 0], table.max(axis=1).sum(), rtol=0, atol=1e-4)
+
+
+def test_greedy_is_that_of_transformers(world_dir, tiny_config):
+    session = Session(tiny_config(world_dir))
+    params = session.import_params(world_dir / "model")
+    prompts = list(enumerate(session.prompts))[:8]
+    rows = sampling.sample_rows(session, params, prompts, responses=1, sampling=Sampling.of(0.0), key=jax.random.key(0))
+    model = transformers.AutoModelForCausalLM.from_pretrained(world_dir / "model").eval()
+    settings = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=session.shapes.response,
+        eos_token_id=list(session.chat.stop_ids),
+        pad_token_id=session.chat.pad_id,
+        bos_token_id=None,
+    )
+    assert len({len(row["prompt_ids"]) for row in rows}) > 1
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"]])
+        with torch.no_grad():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            logits = model(whole).logits[0, ids.shape[1] - 1 : -1].double()
+        response = whole[0, ids.shape[1] :]
+        assert row["response_ids"] == response.tolist()
+        assert row["stop"] == ("eos" if response[-1] in session.chat.stop_ids else "length")
+        logprob = logits.log_softmax(1).gather(1, response[:, None]).sum()
+        assert row["logprob"] == pytest.approx(logprob.item(), abs=1e-4)
+
+
+# --- the distribution of a token --------------------------------------------------------------------------------------
+
+
+def brute_force(scaled, top_p, top_k):
+    """The kept tokens of one row by their definition; every token tied with the last one kept is kept too."""
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if top_k > 0:
+        order = order[:top_k]
+    weight = np.exp(np.array([scaled[i] for i in order], np.float64) - scaled[order[0]])
+    weight /= weight.sum()
+    count = 1 if top_p < 1 else len(order)
+    while count < len(order) and weight[:count].sum() < top_p:
+        count += 1
+    return scaled >= scaled[order[count - 1]]
+
+
+ROWS = np.concatenate(
+    [
+        np.random.default_rng(1).normal(0, 2, (6, 11)),
+        [[0, 3, 3, 1, 3, -2, 0, 0, 0, 0, -9], [1] * 11, [-3, 0, 0, -3, 2, 2, 2, -3, 2, 9, 9]],
+    ]
+).astype(np.float32)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 11, 100])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.62, 0.95, 1.0])
+def test_limit_is_the_definition(top_p, top_k):
+    limited = np.asarray(limit(ROWS, np.float32(top_p), np.int32(top_k)))
+    for row, found in zip(ROWS, limited, strict=True):
+        kept = brute_force(row, top_p, top_k)
+        np.testing.assert_array_equal(found, np.where(kept, row, -np.inf))
+
+
+def test_limit_keeps_one_token_at_least():
+    distinct = ROWS[:6]
+    for settings in ((1e-9, 0), (1.0, 1), (1e-9, 1)):
+        kept = np.isfinite(np.asarray(limit(distinct, np.float32(settings[0]), np.int32(settings[1]))))
+        np.testing.assert_array_equal(kept, distinct == distinct.max(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.8, 0), (1.0, 1.0, 4), (1.5, 0.7, 6)])
+def test_draws_have_the_distribution(temperature, top_p, top_k):
+    draws = 20_000
+    logits = np.random.default_rng(2).normal(0, 1.2, 11).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), draws)
+    tokens = np.asarray(choose(np.tile(logits, (draws, 1)), keys, Sampling.of(temperature, top_p, top_k)))
+    scaled = logits / temperature
+    kept = brute_force(scaled, top_p, top_k)
+    expected = np.where(kept, np.exp(scaled.astype(np.float64)), 0)
+    expected *= draws / expected.sum()
+    counted = np.bincount(tokens, minlength=11)
+    assert (counted[~kept] == 0).all()
+    chi_square = ((counted - expected)[kept] ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_ends_a_row(small):
+    index = np.arange(4, dtype=np.int32)
+    last = []
+    for iteration in range(4):
+        tokens, counts, _ = small(index=index, key=stream_key(0, "responses", iteration), sampling=Sampling.of(3.0))
+        for row, count in zip(tokens.reshape(-1, RESPONSE), counts.reshape(-1), strict=True):
+            assert 1 <= count <= RESPONSE
+            assert not np.isin(row[: count - 1], STOPS).any()
+            assert (row[count:] == PAD).all()
+            if count < RESPONSE:
+                assert row[count - 1] in STOPS
+            last.append(int(row[count - 1]))
+    assert set(STOPS) < set(last)  # either stop token has ended rows, and others were cut
+
+
+def test_stop_tokens_change_only_where_a_row_ends(small):
+    free, _, _ = small(sampling=Sampling.of(3.0), stop_ids=())
+    tokens, counts, logps = small(sampling=Sampling.of(3.0))
+    for row, found, count in zip(free.reshape(-1, RESPONSE), tokens.reshape(-1, RESPONSE), counts.reshape(-1), strict=True):
+        places = np.flatnonzero(np.isin(row, STOPS))
+        end = places[0] + 1 if len(places) else RESPONSE
+        assert count == end
+        np.testing.assert_array_equal(found[:end], row[:end])
+    assert (counts < RESPONSE).any()
+
+
+# --- the stage's file -------------------------------------------------------------------------------------------------
+
+
+class StopsAfter(console.Stopper):
+    """Asks to stop at the safe point after `checks` others."""
+
+    def __init__(self, checks):
+        super().__init__()
+        self.left = checks
+
+    def check(self, where):
+        if not self.left:
+            self.signal = 2
+        self.left -= 1
+        super().check(where)
+
+
+@pytest.fixture(scope="module")
+def stage(world_dir, tiny_config):
+    """write(path, stopper) runs the stage over 20 prompts in batches of 8 and returns the number of batches sampled."""
+    session = Session(tiny_config(world_dir))
+    params = session.import_params(world_dir / "model")
+    prompts = list(enumerate(session.prompts))[:20]
+    compiled = session.sampler(2)
+    calls = []
+
+    def counting(*arguments):
+        calls.append(1)
+        return compiled(*arguments)
+
+    session._samplers[2] = counting
+
+    def write(path, stopper):
+        calls.clear()
+        try:
+            sampling.sample_file(
+                session, params, prompts, path, responses=2, sampling=ONE, key=stream_key(0, "responses", 1),
+                title="sample", stopper=stopper,
+            )
+        finally:
+            write.batches = len(calls)
+
+    write.prompts = [prompt for _, prompt in prompts]
+    return write
+
+
+def test_the_stage_file(stage, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    stage(path, console.Stopper())
+    rows = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert stage.batches == 3
+    assert [(row["prompt_number"], row["sample"]) for row in rows] == [(i, n) for i in range(20) for n in range(2)]
+    for row in rows:
+        assert tuple(row["prompt_ids"]) == stage.prompts[row["prompt_number"]].conversation
+        assert 1 <= len(row["response_ids"]) <= 12
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["between batches", "torn line", "within a batch", "nothing left"])
+def test_an_interrupted_stage_goes_on_to_the_same_file(stage, tmp_path, damage):
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "responses.jsonl"
+    partial = tmp_path / "responses.jsonl.partial"
+    stage(whole, console.Stopper())
+    content = whole.read_bytes()
+    lines = content.split(b"\n")
+    with pytest.raises(Interrupted):
+        stage(path, StopsAfter(1))
+    assert stage.batches == 1 and not path.exists()
+    assert partial.read_bytes() == b"\n".join(lines[:16]) + b"\n"
+    batches = 2
+    if damage == "torn line":
+        partial.write_bytes(b"\n".join(lines[:16]) + b"\n" + lines[16][:-9])
+    elif damage == "within a batch":
+        partial.write_bytes(b"\n".join(lines[:35]) + b"\n" + lines[35][:30])
+        batches = 1
+    elif damage == "nothing left":
+        partial.write_bytes(content)
+        batches = 1  # the last batch is not a full one: it is sampled again
+    stage(path, console.Stopper())
+    assert stage.batches == batches
+    assert path.read_bytes() == content
+    assert not partial.exists()
+
+
+def test_a_line_holds_any_text(tmp_path):
+    rows = [{"response": f"a{separator}b", "n": n} for n, separator in enumerate("\u2028\u2029\x85\x0b\x0c\x1c\r\n\ud800é")]
+    file = AppendOnly(tmp_path / "rows.jsonl")
+    for row in rows:
+        file.write(row)
+    assert file.cut(lambda row: True) == rows
+    assert file.cut(lambda row: row["n"] < 3) == rows[:3]
