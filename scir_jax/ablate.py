@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,11 +126,20 @@ class Study:
 
     def _parallel(self, jobs: Sequence[tuple[Path, list[str]]]) -> None:
         """Runs what has no summary.json yet; the first failure ends the study after the runs under way."""
+        # Each run at a time has cores of its own: sharing them costs more than it gives.
+        shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        for job in range(self.arguments.jobs):
+            shares.put(sorted(os.sched_getaffinity(0))[job :: self.arguments.jobs])
 
         def run(job: tuple[Path, list[str]]) -> None:
             directory, arguments = job
             command = [sys.executable, "-m", "scir_jax.train", *arguments, "--run.directory", str(directory)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            cores = shares.get()
+            try:
+                pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+                done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin)
+            finally:
+                shares.put(cores)
             if done.returncode:
                 raise InputError(f"{directory}: the run failed: {done.stderr.strip().splitlines()[-1]}")
             print(f"{directory}: done", file=sys.stderr, flush=True)

@@ -69,6 +69,10 @@ def parse(
     except jsonargparse.ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
     config = Config(**{name: parsed[name] for name in names})
+    for name in names:
+        for field in dataclasses.fields(types[name]):
+            if getattr(parsed[name], field.name) is None and field.default is not None:
+                raise InputError(f"{name}.{field.name} must not be null; leave it out for its default, {field.default!r}")
     return config, {name: parsed[name] for name in options}
 
 
@@ -123,7 +127,8 @@ def _known_keys(sections: Sequence[str]) -> set[str]:
 def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[str]:
     """Refuses unknown keys of files and options with the nearest known key."""
     allowed = known | set(sections) | {"config", "help", "print_config"}
-    every = _known_keys([f.name for f in dataclasses.fields(Config)])
+    everything = [f.name for f in dataclasses.fields(Config)]
+    in_files = known | set(everything) | _known_keys(everything)
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
             continue
@@ -131,25 +136,24 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
         if name == "config":
             file = Path(value or (argv[position + 1] if position + 1 < len(argv) else ""))
             for key in _file_keys(file):
-                if key not in allowed and key not in every:
+                if key not in in_files:
                     raise InputError(f"{file}: unknown key {key!r}{_nearest(key, known)}")
         elif name not in allowed:
             raise InputError(f"unknown option --{name}{_nearest(name, known)}")
-    if len(sections) == len(dataclasses.fields(Config)):
-        return argv
-    # A command that reads a few sections takes a whole run's file: the other sections are left out.
-    return _only_sections(argv, sections)
+    return _only_sections(argv, known | set(sections))
 
 
-def _only_sections(argv: list[str], sections: Sequence[str]) -> list[str]:
+def _only_sections(argv: list[str], names: set[str]) -> list[str]:
+    """Leaves out what a command does not read of a whole run's files, and sections without a value."""
     result: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         if argument == "--config" or argument.startswith("--config="):
             file = argument.partition("=")[2] or next(arguments)
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-            kept = {k: v for k, v in content.items() if k in sections}
-            result += ["--config", yaml.safe_dump(kept)] if kept else []
+            kept = {k: v for k, v in content.items() if k in names and v is not None}
+            if kept:
+                result += ["--config", file if kept == content else yaml.safe_dump(kept)]
         else:
             result.append(argument)
     return result
@@ -166,9 +170,18 @@ def _file_keys(file: Path) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping of sections, found {type(content).__name__}")
+    for section in (f.name for f in dataclasses.fields(Config)):
+        values = content.get(section)
+        if values is not None and not isinstance(values, dict):
+            raise InputError(f"{file}: {section!r} must be a mapping of keys, found {type(values).__name__}")
+    return _dotted(content)
+
+
+def _dotted(content: dict) -> list[str]:
+    """The keys of nested mappings, joined by dots."""
     keys: list[str] = []
-    for section, values in content.items():
-        keys += [f"{section}.{key}" for key in values] if isinstance(values, dict) else [str(section)]
+    for name, value in content.items():
+        keys += [f"{name}.{key}" for key in _dotted(value)] if isinstance(value, dict) and value else [str(name)]
     return keys
 
 

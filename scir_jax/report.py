@@ -200,7 +200,8 @@ def read_run(directory: Path) -> Run:
     for iteration in iterations:
         if iteration.evaluation:
             row = {"model": f"M{iteration.number + 1}"} | iteration.evaluation
-            rows[str(row["model"])] = row  # the evaluation wins: a summary can be older than a resumed run
+            # The evaluation wins: a summary can be older than a resumed run.
+            rows[str(row["model"])] = {**rows.get(str(row["model"]), {}), **row}
     if not steps and not rows:
         raise InputError(f"{directory} has neither metrics.jsonl nor an evaluation, so there is nothing to report.")
 

@@ -71,7 +71,7 @@ def read_conversations(path: str | Path) -> list[Messages]:
     result = []
     for where, row in read_rows(path):
         if "messages" in row:
-            messages = check_messages(row["messages"], f"{where}: messages")
+            messages = _in_order(check_messages(row["messages"], f"{where}: messages"), f"{where}: messages")
         elif "prompt" in row:
             prompt = prompt_messages(row["prompt"], f"{where}: prompt")
             key = "completion" if "completion" in row else "response"
@@ -121,9 +121,11 @@ def prompt_messages(value: Any, where: str) -> Messages:
             raise InputError(f"{where}: is empty")
         _text(value, where)
         return [{"role": "user", "content": value}]
-    messages = check_messages(value, where)
+    messages = _in_order(check_messages(value, where), where)
     if messages[-1]["role"] != "user":
         raise InputError(f"{where}: must end with a user's message, ends with {messages[-1]['role']}'s")
+    if not messages[-1]["content"].strip():
+        raise InputError(f"{where}: is empty")
     return messages
 
 
@@ -157,24 +159,25 @@ def need(row: dict, key: str, where: str) -> Any:
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """Writes a JSONL file whole or not at all."""
+    _write(path, map(line, rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    _write(path, [json.dumps(value, indent=1, ensure_ascii=False) + "\n"])
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(line(row))
+            file.writelines(texts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def line(row: dict) -> str:
@@ -207,6 +210,21 @@ def _chosen_rejected(row: dict, where: str) -> tuple[Messages, str, str]:
         raise InputError(f"{where}: chosen and rejected must share all messages but the last")
     messages = prompt_messages(chosen[:-1], f"{where}: chosen")
     return messages, answer_text(chosen[-1:], f"{where}: chosen"), answer_text(rejected[-1:], f"{where}: rejected")
+
+
+def _in_order(messages: Messages, where: str) -> Messages:
+    """Checks that the roles come as chat templates expect them: a system message first if any, then turn by turn."""
+    previous = "system"
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role == "system" and i:
+            raise InputError(f"{where}[{i}]: a system message may only come first")
+        if role == "assistant" and previous == "system":
+            raise InputError(f"{where}[{i}]: the first turn must be a user's")
+        if role == previous and i:
+            raise InputError(f"{where}[{i}]: roles must alternate: {role} follows {previous}")
+        previous = role
+    return messages
 
 
 def _label(value: Any, where: str) -> float | None:

@@ -146,8 +146,10 @@ class Trainer:
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
+        sft = [objective.divide(*pair) for name, pair in sums.items() if name.startswith("sft/")]
         metrics = {
             "loss": loss,
+            **({"sft": sum(sft)} if sft else {}),
             **{name: jnp.where(count > 0, total / jnp.maximum(count, 1e-9), jnp.nan) for name, (total, count) in sums.items()},
             "grad_norm": norm,
             "learning_rate": learning_rate,
