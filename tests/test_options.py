@@ -1,0 +1,289 @@
+"""Command lines: YAML files and dotted options to a typed configuration, and what is refused."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scir_jax import options
+from scir_jax.config import Config
+from scir_jax.errors import InputError, Interrupted
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+
+
+def write(tmp_path, content, name="config.yaml"):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+def parse(*argv, **arguments):
+    return options.parse("test", "a test", argv, **arguments)[0]
+
+
+def refused(*argv, **arguments):
+    with pytest.raises(InputError) as error:
+        parse(*argv, **arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is understood -------------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    assert parse() == Config()
+
+
+def test_files_and_options_are_laid_over_each_other(tmp_path):
+    first = write(tmp_path, {"sample": {"responses": 3, "top_k": 5}, "rewards": {"models": ["implicit"]}}, "1.yaml")
+    second = write(tmp_path, {"sample": {"responses": 7}, "run": {"directory": "there"}}, "2.yaml")
+    config = parse("--config", first, "--config", second)
+    assert (config.sample.responses, config.sample.top_k, config.run.directory) == (7, 5, "there")
+    assert config.rewards.models == ("implicit",)
+    assert parse(f"--config={second}", f"--config={first}").sample.responses == 3
+    config = parse("--config", first, "--sample.responses", "9", "--sample.top_p=0.5", "--optimise.learning_rate=2e-6")
+    assert (config.sample.responses, config.sample.top_k, config.sample.top_p) == (9, 5, 0.5)
+    assert config.optimise.learning_rate == 2e-6
+    # Whatever comes later wins, a file too.
+    assert parse("--sample.responses", "9", "--config", first).sample.responses == 3
+
+
+def test_values_of_every_type():
+    config = parse(
+        "--run.tensorboard=false", "--sample.prompts=12", "--data.prompts=p.jsonl", "--mesh.data=-1",
+        '--rewards.models=["generative","likelihood"]', "--consistency.kind=js", "--sample.temperature=0",
+    )  # fmt: skip
+    assert config.run.tensorboard is False and config.sample.prompts == 12 and config.data.prompts == "p.jsonl"
+    assert config.rewards.models == ("generative", "likelihood") and config.consistency.kind == "js"
+    assert config.mesh.data == -1 and config.sample.temperature == 0 and isinstance(config.sample.temperature, float)
+    assert parse("--sample.prompts=null").sample.prompts is None
+
+
+def test_empty_files(tmp_path):
+    assert parse("--config", write(tmp_path, "")) == parse("--config", write(tmp_path, "# nothing\n")) == Config()
+
+
+def test_options_of_a_command():
+    own = {"output": (str, ..., "file"), "count": (int, 3, "number")}
+    config, values = options.parse("x", "y", ["--output=o", "--run.seed=5"], options=own)
+    assert values == {"output": "o", "count": 3} and config.run.seed == 5
+    assert options.parse("x", "y", ["--output", "o", "--count", "4"], options=own)[1]["count"] == 4
+    assert "output" in refused(options=own)
+    assert refused("--output=o", "--count=many", options=own)
+    assert refused("--outputs=o", options=own) == "unknown option --outputs; did you mean 'output'?"
+
+
+def test_the_default_configuration(tmp_path):
+    path = Path(write(tmp_path, {"run": {"seed": 4}}))
+    assert parse(default_config=path).run.seed == 4
+    assert parse("--run.iterations=7", default_config=path).run == dataclasses.replace(Config().run, seed=4, iterations=7)
+    other = write(tmp_path, {"run": {"iterations": 1}}, "other.yaml")
+    assert parse("--config", other, default_config=path).run.seed == 0
+    assert parse(f"--config={other}", default_config=path).run.seed == 0
+    missing = tmp_path / "no.yaml"
+    assert refused(default_config=missing).startswith(f"{missing}: no such file; run from the project's directory")
+
+
+def test_a_command_takes_the_sections_that_it_reads(tmp_path):
+    file = write(tmp_path, {"sample": {"responses": 3}, "optimise": {"epochs": 9}, "run": {"seed": 2}})
+    config = parse("--config", file, "--sample.top_k=4", sections=("sample", "run"))
+    assert (config.sample.responses, config.sample.top_k, config.run.seed) == (3, 4, 2)
+    assert config.optimise == Config().optimise
+    assert parse(f"--config={file}", sections=("sample",)).sample.responses == 3
+    assert parse(f"--config={file}", sections=("text",)) == Config(), "none of the file's sections is read"
+    assert refused("--optimise.epochs=2", sections=("sample",)).startswith("unknown option --optimise.epochs")
+    wrong = write(tmp_path, {"optimise": {"epoch": 9}})
+    assert "unknown key 'optimise.epoch'" in refused("--config", wrong, sections=("sample",))
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("optimise.learning_rat", "did you mean 'optimise.learning_rate'?"),
+        ("consistency.wieght", "did you mean 'consistency.weight'?"),
+        ("sampling.responses", "did you mean 'sample.responses'?"),
+        ("zzzzzzzz.reference", "did you mean 'implicit.reference'?"),
+        ("qqqq.xxxx", "--help lists the keys"),
+    ],
+)
+def test_unknown_keys(tmp_path, key, nearest):
+    section, _, leaf = key.partition(".")
+    file = write(tmp_path, {section: {leaf: 1}})
+    assert refused("--config", file) == f"{file}: unknown key {key!r}; {nearest}"
+    assert refused(f"--config={file}") == f"{file}: unknown key {key!r}; {nearest}"
+    assert refused(f"--{key}", "1") == f"unknown option --{key}; {nearest}"
+    assert refused(f"--{key}=1") == f"unknown option --{key}; {nearest}"
+
+
+@pytest.mark.parametrize(
+    "content", [{"optimisee": {}}, {"optimisee": 5}, {"seed": 3}, {5: 6}, {"run": {"seed": 1, "sed": 2}}, {"run": {7: 2}}, {"config": "x.yaml"}]
+)
+def test_unknown_sections_and_keys(tmp_path, content):
+    file = write(tmp_path, content)
+    assert refused("--config", file).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("sample", "responses", "many"),
+        ("sample", "responses", 1.5),
+        ("sample", "responses", None),
+        ("sample", "responses", [4]),
+        ("optimise", "learning_rate", "fast"),
+        ("consistency", "kind", "kll"),
+        ("rewards", "models", "generative"),
+        ("rewards", "models", ["generative", "other"]),
+        ("run", "tensorboard", "perhaps"),
+        ("run", "directory", ["a"]),
+        ("run", "directory", {"a": 1}),
+    ],
+)
+def test_wrong_types(tmp_path, section, key, value):
+    file = write(tmp_path, {section: {key: value}})
+    assert f"{section}.{key}" in refused("--config", file)
+    assert f"{section}.{key}" in refused("--config", file, sections=(section,))
+    if key != "directory" and value is not None:  # on the command line anything is a text
+        assert f"{section}.{key}" in refused(f"--{section}.{key}={value}")
+
+
+@pytest.mark.parametrize("sections", [None, ("sample",), ("run",)])
+@pytest.mark.parametrize("value, found", [(5, "int"), ("text", "str"), (["seed"], "list")])
+def test_a_section_that_is_no_mapping(tmp_path, value, found, sections):
+    file = write(tmp_path, {"run": value})
+    assert refused("--config", file, sections=sections) == f"{file}: 'run' must be a mapping of keys, found {found}"
+
+
+@pytest.mark.parametrize("sections", [None, ("sample",), ("sample", "run")])
+def test_a_section_without_keys_changes_nothing(tmp_path, sections):
+    file = write(tmp_path, "run:\n# seed: 1\noptimise: {}\nsample:\n  responses: 3\n")
+    assert parse("--config", file, sections=sections) == parse("--sample.responses=3")
+
+
+def test_arguments_without_their_option():
+    for argv in (("word",), ("--run.seed",), ("--config",), ("--run.seed=1", "2")):
+        assert refused(*argv)
+
+
+def test_files_that_are_missing(tmp_path):
+    missing = tmp_path / "no.yaml"
+    assert refused("--config", str(missing)) == f"--config {missing}: no such file"
+    assert refused("--config", str(tmp_path)) == f"--config {tmp_path}: no such file"
+
+
+@pytest.mark.parametrize("content", [b"run: [", b"run:\n\tseed: 1\n", b"a: b: c\n", b"run: {seed: \xff}\n", b"a: 1\n---\nb: 2\n", b"\x00"])
+@pytest.mark.parametrize("sections", [None, ("sample",)])
+def test_files_that_are_no_yaml(tmp_path, content, sections):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    assert refused("--config", str(file), sections=sections).startswith(f"{file}: not a YAML file: ")
+
+
+@pytest.mark.parametrize("content, found", [("- run\n", "list"), ("just text", "str"), ("5", "int")])
+def test_files_that_are_no_mapping(tmp_path, content, found):
+    file = write(tmp_path, content)
+    assert refused("--config", file) == f"{file}: expected a mapping of sections, found {found}"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["!!python/object/apply:os.mkdir [{0}]", "!!python/object/new:os.mkdir [[{0}]]", "!!python/name:os.system", "!!python/tuple [a]", "!x 5"],
+)
+@pytest.mark.parametrize("place", ["run:\n  directory: {}\n", "{}\n", "{}: 5\n"])
+def test_yaml_cannot_run_code(tmp_path, tag, place):
+    made = tmp_path / "made"
+    value = tag.format(made)
+    file = write(tmp_path, place.format(value))
+    assert refused("--config", file).startswith(f"{file}: not a YAML file: ")
+    if place.startswith("run"):
+        try:
+            assert parse(f"--run.directory={value}").run.directory == value, "an option's value is text"
+        except InputError:
+            pass
+    assert not os.path.exists(made)
+
+
+# --- and back -----------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_round_trip(tmp_path):
+    config = parse(
+        "--run.directory=rüns/x: y", '--rewards.models=["likelihood"]', "--sample.prompts=5", "--optimise.learning_rate=1e-7",
+        '--generative.templates=["standalone","{world}/judge.yaml"]', "--run.compilation_cache=null", "--data.prompts=12",
+    )  # fmt: skip
+    assert config.data.prompts == "12"
+    text = options.to_yaml(config)
+    assert parse("--config", write(tmp_path, text)) == config
+    assert options.to_dict(config) == yaml.safe_load(text)
+    assert list(yaml.safe_load(text)) == [f.name for f in dataclasses.fields(Config)]
+    assert options.to_dict(Config())["rewards"]["models"] == ["generative", "implicit"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_committed_configurations(path):
+    config = parse("--config", str(path))
+    assert config != Config()
+    # Not one key of the file is lost.
+    read = options.to_dict(config)
+    for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        assert {k: read[section][k] for k in values} == values
+
+
+@pytest.mark.parametrize("path", METHODS or [None], ids=lambda p: p.stem if p else "none")
+def test_committed_methods(path):
+    if path is None:
+        pytest.skip("no methods")
+    quickstart = str(ROOT / options.QUICKSTART)
+    config = parse("--config", quickstart, "--config", str(path))
+    read, base = options.to_dict(config), options.to_dict(parse("--config", quickstart))
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for section, values in content.items():
+        assert {k: read[section][k] for k in values} == values
+    assert {**base, **{s: {**base[s], **v} for s, v in content.items()}} == read
+
+
+# --- endings of a command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (InputError("x: wrong"), 2, "error: x: wrong\n"),
+        (Interrupted("saved", 15), 143, "saved\n"),
+        (OSError(28, "No space left on device", "f"), 3, "error: no space left to write f; what was saved before is intact"),
+        (ValueError("RESOURCE: No space left on device"), 3, "error: no space left to write; "),
+    ],
+)
+def test_ends_of_a_command(capsys, error, code, message):
+    def run():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        options.main(run)
+    out, err = capsys.readouterr()
+    assert end.value.code == code and out == "" and err.startswith(message) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(2, "No such file")])
+def test_bugs_are_not_hidden(error):
+    def run():
+        raise error
+
+    with pytest.raises(type(error)):
+        options.main(run)
+
+
+@pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (1, 1)])
+def test_exit_code(result, code):
+    with pytest.raises(SystemExit) as end:
+        options.main(lambda: result)
+    assert end.value.code == code
