@@ -28,6 +28,8 @@ from scir_jax.model import weights
 
 STANDALONE, CONTINUATION = "judge.yaml", "judge_continuation.yaml"
 RESPONSE_TOKENS = 12
+# Compiling takes nearly all of the time here, running nearly none.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PROMPTS = ("copy abc=", "upper-reverse dbfbe=", "rotate eie=", "copy h=", "rotate aghceg=", "copy hha=")
 # Text, and whether the stop token was sampled: a response of RESPONSE_TOKENS without one was cut.
 ANSWERS = (
@@ -301,11 +303,14 @@ def train_batch(session, rows, *, size=8, longer=0) -> TrainBatch:
     return dataset[0]
 
 
+@functools.cache
+def step_of(trainer):
+    return jax.jit(jax.value_and_grad(trainer.loss, has_aux=True), compiler_options=QUICK)
+
+
 def evaluated(session, params, batch):
     """(loss, means, decisions of the real pairs in the file's order, gradients)."""
-    trainer = session.trainer
-    step = jax.jit(jax.value_and_grad(trainer.loss, has_aux=True))
-    (loss, (sums, decisions)), gradients = jax.device_get(step(params, batch))
+    (loss, (sums, decisions)), gradients = jax.device_get(step_of(session.trainer)(params, batch))
     means = {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
     places = [int(np.flatnonzero(batch.pairs.index == i)[0]) for i in range(batch.pairs.index.max() + 1)]
     return loss, means, {name: value[places] for name, value in decisions.items()}, gradients
@@ -314,7 +319,6 @@ def evaluated(session, params, batch):
 def outputs(session, params, pairs):
     """log pi(y|x) [P, 2], verdicts [P, G, 2, 2] and the reward models' logits [P, R] of a batch of pairs."""
 
-    @jax.jit
     def run(params, pairs):
         logps, judged = forward.pair_outputs(
             session.model,
@@ -327,7 +331,7 @@ def outputs(session, params, pairs):
         logits, _ = objective.reward_logits(forward.objective_inputs(pairs, logps, judged), session.config)
         return logps, judged.verdicts, logits
 
-    return jax.device_get(run(params, pairs))
+    return jax.device_get(jax.jit(run, compiler_options=QUICK)(params, pairs))
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -464,20 +468,19 @@ def test_both_layouts_score_responses_alike(make_session, reference, params):
 
 
 def test_padding_order_and_accumulation_change_nothing(make_session, reference, params):
-    session = make_session()
+    session, four = (make_session(replay=dict(ift_batch_size=0), optimizer=dict(accumulate=n)) for n in (1, 4))
+    two = make_session(replay=dict(ift_batch_size=0), optimizer=dict(accumulate=2))
     # Five pairs of eight: with two micro-batches one is padded, with four the last is padding alone.
     rows = file_rows(reference, 2)[:5]
     batch = train_batch(session, rows)
     loss, means, decisions, gradients = evaluated(session, params, batch)
     turned = jax.tree.map(lambda x: np.roll(x[::-1], 3, axis=0), batch)
     variants = {
-        "longer rows": (session, train_batch(session, rows, longer=24)),
-        "more padded pairs": (session, train_batch(session, rows, size=12)),
-        "no padded pairs": (session, train_batch(session, rows, size=5)),
+        "longer rows, more padded pairs": (session, train_batch(session, rows, size=12, longer=24)),
         "another order": (session, turned),
-        "two micro-batches": (make_session(optimizer=dict(accumulate=2)), batch),
-        "four micro-batches": (make_session(optimizer=dict(accumulate=4)), batch),
-        "four micro-batches, another order": (make_session(optimizer=dict(accumulate=4)), turned),
+        "two micro-batches": (two, batch),
+        "four micro-batches": (four, batch),
+        "four micro-batches, another order": (four, turned),
     }
     assert batch.pairs.weight.tolist() == [1] * 5 + [0] * 3
     for name, (other, other_batch) in variants.items():
@@ -490,7 +493,11 @@ def test_padding_order_and_accumulation_change_nothing(make_session, reference, 
 
 
 def test_first_step_and_skipped_steps(make_session, reference, params):
-    session = make_session(selection=dict(rule="all"), replay=dict(weight=0.0), consistency=dict(weight=0.0))
+    session = make_session(
+        selection=dict(rule="all"),
+        replay=dict(weight=0.0, ift_batch_size=0, eft_batch_size=0),
+        consistency=dict(weight=0.0),
+    )
     rows = file_rows(reference, 2)
     encoder = session.encoder
     items = [
@@ -529,7 +536,9 @@ def test_first_step_and_skipped_steps(make_session, reference, params):
 def test_a_step_without_pairs_that_agree(make_session, reference, params):
     """Nothing selected, nothing else weighed: loss 0 and no gradient, not 0 / 0."""
     session = make_session(
-        selection=dict(confidence=0.499999), replay=dict(weight=0.0), consistency=dict(weight=0.0)
+        selection=dict(confidence=0.499999),
+        replay=dict(weight=0.0, ift_batch_size=0, eft_batch_size=0),
+        consistency=dict(weight=0.0),
     )
     loss, means, decisions, gradients = evaluated(session, params, train_batch(session, file_rows(reference, 2)))
     assert loss == 0 and means["selected"] == 0 and not decisions["selected"].any()

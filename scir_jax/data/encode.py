@@ -147,7 +147,6 @@ class Encoder:
         if prompt is None or comparison.label in (None, 0.5):
             return []
         answers = self.response(comparison.a), self.response(comparison.b)
-        prefix = len(self.chat.encode_text(judge.template.answer_prefix))
         rows = []
         for swapped in (False, True):
             a, b = answers[::-1] if swapped else answers
@@ -155,7 +154,8 @@ class Encoder:
             first_is_better = (comparison.label > 0.5) != swapped
             verdict = judge.verdict_ids[0 if first_is_better else 1]
             # The stop token behind it is not learned here: that would halve the verdict's share of the loss.
-            rows.append(((*question, verdict), (False,) * (len(question) - prefix) + (True,) * (prefix + 1)))
+            marks = (False,) * (len(question) + 1 - judge.answer_tokens) + (True,) * judge.answer_tokens
+            rows.append(((*question, verdict), marks))
         return rows
 
     # --- budget -----------------------------------------------------------------------------------------------------

@@ -72,12 +72,18 @@ def load_template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Judge:
-    """A template compiled for one tokenizer: constant ids and slots in turn, the last ids ask for the verdict."""
+    """A template compiled for one tokenizer.
+
+    Attributes:
+      parts: constant ids and slots in turn; the last ids ask for the verdict.
+      answer_tokens: how many tokens at the end are the judge's own, the verdict included.
+    """
 
     template: Template
     parts: tuple[Ids | str, ...]
     verdict_ids: tuple[int, int]
     stop_ids: Ids
+    answer_tokens: int
 
     @property
     def fixed_tokens(self) -> int:
@@ -133,6 +139,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     for verdict, token in zip(template.verdicts, (first[-1], second[-1])):
         if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
             raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
+    answer_tokens = max(len(first) - len(chat.flatten(chat.pieces(messages, generation_prompt=True))), 1)
     flat = first[:-1]
     if template.layout == "continuation":
         flat = flat[flat.index(-1002) + 1 :]
@@ -148,5 +155,5 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
         else:
             constant.append(token)
     parts.append(tuple(constant))
-    return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids)
+    return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids, answer_tokens)
 
