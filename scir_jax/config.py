@@ -123,9 +123,9 @@ class OptimizerConfig:
     warmup: float = 0.1
     """share of a stage's steps with linear warm-up"""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """after warm-up; cosine and linear end at `final` times the peak"""
+    """after warm-up; cosine and linear fall towards `final` times the peak by the end of the stage"""
     final: float = 0.1
-    """last learning rate as a share of the peak"""
+    """see schedule"""
     accumulate: int = 1
     """micro-batches a step; changes memory, not the result"""
     max_skipped: int = 5

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not (config.data.heldout_prompts or config.data.heldout_pairs):
         raise InputError("nothing to evaluate on: give --data.heldout_prompts or --data.heldout_pairs (or --run RUN)")
+    output = options.output_file(own["output"] or "evaluation.json")
     values = _directory(config, own["reference"])
-    output = Path(own["output"] or "evaluation.json")
     from scir_jax.data.records import write_json
 
     write_json(output, values)
@@ -84,9 +84,10 @@ def _directory(config, reference: str | None) -> dict:
     import numpy as np
 
     from scir_jax.loop import console, evaluation, scoring
-    from scir_jax.loop.session import Session, check_sampling, resolve
+    from scir_jax.loop.session import Session, check_positive, check_sampling, resolve
 
     config = resolve(config)
+    check_positive(config, "text", "sample", "generative", "evaluate")
     check_sampling(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=None, ift=None, eft=None, pairs=None))
     grader = evaluation.load_grader(config.evaluate.grader)

@@ -28,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.data import records
     from scir_jax.loop import console, scoring
     from scir_jax.loop.evaluation import accuracy, both_responses, implicit_logits
-    from scir_jax.loop.session import Session, resolve
+    from scir_jax.loop.session import Session, check_positive, resolve
     from scir_jax.method import rewards
 
     config = resolve(config)
+    check_positive(config, "text", "generative", "evaluate")
+    output = options.output_file(own["output"])
     comparisons = records.read_comparisons(own["input"], label_key=config.data.label_key)
     rows = [row for _, row in records.read_rows(own["input"])]
     session = Session(config)
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["reference_logps"] = [float(x) for x in reference_logps[i]]
         if own["with_ids"]:
             row["judge_rows"] = _judge_rows(session, pairs[i], judged.verdicts[i])
-    records.write_rows(Path(own["output"]), rows)
+    records.write_rows(output, rows)
 
     labels = np.array([np.nan if c.label is None else c.label for c in comparisons])
     known = ~np.isnan(labels) & (labels != 0.5)

@@ -76,6 +76,16 @@ def parse(
     return config, {name: parsed[name] for name in options}
 
 
+def output_file(name: str) -> Path:
+    """Checks a file to be written before any work is done for it."""
+    path = Path(name)
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a directory, expected a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: the directory {path.parent} does not exist")
+    return path
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The configuration as plain nested mappings, tuples as lists."""
     return yaml.safe_load(to_yaml(config))
@@ -98,6 +108,8 @@ def main(run: Callable[[], int | None]) -> None:
         code, message = 2, str(error)
     except Interrupted as stop:
         code, message = 128 + stop.signal, str(stop)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -19,16 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.engine.sampler import Sampling, stream_key
     from scir_jax.errors import InputError
     from scir_jax.loop import console, sampling
-    from scir_jax.loop.session import Session, check_sampling, resolve
+    from scir_jax.loop.session import Session, check_positive, check_sampling, resolve
 
     # No judge is asked here, and the model need not have room for one.
     config = resolve(dataclasses.replace(config, generative=GenerativeConfig(templates=())))
+    check_positive(config, "sample", "text")
     check_sampling(config)
     if not config.data.prompts:
         raise InputError("no prompts: give --data.prompts FILE")
-    output = Path(own["output"])
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: the directory {output.parent} does not exist")
+    output = options.output_file(own["output"])
+    # Left by an interrupted command, perhaps of other settings.
+    output.with_name(output.name + ".partial").unlink(missing_ok=True)
     session = Session(config)
     prompts = session.prompts[: config.sample.prompts]
     session.shapes_for(prompts)
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             key=stream_key(config.run.seed, "responses", 0),
             title="sample",
             stopper=stopper,
+            resumable=False,
         )
     console.say(f"{len(prompts)} prompts x {config.sample.responses} responses: {output}")
     return 0

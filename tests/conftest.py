@@ -50,7 +50,9 @@ def world_dir(tmp_path_factory):
     arch = Architecture.from_hf_config(weights.hf_config(untrained), str(untrained))
     params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
     # Larger than at initialisation, so that the distributions are far from uniform.
-    params = jax.tree_util.tree_map_with_path(lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params
+    )
     weights.save(directory / "model", arch, params, source=untrained)
     return directory
 

@@ -532,6 +532,7 @@ def test_data_that_changed_since_the_run_began(command, write_config, world_dir,
     prompts = Path(shutil.copy(world_dir / "prompts.jsonl", tmp_path / "prompts.jsonl"))
     config = write_config(data=dict(prompts=str(prompts)))
     refused(command(train.main, "--config", config), "the stages begin")
+    (tmp_path / "run" / "checkpoints" / "M0").mkdir(parents=True)
     with prompts.open("a") as file:
         file.write('{"prompt": "copy abc="}\n')
     refused(command(train.main, "--config", config), "changed since this run began: data.prompts")

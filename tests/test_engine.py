@@ -211,7 +211,9 @@ def test_the_step_is_adamw(session, gradients):
         assert float(output.metrics["grad_norm"]) == pytest.approx(norms[-1], rel=1e-4)
     assert max(norms) > settings.clip  # clipping is at work
     for x, y, z in zip(*map(jax.tree.leaves, (state.params, expected, before)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+        # Adam divides by a gradient's size, so that rounding in the smallest ones is what a weight may differ by.
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+        assert np.abs(np.asarray(x - y)).mean() < 1e-6
         assert np.abs(np.asarray(x - z)).max() > 1e-3
 
 
@@ -341,7 +343,6 @@ def test_a_mesh_does_not_change_the_result(sharded, alone, mesh):
     for name, value in alone.items():
         if name.endswith(" share") or name == "steps compiled":
             continue
-        # Adam divides by a gradient's size, so that rounding in the smallest ones is what a weight may differ by.
         atol = 1e-4 if name.startswith("params") else 1e-5
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
 
@@ -412,7 +413,6 @@ class Stage:
         self.store = ModelStore(self.run.checkpoints)
         self.decisions = self.run.iteration(1) / "decisions.jsonl"
         self.dataset = make_dataset(session) if dataset is None else dataset
-        self.taken = []
 
     def __call__(self, stopper):
         metrics_file = self.run.path / "metrics.jsonl"

@@ -31,12 +31,12 @@ RESPONSE_TOKENS = 12
 # Compiling takes nearly all of the time here, running nearly none.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PROMPTS = ("copy abc=", "upper-reverse dbfbe=", "rotate eie=", "copy h=", "rotate aghceg=", "copy hha=")
-# Text, and whether the stop token was sampled: a response of RESPONSE_TOKENS without one was cut.
+# Text, and whether the stop token was sampled; one without it was cut, at RESPONSE_TOKENS or before.
 ANSWERS = (
     (("abc!", True), ("ab", True)),
     (("EBFBD", True), ("EBFBDabcdefg", False)),
     (("iee", True), ("", True)),
-    (("hhhhhhhhhhhh", False), ("gggg!!gg!!ff", False)),
+    (("hhhhhhhhhhhh", False), ("gggg!!", False)),
     (("ghcega!", True), ("G=;1 2\njudge", True)),
     (("hha!", True), ("hhahh", True)),
 )
@@ -99,6 +99,12 @@ class Reference:
 
     def response_logp(self, prompt, answer):
         return self.logp(self.ids(f"<s><|user|>{prompt}<|assistant|>"), self.answer_ids(answer)).sum()
+
+    @functools.cached_property
+    def response_logps(self):
+        """[P, 2] of all answers, NumPy."""
+        with torch.no_grad():
+            return np.array([[self.response_logp(x, y).item() for y in ys] for x, ys in zip(PROMPTS, ANSWERS)])
 
     def replay_means(self, config, templates):
         """Mean negative log-likelihood of the marked tokens of both files."""
@@ -212,7 +218,7 @@ def reference_objective(reference, rows, config, templates):
         )
         penalty = sum(one_way(teacher, x) for x in ps) / len(ps)
 
-    ift, eft = reference.replay_means(config, templates)
+    ift, eft = reference.replay_means(config, templates) if config.replay.weight else (0, 0)
     preference = losses[selected].mean() if selected.any() else torch.zeros(())
     loss = choice.weight * preference + settings.weight * penalty.mean() + config.replay.weight * (ift + eft)
     means = {
@@ -223,9 +229,9 @@ def reference_objective(reference, rows, config, templates):
         "generative/slot_bias": z.mean(),
         "generative/flip_rate": (z[..., 0] * z[..., 1] > 0).double().mean(),
         "generative/verdict_mass": torch.stack([mass for of in read for both in of for _, mass in both]).mean(),
-        "sft/ift": ift,
-        "sft/eft": eft,
     }
+    if config.replay.weight:
+        means |= {"sft/ift": ift, "sft/eft": eft}
     decisions = {
         "p_generative": torch.sigmoid(judged),
         "p_implicit": torch.sigmoid(kinds["implicit"][:, 0]),
@@ -239,14 +245,12 @@ def reference_objective(reference, rows, config, templates):
 # --- the code under test ---------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def reference_of(directory):
-    return Reference(directory)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(world_dir):
-    return reference_of(world_dir / "model")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the rows are small
+    yield Reference(world_dir / "model")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -261,9 +265,7 @@ def file_rows(reference, columns, seed=0):
     """Rows of pairs.jsonl whose cached values are near the model's own, but not equal to them."""
     rng = np.random.default_rng(seed)
     rows = []
-    for i, (prompt, answers) in enumerate(zip(PROMPTS, ANSWERS)):
-        with torch.no_grad():
-            logps = np.array([float(reference.response_logp(prompt, answer)) for answer in answers])
+    for prompt, answers, logps in zip(PROMPTS, ANSWERS, reference.response_logps, strict=True):
         rows.append(
             {
                 "messages": [{"role": "user", "content": prompt}],
@@ -343,21 +345,18 @@ def assert_same_gradients(found, expected, tolerance):
     assert max(jax.tree.leaves(errors)) < tolerance, errors
 
 
-@functools.cache
-def loaded(directory):
-    return weights.load(directory)[1]
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params(world_dir):
-    return loaded(world_dir / "model")
+    return weights.load(world_dir / "model")[1]
 
 
+NO_REPLAY = dict(weight=0.0, ift_batch_size=0, eft_batch_size=0)
 CASES = {
     "scir": ((STANDALONE, CONTINUATION), {}),
     "continued first, soft frozen consensus, ipo": (
         (CONTINUATION, STANDALONE),
         dict(
+            replay=NO_REPLAY,
             consistency=dict(kind="cross_entropy", stop_gradient="implicit"),
             rewards=dict(implicit_weight=0.5),
             implicit=dict(length="mean"),
@@ -367,6 +366,7 @@ CASES = {
     "likelihood, hinge, js": (
         (CONTINUATION,),
         dict(
+            replay=NO_REPLAY,
             consistency=dict(kind="js"),
             rewards=dict(models=("likelihood", "implicit", "generative"), likelihood_length="mean"),
             preference=dict(labels="likelihood", loss="hinge", beta=0.3),
@@ -376,6 +376,7 @@ CASES = {
     "confident judge, smoothed": (
         (STANDALONE,),
         dict(
+            replay=NO_REPLAY,
             consistency=dict(kind="agreement", stop_gradient="generative"),
             implicit=dict(length="penalty"),
             preference=dict(labels="generative", soft=True, label_smoothing=0.1),
@@ -463,8 +464,7 @@ def test_both_layouts_score_responses_alike(make_session, reference, params):
         found[templates[0]] = logps[order], verdicts[order][:, :: 1 if templates[0] == STANDALONE else -1]
     for separate, continued in zip(*found.values(), strict=True):
         np.testing.assert_allclose(continued, separate, atol=2e-5)
-    expected = [[reference.response_logp(prompt, y).item() for y in ys] for prompt, ys in zip(PROMPTS, ANSWERS)]
-    np.testing.assert_allclose(found[STANDALONE][0], expected, atol=1e-4)
+    np.testing.assert_allclose(found[STANDALONE][0], reference.response_logps, atol=1e-4)
 
 
 def test_padding_order_and_accumulation_change_nothing(make_session, reference, params):
@@ -495,7 +495,7 @@ def test_padding_order_and_accumulation_change_nothing(make_session, reference, 
 def test_first_step_and_skipped_steps(make_session, reference, params):
     session = make_session(
         selection=dict(rule="all"),
-        replay=dict(weight=0.0, ift_batch_size=0, eft_batch_size=0),
+        replay=NO_REPLAY,
         consistency=dict(weight=0.0),
     )
     rows = file_rows(reference, 2)
@@ -516,20 +516,21 @@ def test_first_step_and_skipped_steps(make_session, reference, params):
     trainer = session.trainer
     state = trainer.init(jax.tree.map(jnp.array, params))
     rate = np.float32(1e-2)
+    step = trainer.step.lower(state, batch, rate).compile(QUICK)
     before = snapshot(state)
     for skipped in (1, 2):
-        state, output = trainer.step(state, broken, rate)
+        state, output = step(state, broken, rate)
         assert output.metrics["skipped"] == 1 and output.metrics["skipped_in_a_row"] == state.skipped == skipped
         for old, new in zip(before, snapshot(state), strict=True):
             assert old.tobytes() == new.tobytes()
-    state, output = trainer.step(state, batch, rate)
+    state, output = step(state, batch, rate)
     # The reference is the policy: DPO's loss is ln 2, whatever the labels.
     assert output.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert output.metrics["preference"] == pytest.approx(np.log(2), abs=1e-5)
     assert output.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert output.metrics["skipped"] == 0 and state.skipped == 0
     assert all(not np.array_equal(old, new) for old, new in zip(before, snapshot(state)) if old.ndim)
-    state, output = trainer.step(state, batch, rate)
+    state, output = step(state, batch, rate)
     assert output.metrics["preference"] < np.log(2) - 0.01
 
 
@@ -537,7 +538,7 @@ def test_a_step_without_pairs_that_agree(make_session, reference, params):
     """Nothing selected, nothing else weighed: loss 0 and no gradient, not 0 / 0."""
     session = make_session(
         selection=dict(confidence=0.499999),
-        replay=dict(weight=0.0, ift_batch_size=0, eft_batch_size=0),
+        replay=NO_REPLAY,
         consistency=dict(weight=0.0),
     )
     loss, means, decisions, gradients = evaluated(session, params, train_batch(session, file_rows(reference, 2)))

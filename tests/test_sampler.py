@@ -154,7 +154,8 @@ def test_no_setting_compiles_again(small):
     compiled = small.sampler()._cache_size
     small(sampling=ONE)
     before = compiled()
-    seen = [small(sampling=s)[0] for s in (ONE, Sampling.of(0.0), Sampling.of(3.0), Sampling.of(3.0, 0.5), Sampling.of(3.0, 1.0, 2))]
+    settings = (ONE, Sampling.of(0.0), Sampling.of(3.0), Sampling.of(3.0, 0.5), Sampling.of(3.0, 1.0, 2))
+    seen = [small(sampling=s)[0] for s in settings]
     small(key=stream_key(5, "evaluation", 3))
     assert compiled() == before
     assert len({tokens.tobytes() for tokens in seen}) == len(seen)  # and each setting is in force
@@ -241,7 +242,9 @@ def test_limit_keeps_one_token_at_least():
         np.testing.assert_array_equal(kept, distinct == distinct.max(axis=1, keepdims=True))
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.8, 0), (1.0, 1.0, 4), (1.5, 0.7, 6)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.8, 0), (1.0, 1.0, 4), (1.5, 0.7, 6)]
+)
 def test_draws_have_the_distribution(temperature, top_p, top_k):
     draws = 20_000
     logits = np.random.default_rng(2).normal(0, 1.2, 11).astype(np.float32)
@@ -278,8 +281,9 @@ def test_a_stop_token_ends_a_row(small):
 
 def test_stop_tokens_change_only_where_a_row_ends(small):
     free, _, _ = small(sampling=Sampling.of(3.0), stop_ids=())
-    tokens, counts, logps = small(sampling=Sampling.of(3.0))
-    for row, found, count in zip(free.reshape(-1, RESPONSE), tokens.reshape(-1, RESPONSE), counts.reshape(-1), strict=True):
+    tokens, counts, _ = small(sampling=Sampling.of(3.0))
+    pairs = zip(free.reshape(-1, RESPONSE), tokens.reshape(-1, RESPONSE), counts.reshape(-1), strict=True)
+    for row, found, count in pairs:
         places = np.flatnonzero(np.isin(row, STOPS))
         end = places[0] + 1 if len(places) else RESPONSE
         assert count == end
@@ -297,11 +301,11 @@ class StopsAfter(console.Stopper):
         super().__init__()
         self.left = checks
 
-    def check(self, where):
+    def check(self, *arguments, **named):
         if not self.left:
             self.signal = 2
         self.left -= 1
-        super().check(where)
+        super().check(*arguments, **named)
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +376,8 @@ def test_an_interrupted_stage_goes_on_to_the_same_file(stage, tmp_path, damage):
 
 
 def test_a_line_holds_any_text(tmp_path):
-    rows = [{"response": f"a{separator}b", "n": n} for n, separator in enumerate("\u2028\u2029\x85\x0b\x0c\x1c\r\n\ud800é")]
+    characters = "\u2028\u2029\x85\x0b\x0c\x1c\r\n\ud800é"
+    rows = [{"response": f"a{character}b", "n": n} for n, character in enumerate(characters)]
     file = AppendOnly(tmp_path / "rows.jsonl")
     for row in rows:
         file.write(row)

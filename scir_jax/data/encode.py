@@ -181,6 +181,8 @@ class Encoder:
 
         Raises InputError where prompt and response do not fit into the context.
         """
+        if not prompts:
+            raise InputError("no prompt is left: every one is longer than text.max_prompt_tokens")
         conversation = max(len(p.conversation) for p in prompts)
         text = max(len(p.text) for p in prompts)
         response = self.config.max_response_tokens

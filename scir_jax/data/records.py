@@ -182,11 +182,11 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 
 def line(row: dict) -> str:
     """One line of a JSONL file. A lone surrogate, which a model's bytes may decode to, is written escaped."""
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(row)
+        text = json.dumps(row, allow_nan=False)
     return text + "\n"
 
 

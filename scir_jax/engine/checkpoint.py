@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
+
+
+# A failed save reaches the caller as an exception; Orbax's background threads need not print it too.
+absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 class ModelStore:
@@ -25,9 +30,11 @@ class ModelStore:
     def exists(self, number: int) -> bool:
         return self.path(number).is_dir()
 
+    def numbers(self) -> list[int]:
+        return sorted(int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit())
+
     def latest(self) -> int | None:
-        numbers = [int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit()]
-        return max(numbers, default=None)
+        return max(self.numbers(), default=None)
 
     def save(self, number: int, params: Any) -> None:
         ocp.save(self.path(number), params, overwrite=True)

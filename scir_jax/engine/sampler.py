@@ -133,7 +133,7 @@ def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
     probabilities = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=1)
     # A token is kept while the probability before it is below top_p: the first always is.
     before = jnp.cumsum(probabilities, axis=1) - probabilities
-    kept = kept & ((before < top_p) | (jnp.arange(vocab) == 0))
+    kept = kept & ((before < top_p) | (top_p >= 1) | (jnp.arange(vocab) == 0))
     threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=1, keepdims=True)
     return jnp.where(scaled_MV >= threshold, scaled_MV, -jnp.inf)
 

@@ -104,14 +104,13 @@ class Stopper:
             signal.signal(number, handler)
 
     def _request(self, number: int, _) -> None:
-        if self.signal is not None:  # asked twice: at once
-            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise Interrupted("stopped at once; run the same command again to go on from the last checkpoint", number)
         self.signal = number
         say("stopping at the next safe point; once more stops at once")
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, *, resumable: bool = True) -> None:
         """Raises Interrupted if asked to stop. Call it where everything done so far is saved."""
         if self.signal is not None:
-            raise Interrupted(
-                f"stopped in {where}; everything is saved: run the same command again to go on", self.signal
-            )
+            how = "everything is saved: run the same command again to go on" if resumable else "nothing is written"
+            raise Interrupted(f"stopped in {where}; {how}", self.signal)

@@ -43,8 +43,10 @@ class RunDirectory:
         new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise InputError(f"{self.path}: is a file; choose another run.directory") from None
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.path}: is a file, or below one; choose another run.directory") from None
+        except PermissionError:
+            raise InputError(f"{self.path}: may not be written; choose another run.directory") from None
         # Held until the process ends, however it ends: the kernel frees it.
         self._lock = FileLock(self.path / ".lock")
         try:
@@ -52,10 +54,14 @@ class RunDirectory:
         except Timeout:
             raise InputError(f"{self.path}: another process is running here; wait for it or choose another run.directory") from None
         recorded = self.path / "config.yaml"
-        if recorded.exists():
+        # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
+        if recorded.exists() and any(self.checkpoints.glob("M0")):
             self._compare(yaml.safe_load(recorded.read_text(encoding="utf-8")), options.to_dict(config))
             return True
-        others = [p.name for p in self.path.iterdir() if p.name not in (".lock", "config.yaml.partial")]
+        own = {".lock", "config.yaml", "config.yaml.partial", "manifest.json", "manifest.json.partial", "checkpoints"}
+        own |= {"metrics.jsonl", "tensorboard"}
+        others = [p.name for p in self.path.iterdir() if p.name not in own]
+        (self.path / "manifest.json").unlink(missing_ok=True)
         if not new and others:
             raise InputError(f"{self.path}: holds files of something else ({', '.join(sorted(others)[:3])}); choose another run.directory")
         partial = recorded.with_name("config.yaml.partial")
@@ -74,7 +80,8 @@ class RunDirectory:
             write_json(path, manifest)
             return
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [k for k, v in manifest["sha256"].items() if before["sha256"].get(k) != v]
+        names = sorted(before["sha256"].keys() | manifest["sha256"].keys())
+        changed = [k for k in names if before["sha256"].get(k) != manifest["sha256"].get(k)]
         if changed:
             raise InputError(
                 f"{self.path}: changed since this run began: {', '.join(changed)}; restore them or choose another run.directory"
@@ -94,7 +101,8 @@ class RunDirectory:
 
 def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
     """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates."""
-    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file()}
+    read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
+    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file() and p.suffix in read}
     hashes = {f"model.path/{name}": sha256(path) for name, path in files.items()}
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):

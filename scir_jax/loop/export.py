@@ -17,7 +17,7 @@ def export_model(session: Session, run: RunDirectory, number: int, output: Path)
     """Writes M_number with the tokenizer and chat template of the run's model. InputError if it is not there."""
     store = ModelStore(run.checkpoints)
     if not store.exists(number):
-        present = sorted(int(p.name[1:]) for p in run.checkpoints.glob("M*"))
-        raise InputError(f"{run.path}: no model M{number}; there {'are' if present else 'is'} {', '.join(f'M{n}' for n in present) or 'none'}")
+        present = ", ".join(f"M{n}" for n in store.numbers()) or "none"
+        raise InputError(f"{run.path}: no model M{number}; there is {present}")
     params = jax.device_get(store.load(number, session.abstract_params))
     weights.save(output, session.arch, params, source=Path(session.config.model.path))

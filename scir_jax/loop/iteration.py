@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Run:
             self.directory,
             self.metrics,
             self.stopper,
-            name="sft",
+            name=stage_name(0),
             stage="sft",
             iteration=0,
             title="SFT",
@@ -126,7 +127,7 @@ class Run:
             self.directory,
             self.metrics,
             self.stopper,
-            name=f"iteration_{t:02d}",
+            name=stage_name(t),
             stage="optimise",
             iteration=t,
             title=f"iteration {t}: optimise",
@@ -197,6 +198,9 @@ class Run:
     def _timed(self, t: int, stage: str, done, do) -> None:
         """Runs a stage unless it is done, and keeps its time (of the last try) in seconds.json."""
         if done():
+            # Left where a process was killed between saving the model and removing the checkpoints that led to it.
+            if stage in ("sft", "optimise"):
+                shutil.rmtree(self.directory.checkpoints / stage_name(t), ignore_errors=True)
             return
         started = time.monotonic()
         do()
@@ -215,11 +219,20 @@ class Run:
         return int(np.random.SeedSequence([self.config.run.seed, 2, stream]).generate_state(1)[0])
 
 
+def stage_name(iteration: int) -> str:
+    """The directory of a training stage's checkpoints."""
+    return f"iteration_{iteration:02d}" if iteration else "sft"
+
+
 def check_inputs(session: Session) -> None:
     """Reads and checks everything that the run will need, before anything is computed."""
     config = session.config
     if config.run.iterations and not session.prompts and not session.given_pairs:
         raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
+    if config.data.pairs and len(session.given_pairs) < config.run.iterations:
+        raise InputError(
+            f"{config.data.pairs}: {len(session.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
+        )
     if config.preference.labels == "external" and not config.data.pairs:
         console.say(
             f"labels come from the column {config.data.label_key!r} that you add to each iteration's pairs.jsonl; "

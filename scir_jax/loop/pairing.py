@@ -65,15 +65,14 @@ def read_answers(session: Session, path: Path) -> list[Answer]:
 
 def given_answers(session: Session, iteration: int) -> tuple[list[Answer], list[PairRecord]]:
     """The iteration's even share of the pairs in data.pairs, in the file's order."""
-    share = -(-len(session.given_pairs) // session.config.run.iterations)
+    given, iterations = session.given_pairs, session.config.run.iterations
+    first, last = (len(given) * t // iterations for t in (iteration - 1, iteration))
     answers, pairs = [], []
-    for comparison in session.given_pairs[(iteration - 1) * share : iteration * share]:
+    for comparison in given[first:last]:
         prompt = session.encoder.prompt(comparison.messages)
         for text in (comparison.a, comparison.b):
             answers.append(Answer(prompt, session.encoder.response(text), text, {}))
         pairs.append(PairRecord(len(answers) - 2, len(answers) - 1, comparison.label))
-    if not pairs:
-        raise InputError(f"data.pairs: {len(session.given_pairs)} pairs are too few for run.iterations={session.config.run.iterations}")
     return answers, pairs
 
 

@@ -13,6 +13,7 @@ from scir_jax.data.encode import Prompt
 from scir_jax.data.rows import fill, pad
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.metrics import AppendOnly
+from scir_jax.errors import InputError
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.loop import console
 from scir_jax.loop.session import Session
@@ -30,6 +31,7 @@ def sample_rows(
     index = np.concatenate([index, np.full(size - len(index), -1, np.int32)])
     samples = session.sampler(responses)(params, *put_batch((ids, lengths, index), session.mesh), key, sampling)
     tokens, counts, logps = (np.asarray(x) for x in samples)
+    check_finite(logps[: len(prompts)], "log-probabilities")
     rows = []
     for i, (number, prompt) in enumerate(prompts):
         for n in range(responses):
@@ -51,6 +53,12 @@ def sample_rows(
     return rows
 
 
+def check_finite(values: np.ndarray, what: str) -> None:
+    """InputError where a model gives NaN or infinity: its weights are broken, and nothing made of it is of use."""
+    if not np.isfinite(values).all():
+        raise InputError(f"the model gives {what} that are not finite; its weights are broken")
+
+
 def sample_file(
     session: Session,
     params,
@@ -62,8 +70,13 @@ def sample_file(
     key,
     title: str,
     stopper: console.Stopper,
+    resumable: bool = True,
 ) -> None:
-    """Writes responses to `path`. An interrupted file is taken up again after its last complete batch."""
+    """Writes responses to `path`. An interrupted file is taken up again after its last complete batch.
+
+    Args:
+      resumable: what Ctrl-C says: whether the same command goes on or starts again.
+    """
     partial = AppendOnly(path.with_name(path.name + ".partial"))
     size = session.config.sample.batch_size
     done = len(partial.cut(lambda row: True)) // (size * responses)
@@ -74,7 +87,7 @@ def sample_file(
     tokens = 0
     with console.stage(title, len(parts), done) as bar:
         for part in parts[done:]:
-            stopper.check(title)
+            stopper.check(title, resumable=resumable)
             rows = sample_rows(session, params, part, responses=responses, sampling=sampling, key=key)
             for row in rows:
                 partial.write(row)

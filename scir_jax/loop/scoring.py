@@ -11,6 +11,7 @@ from scir_jax.data.records import batched
 from scir_jax.data.rows import fill, pad_rows, stack
 from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
+from scir_jax.loop.sampling import check_finite
 from scir_jax.loop.session import Session
 
 Pair = tuple[Prompt, Response, Response]
@@ -30,6 +31,7 @@ def response_logps(
         rows = pad_rows([session.encoder.scored_row(*item) for item in part], session.shapes.scored, session.chat.pad_id)
         logps = session.scorer(params, put_batch(fill(rows, size), session.mesh))
         result.append(np.asarray(logps)[: len(part)])
+        check_finite(result[-1], "log-probabilities")
         advance()
     return np.concatenate(result) if result else np.zeros(0, np.float32)
 
@@ -55,6 +57,8 @@ def judge_pairs(session: Session, params, pairs: Sequence[Pair], advance: Callab
         judged = session.judge(params, put_batch(fill(rows, size), session.mesh))
         verdicts.append(np.asarray(judged.verdicts)[: len(part)])
         mass.append(np.asarray(judged.mass)[: len(part)])
+        check_finite(verdicts[-1], "verdicts")
+        check_finite(mass[-1], "verdicts")
         advance()
     if not pairs:
         templates = len(session.judges)

@@ -23,6 +23,22 @@ from scir_jax.text.chat import Chat, load_tokenizer
 from scir_jax.text.judge import compile_judge, load_template
 
 Ids = tuple[int, ...]
+POSITIVE = (
+    "optimise.batch_size",
+    "optimise.epochs",
+    "optimizer.accumulate",
+    "optimizer.max_skipped",
+    "sample.responses",
+    "sample.batch_size",
+    "sample.prompts",
+    "pairs.per_prompt",
+    "text.max_prompt_tokens",
+    "text.max_response_tokens",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluate.batch_size",
+    "evaluate.samples",
+)
 
 
 def resolve(config: Config) -> Config:
@@ -50,29 +66,17 @@ def resolve(config: Config) -> Config:
 def check(config: Config) -> None:
     """Refuses settings that contradict each other, before anything is loaded."""
     models, labels = config.rewards.models, config.preference.labels
+    if not (config.preference.weight or config.consistency.weight or config.replay.weight):
+        raise InputError("preference.weight, consistency.weight and replay.weight are all 0: there is nothing to train on")
     if not models or len(set(models)) != len(models):
         raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
-    if not config.generative.templates:
-        raise InputError("generative.templates is empty; name at least one judge template")
     if labels in ("generative", "implicit", "likelihood") and labels not in models and config.preference.update == "frozen":
         raise InputError(f"preference.labels is {labels}, frozen: add {labels} to rewards.models")
     if config.consistency.target == "consensus" or labels == "consensus":
         weights_ = {n: getattr(config.rewards, f"{n}_weight") for n in models}
         if not any(weights_.values()):
             raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.{models[0]}_weight")
-    for key, value in (
-        ("optimise.batch_size", config.optimise.batch_size),
-        ("optimizer.accumulate", config.optimizer.accumulate),
-        ("evaluate.batch_size", config.evaluate.batch_size),
-        ("evaluate.samples", config.evaluate.samples),
-        ("checkpoint.every", config.checkpoint.every),
-        ("text.max_response_tokens", config.text.max_response_tokens),
-        ("pairs.per_prompt", config.pairs.per_prompt),
-        ("optimise.epochs", config.optimise.epochs),
-        ("optimizer.max_skipped", config.optimizer.max_skipped),
-    ):
-        if value < 1:
-            raise InputError(f"{key} must be at least 1, not {value}")
+    check_positive(config)
     if config.run.iterations < 0:
         raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
     check_sampling(config)
@@ -95,14 +99,22 @@ def training_batches(config: Config) -> dict[str, int]:
     }
 
 
+def check_positive(config: Config, *sections: str) -> None:
+    """Refuses counts below 1 in the sections that a command reads (all by default)."""
+    for key in POSITIVE:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if (not sections or section in sections) and value is not None and value < 1:
+            raise InputError(f"{key} must be at least 1, not {value}")
+    if (not sections or "generative" in sections) and not config.generative.templates:
+        raise InputError("generative.templates is empty; name at least one judge template")
+
+
 def check_sampling(config: Config) -> None:
     """Refuses settings of `sample` that mean nothing."""
     sample = config.sample
     if sample.temperature < 0 or not 0 < sample.top_p <= 1 or sample.top_k < 0:
         raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
-    for key in ("responses", "batch_size"):
-        if getattr(sample, key) < 1:
-            raise InputError(f"sample.{key} must be at least 1, not {getattr(sample, key)}")
 
 
 class Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,7 @@ def train_stage(
     if decisions is not None:
         decisions.cut(lambda row: row["step"] <= done)
 
-    writer = _Writer(metrics, decisions, stage, iteration, config.optimizer.max_skipped)
+    writer = _Writer(metrics, decisions, stage, iteration, min(config.optimizer.max_skipped, steps))
     try:
         with console.stage(title, steps, done) as bar:
             for step in range(done, steps):
@@ -88,7 +89,9 @@ def train_stage(
         save(state.params)
         jax.block_until_ready(state)
     except BaseException:
-        checkpoints.close()
+        # What went wrong first is what the user must read.
+        with contextlib.suppress(Exception):
+            checkpoints.close()
         raise
     finally:
         if decisions is not None:

@@ -91,11 +91,15 @@ def objective(pairs: Pairs, config: Config) -> tuple[Sums, dict[str, Array]]:
       decisions: [P] (or [P, G]) p_generative, p_implicit, agreed, selected, label.
     """
     settings = config.preference
+    pairs = _blank(pairs)
     logits, kinds = reward_logits(pairs, config)
     stopped = jax.lax.stop_gradient(logits)
     agreed = preference.agreed(stopped, config.selection.confidence)
-    chosen_by = _label_logits(pairs, stopped, jax.tree.map(jax.lax.stop_gradient, kinds), config)
-    label = pairs.external if settings.labels == "external" else preference.label(chosen_by, soft=settings.soft)
+    if settings.labels == "external":
+        label = pairs.external
+    else:
+        chosen_by = _label_logits(pairs, stopped, jax.tree.map(jax.lax.stop_gradient, kinds), config)
+        label = preference.label(chosen_by, soft=settings.soft)
     # A pair without a preference (q = 1/2: identical responses, say) teaches DPO nothing but regression to the start.
     decided = jnp.abs(label - 0.5) > 0
     selected = (agreed & decided) if config.selection.rule == "agreement" else decided
@@ -118,8 +122,7 @@ def objective(pairs: Pairs, config: Config) -> tuple[Sums, dict[str, Array]]:
     )
 
     def mean(values: Array, weight: Array) -> tuple[Array, Array]:
-        # where, not a product: a padded pair's value may be anything.
-        return jnp.where(weight > 0, values * weight, 0).sum(), weight.sum()
+        return (values * weight).sum(), weight.sum()
 
     first = label >= 0.5
     rewards_P2 = settings.beta * jax.lax.stop_gradient(pairs.logps - pairs.preference_logps)
@@ -156,6 +159,16 @@ def objective(pairs: Pairs, config: Config) -> tuple[Sums, dict[str, Array]]:
 def rewards_by_template(pairs: Pairs) -> Array:
     """The generative reward model's logits [P, G], one column a template."""
     return jax.vmap(rewards.generative, in_axes=1, out_axes=1)(pairs.verdicts)["logit"]
+
+
+def _blank(pairs: Pairs) -> Pairs:
+    """Zeros in place of what padded pairs hold, which may be anything: masked later, 0 * NaN would be a gradient."""
+
+    def blank(values: Array) -> Array:
+        real = pairs.weight > 0
+        return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.zeros_like(values))
+
+    return jax.tree.map(blank, pairs)
 
 
 def _label_logits(pairs: Pairs, logits: Array, kinds: dict[str, Array], config: Config) -> Array:

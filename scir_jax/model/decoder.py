@@ -252,7 +252,13 @@ class Model:
         return self._final_norm(params, x_B1D)[:, 0], cache
 
     def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
-        x_BTD = params["embed"].at[ids_BT].get(mode="clip").astype(self.compute_dtype)
+        table_VD = params["embed"]
+        if isinstance(self.activations, jax.sharding.NamedSharding):
+            # Gathered before the look-up: looking up in a split table gives hidden states split along D, which
+            # would have to be gathered whole on their way to being split along B.
+            whole = jax.sharding.NamedSharding(self.activations.mesh, jax.sharding.PartitionSpec())
+            table_VD = jax.lax.with_sharding_constraint(table_VD.astype(self.compute_dtype), whole)
+        x_BTD = table_VD.at[ids_BT].get(mode="clip").astype(self.compute_dtype)
         return self._constrain(x_BTD)
 
     def _block(self, layer_params: Params) -> Block:

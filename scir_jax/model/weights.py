@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,14 +150,16 @@ def save(
     kept = [p for p in kept if not _matches(p, _WEIGHT_FILES)]
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
+    # A fixed name: what a killed process left is cleared by the next one.
+    scratch = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir(parents=True)
         for path in (*kept, *copied):
             shutil.copy2(path, new / path.name)
         _write_json(new / "config.json", config)
         _write_tensors(new, arch, params, _DTYPES[dtype], max_shard_bytes)
-        old = Path(scratch) / "old"
         if directory.exists():
             directory.rename(old)
         try:
@@ -167,6 +168,8 @@ def save(
             if old.exists():
                 old.rename(directory)
             raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _names(arch: Architecture) -> dict[str, _Tensor]:
