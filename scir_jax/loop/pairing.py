@@ -170,6 +170,11 @@ def run_pairing(
             for role in (r for r, n in roles.items() if n == number):
                 for answer, logp in zip(answers, logps, strict=True):
                     answer.logps[role] = float(logp)
+        if np.allclose(*([answer.logps[role] for answer in answers] for role in ("start", "implicit")), atol=1e-6):
+            console.say(
+                f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at the first step; "
+                "implicit.reference names a model that lags"
+            )
         if frozen:
             triples = [(answers[p.a].prompt, answers[p.a].response, answers[p.b].response) for p in pairs]
             judged = scoring.judge_pairs(session, models.load(iteration), triples, advance)

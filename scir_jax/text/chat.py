@@ -6,6 +6,7 @@ text of users and models (which may not) stay apart until both are ids.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,10 +28,10 @@ def load_tokenizer(directory: Path):
 
     Raises InputError if the directory has none that loads.
     """
+    # Importing transformers warns that torch is absent, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"{directory}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
     try:
