@@ -22,17 +22,37 @@ import numpy as np
 from scir_jax import options
 from scir_jax.errors import InputError
 
-COLUMNS = ("quality", "exact", "greedy_quality", "win_rate", "generative_accuracy", "implicit_accuracy", "agreement", "label_accuracy", "selected", "distinct", "length")
+COLUMNS = (
+    "quality",
+    "exact",
+    "greedy_quality",
+    "win_rate",
+    "generative_accuracy",
+    "implicit_accuracy",
+    "agreement",
+    "label_accuracy",
+    "selected",
+    "distinct",
+    "length",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="the configuration that methods are laid over")
-    parser.add_argument("--methods", nargs="+", required=True, help="YAML files of settings, for example configs/methods/*.yaml")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)")
-    parser.add_argument("--tune_seeds", nargs="*", type=int, default=[], help="other seeds, for choosing the learning rate")
+    parser.add_argument(
+        "--config", default="configs/quickstart.yaml", help="the configuration that methods are laid over"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", required=True, help="YAML files of settings, for example configs/methods/*.yaml"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)"
+    )
+    parser.add_argument(
+        "--tune_seeds", nargs="*", type=int, default=[], help="other seeds, for choosing the learning rate"
+    )
     parser.add_argument("--rates", nargs="+", default=[], help="values of optimise.learning_rate to choose from")
     parser.add_argument("--by", default="quality", help="column that chooses the rate")
     parser.add_argument("--iterations", type=int, default=3, help="iterations of every method")
@@ -65,7 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in methods:
         last = [study.last(name, rates[name], seed) for seed in arguments.seeds]
         rows.append({**study.summary(name, last), "learning_rate": rates[name]})
-    result = {"seeds": arguments.seeds, "tune_seeds": arguments.tune_seeds, "rates": rates, "tuning": tuning, "rows": rows}
+    result = {
+        "seeds": arguments.seeds,
+        "tune_seeds": arguments.tune_seeds,
+        "rates": rates,
+        "tuning": tuning,
+        "rows": rows,
+    }
     (arguments.output / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_table(rows, len(arguments.seeds), arguments.iterations)
     return 0

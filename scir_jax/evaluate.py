@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options={
             "run": (str | None, None, "run directory: print its models' evaluations, evaluating again with --again"),
             "again": (bool, False, "with --run: evaluate all of its models anew, with the run's configuration"),
-            "reference": (str | None, None, "model directory: reference of the implicit reward, without one it is left out"),
+            "reference": (
+                str | None,
+                None,
+                "model directory: reference of the implicit reward, without one it is left out",
+            ),
             "output": (str | None, None, "evaluation.json to write for a model directory"),
         },
     )
@@ -89,7 +93,9 @@ def _directory(config, reference: str | None) -> dict:
     config = resolve(config)
     check_positive(config, "text", "sample", "generative", "evaluate")
     check_sampling(config)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=None, ift=None, eft=None, pairs=None))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, prompts=None, ift=None, eft=None, pairs=None)
+    )
     grader = evaluation.load_grader(config.evaluate.grader)
     session = Session(config)
     pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)

@@ -19,7 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options={
             "input": (str, ..., "JSONL file of prompt, response_a, response_b (or prompt, chosen, rejected)"),
             "output": (str, ..., "JSONL file to write: the rows with p_generative, p_implicit, agreed, ..."),
-            "reference": (str | None, None, "model directory of the implicit reward's reference; without one no p_implicit"),
+            "reference": (
+                str | None,
+                None,
+                "model directory of the implicit reward's reference; without one no p_implicit",
+            ),
             "with_ids": (bool, False, "add each judge row's token ids, verdict position and verdict ids"),
         },
     )
@@ -44,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, comparisons, prompts = ([x[i] for i in kept] for x in (rows, comparisons, prompts))
     session.shapes_for(prompts)
     pairs = [
-        (p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in zip(prompts, comparisons, strict=True)
+        (p, session.encoder.response(c.a), session.encoder.response(c.b))
+        for p, c in zip(prompts, comparisons, strict=True)
     ]
     items = both_responses(pairs)
     batches = scoring.batches_of(len(pairs), config.evaluate.batch_size)

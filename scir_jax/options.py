@@ -15,7 +15,7 @@ import yaml
 
 from scir_jax import host_memory
 from scir_jax.config import Config
-from scir_jax.errors import Interrupted, InputError
+from scir_jax.errors import InputError, Interrupted
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -72,7 +72,9 @@ def parse(
     for name in names:
         for field in dataclasses.fields(types[name]):
             if getattr(parsed[name], field.name) is None and field.default is not None:
-                raise InputError(f"{name}.{field.name} must not be null; leave it out for its default, {field.default!r}")
+                raise InputError(
+                    f"{name}.{field.name} must not be null; leave it out for its default, {field.default!r}"
+                )
     return config, {name: parsed[name] for name in options}
 
 

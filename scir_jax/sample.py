@@ -14,7 +14,11 @@ SECTIONS = ("run", "world", "model", "mesh", "data", "text", "sample")
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, own = options.parse(
-        "sample", __doc__, argv, sections=SECTIONS, options={"output": (str, ..., "JSONL file to write, a row a response")}
+        "sample",
+        __doc__,
+        argv,
+        sections=SECTIONS,
+        options={"output": (str, ..., "JSONL file to write, a row a response")},
     )
     from scir_jax.engine.sampler import Sampling, stream_key
     from scir_jax.errors import InputError

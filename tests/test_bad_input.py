@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
-from scir_jax import evaluate, export, judge, report, sample, train
+from scir_jax import evaluate, export, judge, sample, train
 from scir_jax.errors import InputError
 from scir_jax.loop.iteration import Run
 
@@ -163,7 +163,10 @@ def test_rows_of_comparisons(command, judging, tmp_path):
         (("--output", "{tmp}/out.jsonl", "--evaluate.batch_size", "0"), "evaluate.batch_size"),
         (("--output", "{tmp}/out.jsonl", "--generative.templates", "[]"), "generative.templates"),
         (("--output", "{tmp}/out.jsonl", "--text.max_response_tokens", "0"), "text.max_response_tokens"),
-        (("--output", "{tmp}/out.jsonl", "--text.long_prompts", "drop", "--text.max_prompt_tokens", "3"), "max_prompt_tokens"),
+        (
+            ("--output", "{tmp}/out.jsonl", "--text.long_prompts", "drop", "--text.max_prompt_tokens", "3"),
+            "max_prompt_tokens",
+        ),
         (("--output", "{tmp}/out.jsonl", "--reference", "{tmp}/none"), "no such model directory"),
     ],
 )
@@ -204,9 +207,18 @@ def test_sample_refuses(arguments, words, command, sampling, world_dir, tmp_path
         ((), "nothing to evaluate on"),
         (("--run", "{tmp}/none"), "not a run directory"),
         (("--data.heldout_pairs", "{pairs}", "--output", "{tmp}/none/e.json"), "none"),
-        (("--data.heldout_pairs", "{pairs}", "--output", "{tmp}/e.json", "--evaluate.batch_size", "0"), "evaluate.batch_size"),
-        (("--data.heldout_prompts", "{prompts}", "--output", "{tmp}/e.json", "--evaluate.samples", "0"), "evaluate.samples"),
-        (("--data.heldout_prompts", "{prompts}", "--output", "{tmp}/e.json", "--evaluate.grader", "json:nothing"), "evaluate.grader"),
+        (
+            ("--data.heldout_pairs", "{pairs}", "--output", "{tmp}/e.json", "--evaluate.batch_size", "0"),
+            "evaluate.batch_size",
+        ),
+        (
+            ("--data.heldout_prompts", "{prompts}", "--output", "{tmp}/e.json", "--evaluate.samples", "0"),
+            "evaluate.samples",
+        ),
+        (
+            ("--data.heldout_prompts", "{prompts}", "--output", "{tmp}/e.json", "--evaluate.grader", "json:nothing"),
+            "evaluate.grader",
+        ),
     ],
 )
 def test_evaluate_refuses(arguments, words, command, judging, world_dir, tmp_path):
@@ -266,7 +278,9 @@ def test_a_tokenizer_larger_than_the_embedding(command, write_config, model):
 
 
 def template(**changes) -> str:
-    values = dict(layout="standalone", question="judge {prompt}{response_a};{response_b}", answer_prefix="", verdicts=["1", "2"])
+    values = dict(
+        layout="standalone", question="judge {prompt}{response_a};{response_b}", answer_prefix="", verdicts=["1", "2"]
+    )
     return json.dumps({k: v for k, v in {**values, **changes}.items() if v is not None})
 
 
@@ -384,7 +398,9 @@ def test_judge_of_odd_pairs(layout, command, judging, world_dir, model, odd_pair
         # Control tokens stand only where a harmless pair of as many turns has them.
         counts = [sum(i in special for i in shown["ids"]) for shown in row["judge_rows"]]
         unknown = [shown["ids"].count(3) for shown in row["judge_rows"]]
-        assert [c - u for c, u in zip(counts, unknown)] == [sum(i in special for i in shown["ids"]) for shown in rows[0]["judge_rows"]]
+        assert [c - u for c, u in zip(counts, unknown)] == [
+            sum(i in special for i in shown["ids"]) for shown in rows[0]["judge_rows"]
+        ]
     for same in (1, 3):
         assert rows[same]["p_generative"] == 0.5 and rows[same]["p_implicit"] == 0.5 and not rows[same]["agreed"]
     # chosen is a, whichever way it is written.
@@ -395,7 +411,9 @@ def test_judge_of_odd_pairs(layout, command, judging, world_dir, model, odd_pair
 def test_judge_without_a_reference_has_no_implicit_reward(command, judging, odd_pairs, tmp_path):
     output = tmp_path / "out.jsonl"
     assert command(judge.main, *judging, "--input", odd_pairs, "--output", output).code == 0
-    assert all("p_implicit" not in row and "judge_rows" not in row and "p_generative" in row for row in read_lines(output))
+    assert all(
+        "p_implicit" not in row and "judge_rows" not in row and "p_generative" in row for row in read_lines(output)
+    )
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -425,7 +443,16 @@ def test_rows_of_sample(command, sampling, world_dir, tmp_path):
 
 def test_sample_takes_nothing_of_another_interrupted_command(command, sampling, world_dir, tmp_path):
     """A file that another command left unfinished does not lend its rows to this one."""
-    run = (sample.main, *sampling, "--data.prompts", world_dir / "prompts.jsonl", "--sample.prompts", 8, "--sample.responses", 2)
+    run = (
+        sample.main,
+        *sampling,
+        "--data.prompts",
+        world_dir / "prompts.jsonl",
+        "--sample.prompts",
+        8,
+        "--sample.responses",
+        2,
+    )
     other, output, expected = (tmp_path / name for name in ("other.jsonl", "out.jsonl", "expected.jsonl"))
     assert command(*run, "--output", other).code == 0
     assert command(*run, "--run.seed", 1, "--output", expected).code == 0
@@ -453,7 +480,10 @@ def test_responses_that_are_all_the_same_make_no_pair(command, write_config, tmp
 def test_no_selected_pair_is_a_defined_run(command, write_config, tmp_path):
     """Without consistency and replay such a step does nothing; M2 is M1 to the bit."""
     config = write_config(
-        selection=dict(confidence=0.4999), consistency=dict(weight=0.0), replay=dict(weight=0.0), optimise=dict(epochs=2)
+        selection=dict(confidence=0.4999),
+        consistency=dict(weight=0.0),
+        replay=dict(weight=0.0),
+        optimise=dict(epochs=2),
     )
     assert command(train.main, "--config", config).code == 0
     run = tmp_path / "run"
@@ -571,7 +601,9 @@ def test_given_pairs_are_shared_out_over_all_iterations(world_dir, tiny_config, 
     from scir_jax.loop.session import Session
 
     rows = read_lines(world_dir / "eft.jsonl")[:4]
-    config = tiny_config(world_dir, data=dict(pairs=str(write_lines(tmp_path / "pairs.jsonl", rows))), run=dict(iterations=3))
+    config = tiny_config(
+        world_dir, data=dict(pairs=str(write_lines(tmp_path / "pairs.jsonl", rows))), run=dict(iterations=3)
+    )
     session = Session(config)
     taken = [[answer.text for answer in given_answers(session, t)[0]] for t in (1, 2, 3)]
     assert sum(taken, []) == [text for row in rows for text in (row["chosen"], row["rejected"])]
@@ -630,7 +662,9 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     refused(done, tmp_path / "none")
 
 
-@pytest.mark.parametrize("limit", [20_000, pytest.param(4_000, marks=pytest.mark.slow), pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "limit", [20_000, pytest.param(4_000, marks=pytest.mark.slow), pytest.param(100_000, marks=pytest.mark.slow)]
+)
 def test_a_full_disk(limit, write_config, compiled_directory, tmp_path):
     config = write_config()
     done = FromProcess(process("train", "--config", config, compiled=None, limit=limit))
@@ -640,5 +674,7 @@ def test_a_full_disk(limit, write_config, compiled_directory, tmp_path):
     assert not [name for name in before if name.endswith(".partial")]
     done = process("train", "--config", config, compiled=compiled_directory)
     assert done.returncode == 0, done.stderr
-    assert {n: b for n, b in contents(run).items() if "/M0/" in n and n in before} == {n: b for n, b in before.items() if "/M0/" in n}
+    assert {n: b for n, b in contents(run).items() if "/M0/" in n and n in before} == {
+        n: b for n, b in before.items() if "/M0/" in n
+    }
     assert (run / "summary.json").exists() and (run / "export" / "model.safetensors").exists()

@@ -54,7 +54,10 @@ def pair_rows(session):
                 "messages": comparison.messages,
                 "response_a_ids": list(ids[0]),
                 "response_b_ids": list(ids[1]),
-                **{f"{role}_logps": (logps + rng.normal(0, 8, 2)).tolist() for role in ("start", "preference", "implicit")},
+                **{
+                    f"{role}_logps": (logps + rng.normal(0, 8, 2)).tolist()
+                    for role in ("start", "preference", "implicit")
+                },
             }
         )
     return [(f"pairs:{i}", row) for i, row in enumerate(rows)]
@@ -103,7 +106,11 @@ def everything(session):
     pairs = [(p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in items]
     judged = scoring.judge_pairs(session, params, pairs)
     rows = sampling.sample_rows(
-        session, params, list(enumerate(session.prompts))[:7], responses=2, sampling=Sampling.of(1.0),
+        session,
+        params,
+        list(enumerate(session.prompts))[:7],
+        responses=2,
+        sampling=Sampling.of(1.0),
         key=stream_key(0, "responses", 1),
     )
     result = {
@@ -119,7 +126,9 @@ def everything(session):
         state, output = trainer.step(state, put_batch(dataset[step], session.mesh), np.float32(1e-3))
         result |= {f"{step}/{name}": np.asarray(value) for name, value in output.metrics.items()}
         result |= {f"{step}/{name}": np.asarray(value) for name, value in output.decisions.items()}
-    result |= {f"params{jax.tree_util.keystr(k)}": v for k, v in jax.tree_util.tree_leaves_with_path(host(state.params))}
+    result |= {
+        f"params{jax.tree_util.keystr(k)}": v for k, v in jax.tree_util.tree_leaves_with_path(host(state.params))
+    }
     result["steps compiled"] = np.array(trainer.step._cache_size())
     for name, tree in (("params", state.params), ("optimiser", state.opt_state)):
         leaves = jax.tree.leaves(tree)
@@ -131,7 +140,9 @@ def everything(session):
 
 @pytest.fixture(scope="module")
 def config(world_dir, tiny_config):
-    return tiny_config(world_dir, optimizer=dict(weight_decay=0.1, clip=0.5, max_skipped=2), sample=dict(batch_size=8, responses=2))
+    return tiny_config(
+        world_dir, optimizer=dict(weight_decay=0.1, clip=0.5, max_skipped=2), sample=dict(batch_size=8, responses=2)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +233,9 @@ def test_norm_scales_are_not_decayed(session):
     params = fresh_params(session)
     update = quick_jit(lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0])
     updates = update(params)
-    for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):
+    for (path, update), param in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
         decay = 0 if path[-1].key == "scale" else 0.1
         np.testing.assert_allclose(update, decay * np.asarray(param), rtol=1e-6)
 
@@ -367,7 +380,9 @@ def test_a_batch_must_divide(sharded):
 
 
 def broken(batch):
-    return batch._replace(pairs=batch.pairs._replace(preference_logps=np.full_like(batch.pairs.preference_logps, np.nan)))
+    return batch._replace(
+        pairs=batch.pairs._replace(preference_logps=np.full_like(batch.pairs.preference_logps, np.nan))
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(session):
@@ -424,9 +439,19 @@ class Stage:
                 metrics.write("sft", 0, step, {"loss": 1.0})
         try:
             train_stage(
-                self.session, self.run, metrics, stopper, name="iteration_01", stage="optimise", iteration=1,
-                title="optimise", dataset=self.dataset, peak=1e-3, params=lambda: fresh_params(self.session),
-                decisions=AppendOnly(self.decisions), save=lambda params: self.store.save(2, params),
+                self.session,
+                self.run,
+                metrics,
+                stopper,
+                name="iteration_01",
+                stage="optimise",
+                iteration=1,
+                title="optimise",
+                dataset=self.dataset,
+                peak=1e-3,
+                params=lambda: fresh_params(self.session),
+                decisions=AppendOnly(self.decisions),
+                save=lambda params: self.store.save(2, params),
             )
         finally:
             metrics.close()
@@ -458,7 +483,9 @@ def uninterrupted(session, tmp_path_factory):
 def test_a_stage(session, uninterrupted):
     rows = uninterrupted.rows()
     assert [(r["step"], r["stage"], r["stage_step"]) for r in rows] == [
-        (1, "sft", 1), (2, "sft", 2), *((2 + i, "optimise", i) for i in range(1, STEPS + 1))
+        (1, "sft", 1),
+        (2, "sft", 2),
+        *((2 + i, "optimise", i) for i in range(1, STEPS + 1)),
     ]
     decisions = [json.loads(text) for text in uninterrupted.decisions.read_text().split("\n")[:-1]]
     # Every pair once an epoch, in the batch of its step: two epochs of 20 pairs.

@@ -122,8 +122,11 @@ def ref_columns(kinds, config):
 
 
 def ref_consensus(columns, names, config):
-    share = {"generative": config.rewards.generative_weight, "implicit": config.rewards.implicit_weight,
-             "likelihood": config.rewards.likelihood_weight}
+    share = {
+        "generative": config.rewards.generative_weight,
+        "implicit": config.rewards.implicit_weight,
+        "likelihood": config.rewards.likelihood_weight,
+    }
     return sum(share[n] / names.count(n) * columns[:, r] for r, n in enumerate(names))
 
 
@@ -161,12 +164,23 @@ def ref_objective(pairs, at, config):
     m = ratio(pairs["logps"])
     if config.preference.length_normalised:
         m = m / pairs["lengths"]
-    losses = ref_loss(m[:, 0] - m[:, 1], q, kind=config.preference.loss, beta=config.preference.beta,
-                      label_smoothing=config.preference.label_smoothing)
-    penalties = ref_penalty(columns, columns_at, names, kind=config.consistency.kind,
-                            stop_gradient=config.consistency.stop_gradient, target=config.consistency.target,
-                            consensus=ref_consensus(pairs["frozen_logits"], names, config),
-                            sharpen=config.consistency.sharpen)
+    losses = ref_loss(
+        m[:, 0] - m[:, 1],
+        q,
+        kind=config.preference.loss,
+        beta=config.preference.beta,
+        label_smoothing=config.preference.label_smoothing,
+    )
+    penalties = ref_penalty(
+        columns,
+        columns_at,
+        names,
+        kind=config.consistency.kind,
+        stop_gradient=config.consistency.stop_gradient,
+        target=config.consistency.target,
+        consensus=ref_consensus(pairs["frozen_logits"], names, config),
+        sharpen=config.consistency.sharpen,
+    )
     real = pairs["weight"] > 0
     chosen = real & selected
     z = pairs["verdicts"][..., 0] - pairs["verdicts"][..., 1]
@@ -262,7 +276,9 @@ def value_and_grad(values, config):
         sums, decisions = objective.objective(pairs._replace(logps=logps, verdicts=verdicts), config)
         return objective.total(sums, config), (sums, decisions)
 
-    (value, (sums, decisions)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(pairs.logps, pairs.verdicts)
+    (value, (sums, decisions)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        pairs.logps, pairs.verdicts
+    )
     value, sums, decisions, grads = jax.device_get((value, sums, decisions, grads))
     sums = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
     return float(value), sums, decisions, dict(zip(("logps", "verdicts"), grads))
@@ -324,7 +340,9 @@ def test_implicit_reward(length):
     level = rewards.implicit(policy, policy, lengths, np.zeros_like(penalty), **settings)
     np.testing.assert_array_equal(jax.nn.sigmoid(level), 0.5)
     # An empty response's reward is finite: its log-ratio is 0.
-    empty = rewards.implicit(np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32), np.zeros((1, 2), int), penalty[:1] * 0, **settings)
+    empty = rewards.implicit(
+        np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32), np.zeros((1, 2), int), penalty[:1] * 0, **settings
+    )
     assert empty[0] == 0
 
 
@@ -496,7 +514,8 @@ def test_divergences():
     np.testing.assert_allclose(
         consistency.symmetric_cross_entropy(logits),
         consistency.symmetric_kl(logits) + consistency.entropy(logits).mean(axis=1),
-        rtol=1e-5, atol=1e-6,
+        rtol=1e-5,
+        atol=1e-6,
     )
     apart = jnp.array([[1e4, -1e4], [50.0, -50.0], [3.0, -2.0]])
     js = np.asarray(consistency.jensen_shannon(apart))
@@ -507,7 +526,9 @@ def test_divergences():
     sure, unsure = jnp.array([[9.0, 9.0]]), jnp.array([[0.1, 0.1]])
     for kind in ("cross_entropy", "agreement", "pseudo_label"):
         assert penalties(sure, FIXED[:2], kind=kind)[0] < 0.01 < 0.5 < penalties(unsure, FIXED[:2], kind=kind)[0]
-    np.testing.assert_allclose(consistency.agreement(jnp.array([[1e4, 1e4], [-1e4, -1e4], [0.0, 0.0]])), [0, 0, np.log(2)], atol=1e-6)
+    np.testing.assert_allclose(
+        consistency.agreement(jnp.array([[1e4, 1e4], [-1e4, -1e4], [0.0, 0.0]])), [0, 0, np.log(2)], atol=1e-6
+    )
 
 
 # --- preference ------------------------------------------------------------------------------------------------------
@@ -529,7 +550,10 @@ def test_preference_loss(kind, smoothing):
         np.testing.assert_allclose(found, differences(lambda m: expected(m, q).sum(), margin), rtol=1e-3, atol=1e-5)
         # Swapping the responses swaps the label.
         np.testing.assert_allclose(
-            preference.loss(jnp.float32(-margin), jnp.float32(1 - q), **settings), expected(margin, q), rtol=1e-5, atol=1e-5
+            preference.loss(jnp.float32(-margin), jnp.float32(1 - q), **settings),
+            expected(margin, q),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -597,8 +621,12 @@ def test_hard_and_soft_labels_have_no_gradient():
 
 VARIED = {
     "rewards.models": [
-        ("generative", "implicit"), ("implicit", "generative"), ("generative", "implicit", "likelihood"),
-        ("generative",), ("implicit",), ("likelihood", "generative"),
+        ("generative", "implicit"),
+        ("implicit", "generative"),
+        ("generative", "implicit", "likelihood"),
+        ("generative",),
+        ("implicit",),
+        ("likelihood", "generative"),
     ],
     "generative.templates": [("a",), ("a", "b")],
     "rewards.likelihood_length": options("RewardsConfig", "likelihood_length"),
@@ -668,8 +696,12 @@ def test_objective_in_random_settings(number):
 
 
 def test_random_settings_reach_both_outcomes():
-    selected = [ref_objective(v, v, c)[1]["selected"] for i, s in enumerate(random_settings())
-                for c in [configured(s)] for v in [example(c, 100 + i)]]
+    selected = [
+        ref_objective(v, v, c)[1]["selected"]
+        for i, s in enumerate(random_settings())
+        for c in [configured(s)]
+        for v in [example(c, 100 + i)]
+    ]
     assert {int(total) for total, _ in selected} >= {2, 3, 4} and all(count == 5 for _, count in selected)
 
 
@@ -776,7 +808,10 @@ def test_sums_of_parts_are_the_sums_of_the_whole(number):
     config = configured(random_settings()[number])
     values = example(config, 300 + number, real=7)
     whole = value_and_grad(values, config)[1]
-    parts = [value_and_grad({**values, "weight": np.float64(weight)}, config)[1] for weight in ([1, 0, 1, 0, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0], [0] * 6 + [1])]
+    parts = [
+        value_and_grad({**values, "weight": np.float64(weight)}, config)[1]
+        for weight in ([1, 0, 1, 0, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0], [0] * 6 + [1])
+    ]
     for name, (total, count) in whole.items():
         assert sum(part[name][0] for part in parts) == pytest.approx(float(total), rel=1e-5, abs=1e-5), name
         assert sum(part[name][1] for part in parts) == count, name

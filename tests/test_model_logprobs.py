@@ -9,7 +9,12 @@ import pytest
 
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture
-from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.logprobs import (
+    log_normalizer,
+    token_logprobs,
+    verdict_logits,
+    verdict_mass,
+)
 
 ROWS, VOCAB, WIDTH = (3, 5), 301, 16
 
@@ -109,9 +114,7 @@ def test_log_normalizer_and_its_gradient():
     for chunk in (None, 50):
         value = log_normalizer(jnp.float32(hidden), jnp.float32(head), chunk=chunk)
         np.testing.assert_allclose(value, exact_normalizer(hidden, head), atol=1e-5)
-        gradient = jax.grad(lambda h, w=chunk: log_normalizer(h, jnp.float32(head), chunk=w).sum())(
-            jnp.float32(hidden)
-        )
+        gradient = jax.grad(lambda h, w=chunk: log_normalizer(h, jnp.float32(head), chunk=w).sum())(jnp.float32(hidden))
         probabilities = np.exp(hidden @ head.T - exact_normalizer(hidden, head)[..., None])
         np.testing.assert_allclose(gradient, probabilities @ head, atol=1e-5)
 
@@ -143,10 +146,7 @@ def compiled_gradient(vocab, width=1024, batch=4, length=2048):
 
 
 def test_memory_is_far_below_the_logits_and_does_not_grow_with_the_vocabulary():
-    sizes = {
-        vocab: compiled_gradient(vocab).memory_analysis().temp_size_in_bytes
-        for vocab in (32000, 64000, 128256)
-    }
+    sizes = {vocab: compiled_gradient(vocab).memory_analysis().temp_size_in_bytes for vocab in (32000, 64000, 128256)}
     assert sizes[128256] < 2**30  # all logits would be 4 GiB
     head_growth = 4 * 1024 * (128256 - 32000)
     assert sizes[128256] <= sizes[32000] + head_growth

@@ -130,7 +130,11 @@ def test_tokenizer_files_come_from_the_source_and_old_weights_go(tmp_path):
     (target / "added_tokens.json").write_text("of another tokenizer")
     weights.save(target, TIED, params, source=source)
     assert {path.name for path in target.iterdir()} == {
-        *copied, "generation_config.json", "README.md", "config.json", "model.safetensors",
+        *copied,
+        "generation_config.json",
+        "README.md",
+        "config.json",
+        "model.safetensors",
     }
     assert (target / "tokenizer.json").read_text() == "tokenizer.json of the source"
     config = weights.hf_config(target)

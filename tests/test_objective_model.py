@@ -168,7 +168,9 @@ def reference_objective(reference, rows, config, templates):
     lengths = torch.tensor([[len(row["response_a_ids"]), len(row["response_b_ids"])] for row in rows])
     judged = (z[..., 0] - z[..., 1]) / 2  # [P, G]
     r = config.implicit.beta * (logps - column("implicit_logps"))
-    r = {"none": r, "mean": r / lengths, "penalty": r - column("length_penalty")[:, None] * lengths}[config.implicit.length]
+    r = {"none": r, "mean": r / lengths, "penalty": r - column("length_penalty")[:, None] * lengths}[
+        config.implicit.length
+    ]
     start = column("start_logps") / (lengths if config.rewards.likelihood_length == "mean" else 1)
     kinds = {"generative": judged, "implicit": r[:, :1] - r[:, 1:], "likelihood": start[:, :1] - start[:, 1:]}
     names = [n for n in config.rewards.models for _ in range(kinds[n].shape[1])]
@@ -184,7 +186,11 @@ def reference_objective(reference, rows, config, templates):
     if choice.labels == "external":
         q = column("label")
     else:
-        logit = {"agreement": source.mean(dim=1), "likelihood": kinds["likelihood"][:, 0], "consensus": consensus(source)}
+        logit = {
+            "agreement": source.mean(dim=1),
+            "likelihood": kinds["likelihood"][:, 0],
+            "consensus": consensus(source),
+        }
         logit |= {n: source[:, [m == n for m in names]].mean(dim=1) for n in ("generative", "implicit")}
         logit = logit[choice.labels].detach()
         q = torch.sigmoid(logit) if choice.soft else (logit > 0).double()
@@ -270,7 +276,10 @@ def file_rows(reference, columns, seed=0):
             {
                 "messages": [{"role": "user", "content": prompt}],
                 **{f"response_{side}_ids": reference.answer_ids(y) for side, y in zip("ab", answers)},
-                **{f"{role}_logps": (logps + rng.normal(0, 3, 2)).tolist() for role in ("preference", "implicit", "start")},
+                **{
+                    f"{role}_logps": (logps + rng.normal(0, 3, 2)).tolist()
+                    for role in ("preference", "implicit", "start")
+                },
                 "length_penalty": 0.05,
                 "frozen_logits": rng.normal(0, 2, columns).tolist(),
                 "label": float(rng.choice([0, 1, 0.8, 0.3])),
@@ -415,7 +424,9 @@ def test_loss_and_gradient_are_those_of_torch(case, make_session, reference, par
     assert_same_gradients(gradients, reference.gradients(expected, tmp_path / "gradients"), 1e-4)
 
 
-@pytest.mark.parametrize("templates", [(STANDALONE, CONTINUATION), (CONTINUATION, STANDALONE)], ids=["separate", "continued"])
+@pytest.mark.parametrize(
+    "templates", [(STANDALONE, CONTINUATION), (CONTINUATION, STANDALONE)], ids=["separate", "continued"]
+)
 def test_identical_and_swapped_pairs_in_every_reward_model(templates, make_session, reference, params):
     session = make_session(templates, rewards=dict(models=("generative", "implicit", "likelihood")))
     batch = train_batch(session, file_rows(reference, 4)).pairs

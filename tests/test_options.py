@@ -82,7 +82,9 @@ def test_options_of_a_command():
 def test_the_default_configuration(tmp_path):
     path = Path(write(tmp_path, {"run": {"seed": 4}}))
     assert parse(default_config=path).run.seed == 4
-    assert parse("--run.iterations=7", default_config=path).run == dataclasses.replace(Config().run, seed=4, iterations=7)
+    assert parse("--run.iterations=7", default_config=path).run == dataclasses.replace(
+        Config().run, seed=4, iterations=7
+    )
     other = write(tmp_path, {"run": {"iterations": 1}}, "other.yaml")
     assert parse("--config", other, default_config=path).run.seed == 0
     assert parse(f"--config={other}", default_config=path).run.seed == 0
@@ -125,7 +127,16 @@ def test_unknown_keys(tmp_path, key, nearest):
 
 
 @pytest.mark.parametrize(
-    "content", [{"optimisee": {}}, {"optimisee": 5}, {"seed": 3}, {5: 6}, {"run": {"seed": 1, "sed": 2}}, {"run": {7: 2}}, {"config": "x.yaml"}]
+    "content",
+    [
+        {"optimisee": {}},
+        {"optimisee": 5},
+        {"seed": 3},
+        {5: 6},
+        {"run": {"seed": 1, "sed": 2}},
+        {"run": {7: 2}},
+        {"config": "x.yaml"},
+    ],
 )
 def test_unknown_sections_and_keys(tmp_path, content):
     file = write(tmp_path, content)
@@ -180,7 +191,9 @@ def test_files_that_are_missing(tmp_path):
     assert refused("--config", str(tmp_path)) == f"--config {tmp_path}: no such file"
 
 
-@pytest.mark.parametrize("content", [b"run: [", b"run:\n\tseed: 1\n", b"a: b: c\n", b"run: {seed: \xff}\n", b"a: 1\n---\nb: 2\n", b"\x00"])
+@pytest.mark.parametrize(
+    "content", [b"run: [", b"run:\n\tseed: 1\n", b"a: b: c\n", b"run: {seed: \xff}\n", b"a: 1\n---\nb: 2\n", b"\x00"]
+)
 @pytest.mark.parametrize("sections", [None, ("sample",)])
 def test_files_that_are_no_yaml(tmp_path, content, sections):
     file = tmp_path / "config.yaml"
@@ -196,7 +209,13 @@ def test_files_that_are_no_mapping(tmp_path, content, found):
 
 @pytest.mark.parametrize(
     "tag",
-    ["!!python/object/apply:os.mkdir [{0}]", "!!python/object/new:os.mkdir [[{0}]]", "!!python/name:os.system", "!!python/tuple [a]", "!x 5"],
+    [
+        "!!python/object/apply:os.mkdir [{0}]",
+        "!!python/object/new:os.mkdir [[{0}]]",
+        "!!python/name:os.system",
+        "!!python/tuple [a]",
+        "!x 5",
+    ],
 )
 @pytest.mark.parametrize("place", ["run:\n  directory: {}\n", "{}\n", "{}: 5\n"])
 def test_yaml_cannot_run_code(tmp_path, tag, place):
@@ -259,7 +278,11 @@ def test_committed_methods(path):
     [
         (InputError("x: wrong"), 2, "error: x: wrong\n"),
         (Interrupted("saved", 15), 143, "saved\n"),
-        (OSError(28, "No space left on device", "f"), 3, "error: no space left to write f; what was saved before is intact"),
+        (
+            OSError(28, "No space left on device", "f"),
+            3,
+            "error: no space left to write f; what was saved before is intact",
+        ),
         (ValueError("RESOURCE: No space left on device"), 3, "error: no space left to write; "),
     ],
 )

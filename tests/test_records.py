@@ -10,7 +10,12 @@ import pytest
 from scir_jax.config import Config, TextConfig
 from scir_jax.data import records
 from scir_jax.data.encode import Encoder
-from scir_jax.data.pipelines import iterator, pairs_dataset, sft_dataset, targets_dataset
+from scir_jax.data.pipelines import (
+    iterator,
+    pairs_dataset,
+    sft_dataset,
+    targets_dataset,
+)
 from scir_jax.data.rows import Row, Targets, fill, pad, pad_rows, round_up
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat
@@ -94,7 +99,9 @@ SYSTEM = {"role": "system", "content": "s"}
 
 
 def test_prompts(tmp_path):
-    path = write(tmp_path, {"prompt": "q"}, {"prompt": [SYSTEM, USER]}, {"prompt": [{**USER, "name": "x"}, ASSISTANT, USER]})
+    path = write(
+        tmp_path, {"prompt": "q"}, {"prompt": [SYSTEM, USER]}, {"prompt": [{**USER, "name": "x"}, ASSISTANT, USER]}
+    )
     assert records.read_prompts(path) == [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER]]
     assert records.read_prompts(write(tmp_path, {"question": "q"}), "question") == [[USER]]
     assert records.prompt_text([USER]) == "q"
@@ -120,8 +127,14 @@ BAD_CONTENT = ": expected an object with the texts 'role' and 'content'"
         ({"prompt": [{"role": "user", "content": None}]}, ":2: prompt[0]" + BAD_CONTENT),
         ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, ":2: prompt[0]" + BAD_CONTENT),
         ({"prompt": [{"content": "q"}]}, ":2: prompt[0]: role must be one of system, user, assistant, not None"),
-        ({"prompt": [{"role": "human", "content": "q"}]}, ":2: prompt[0]: role must be one of system, user, assistant, not 'human'"),
-        ({"prompt": [{"role": ["user"], "content": "q"}]}, ":2: prompt[0]: role must be one of system, user, assistant, not ['user']"),
+        (
+            {"prompt": [{"role": "human", "content": "q"}]},
+            ":2: prompt[0]: role must be one of system, user, assistant, not 'human'",
+        ),
+        (
+            {"prompt": [{"role": ["user"], "content": "q"}]},
+            ":2: prompt[0]: role must be one of system, user, assistant, not ['user']",
+        ),
         ({"prompt": [USER, ASSISTANT]}, ":2: prompt: must end with a user's message, ends with assistant's"),
         ({"prompt": [SYSTEM]}, ":2: prompt: must end with a user's message, ends with system's"),
         ({"prompt": [USER, SYSTEM, USER]}, ":2: prompt[1]: a system message may only come first"),
@@ -129,7 +142,10 @@ BAD_CONTENT = ": expected an object with the texts 'role' and 'content'"
         ({"prompt": [ASSISTANT, USER]}, ":2: prompt[0]: the first turn must be a user's"),
         ({"prompt": [{"role": "user", "content": " "}]}, ":2: prompt: is empty"),
         ({"prompt": "a\ud800b"}, ":2: prompt: holds a lone surrogate or a private-use character; clean the text"),
-        ({"prompt": "a\ue0001\ue001b"}, ":2: prompt: holds a lone surrogate or a private-use character; clean the text"),
+        (
+            {"prompt": "a\ue0001\ue001b"},
+            ":2: prompt: holds a lone surrogate or a private-use character; clean the text",
+        ),
         ({"prompt": [{"role": "user", "content": "\udfff"}]}, ":2: prompt[0].content: holds a lone surrogate"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:40],
@@ -166,12 +182,21 @@ def test_conversations(tmp_path):
         ({"prompt": "q"}, ":1: lacks the key 'response'; has 'prompt'"),
         ({"prompt": "q", "response": 3}, ":1: response: expected a text or a list of messages, found int"),
         ({"prompt": "q", "completion": [USER]}, ":1: completion: expected a text or one assistant's message"),
-        ({"prompt": "q", "completion": [ASSISTANT, USER]}, ":1: completion: expected a text or one assistant's message"),
+        (
+            {"prompt": "q", "completion": [ASSISTANT, USER]},
+            ":1: completion: expected a text or one assistant's message",
+        ),
         ({"messages": "q"}, ":1: messages: expected a text or a list of messages, found str"),
         ({"messages": [USER]}, ":1: the conversation has no assistant's turn to learn from"),
         ({"messages": [ASSISTANT]}, ":1: messages[0]: the first turn must be a user's"),
-        ({"messages": [USER, ASSISTANT, ASSISTANT]}, ":1: messages[2]: roles must alternate: assistant follows assistant"),
-        ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, ":1: messages[1].content: holds a lone surrogate"),
+        (
+            {"messages": [USER, ASSISTANT, ASSISTANT]},
+            ":1: messages[2]: roles must alternate: assistant follows assistant",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "\ud83d"}]},
+            ":1: messages[1].content: holds a lone surrogate",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:40],
 )
@@ -220,14 +245,35 @@ def test_labels(tmp_path):
         ({"prompt": "q", "response_a": "a"}, ":1: lacks the key 'response_b'"),
         ({"prompt": "q", "response_a": "a", "response_b": 1}, ":1: response_b: expected a text or a list"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, ":1: rejected: expected a text or a list"),
-        ({"prompt": "q", "chosen": [BETTER], "rejected": [USER]}, ":1: rejected: expected a text or one assistant's message"),
-        ({"prompt": "z", "chosen": [USER, BETTER], "rejected": [USER, WORSE]}, ":1: chosen does not begin with the prompt"),
-        ({"chosen": [USER, BETTER], "rejected": [SYSTEM, USER, WORSE]}, ":1: chosen and rejected must share all messages but the last"),
+        (
+            {"prompt": "q", "chosen": [BETTER], "rejected": [USER]},
+            ":1: rejected: expected a text or one assistant's message",
+        ),
+        (
+            {"prompt": "z", "chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+            ":1: chosen does not begin with the prompt",
+        ),
+        (
+            {"chosen": [USER, BETTER], "rejected": [SYSTEM, USER, WORSE]},
+            ":1: chosen and rejected must share all messages but the last",
+        ),
         ({"chosen": [BETTER], "rejected": [WORSE]}, ":1: chosen and rejected must share all messages but the last"),
-        ({"chosen": [USER, BETTER], "rejected": [USER, USER]}, ":1: rejected: expected a text or one assistant's message"),
-        ({"prompt": "q", "response_a": "a", "response_b": "b", "label": 2}, ":1: label: must be a number from 0 to 1, not 2"),
-        ({"prompt": "q", "response_a": "a", "response_b": "b", "label": True}, ":1: label: must be a number from 0 to 1, not True"),
-        ({"prompt": "q", "response_a": "a", "response_b": "b", "label": "a"}, ":1: label: must be a number from 0 to 1, not 'a'"),
+        (
+            {"chosen": [USER, BETTER], "rejected": [USER, USER]},
+            ":1: rejected: expected a text or one assistant's message",
+        ),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "label": 2},
+            ":1: label: must be a number from 0 to 1, not 2",
+        ),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "label": True},
+            ":1: label: must be a number from 0 to 1, not True",
+        ),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "label": "a"},
+            ":1: label: must be a number from 0 to 1, not 'a'",
+        ),
         ({"prompt": "q", "chosen": "\ud800", "rejected": "b"}, ":1: chosen: holds a lone surrogate"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:40],
@@ -267,7 +313,9 @@ def test_an_exception_leaves_the_old_file(tmp_path, stop):
     assert path.read_bytes() == b'{"old": 1}\n' and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("write_new", [lambda p: records.write_rows(p, [{"new": 1}]), lambda p: records.write_json(p, {"new": 1})])
+@pytest.mark.parametrize(
+    "write_new", [lambda p: records.write_rows(p, [{"new": 1}]), lambda p: records.write_json(p, {"new": 1})]
+)
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write_new):
     path = tmp_path / "file"
     path.write_text("old", encoding="utf-8")
@@ -443,7 +491,9 @@ def test_a_position_is_restored_exactly(taken):
     same(list(first), rest)
 
 
-@pytest.mark.parametrize("layouts", [("standalone",), ("continuation",), ("continuation", "standalone"), ("standalone", "continuation")])
+@pytest.mark.parametrize(
+    "layouts", [("standalone",), ("continuation",), ("continuation", "standalone"), ("standalone", "continuation")]
+)
 def test_batches_hold_the_rows_of_their_pairs(layouts):
     encoder = make_encoder(*layouts)
     rows = pair_rows(frozen_logits=[0.5, -0.5], length_penalty=0.25, label=0.75)
@@ -460,7 +510,9 @@ def test_batches_hold_the_rows_of_their_pairs(layouts):
                     ids = expected[side].ids
                     assert tuple(made.ids[at, side, : len(ids)]) == ids
                     assert (made.ids[at, side, len(ids) :] == CHAT.pad_id).all()
-                    assert made.start[at, side] == expected[side].start and made.length[at, side] == expected[side].length
+                    assert (
+                        made.start[at, side] == expected[side].start and made.length[at, side] == expected[side].length
+                    )
                     assert made.verdict[at, side] == (len(ids) - 1 if expected[side].judged else 0)
             start = p.responses.start[at]
             for side, response in enumerate((a.ids, b.ids)):

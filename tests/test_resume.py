@@ -100,7 +100,16 @@ def run(tiny_config, world_dir, compiled_directory, environment, tmp_path_factor
     file.write_text(options.to_yaml(config), encoding="utf-8")
 
     def start(directory, place="", count=0, when="before", number=signal.SIGKILL):
-        arguments = [place or "-", str(count), str(int(number)), when, "--config", str(file), "--run.directory", str(directory)]
+        arguments = [
+            place or "-",
+            str(count),
+            str(int(number)),
+            when,
+            "--config",
+            str(file),
+            "--run.directory",
+            str(directory),
+        ]
         return subprocess.run(
             [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=environment, timeout=300
         )
@@ -134,7 +143,9 @@ def result_of(directory: Path) -> dict:
     for path in sorted(directory.glob("iteration_*/*")):
         if path.name != "seconds.json":
             result[str(path.relative_to(directory))] = path.read_bytes()
-    result["export"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "export").iterdir())}
+    result["export"] = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "export").iterdir())
+    }
     result["metrics"] = [without_times(row) for row in rows_of(directory / "metrics.jsonl")]
     result["summary"] = [without_times(row) for row in json.loads((directory / "summary.json").read_text())["rows"]]
     result["names"] = sorted(p.name for p in directory.iterdir() if p.name != "tensorboard")
@@ -202,7 +213,6 @@ def test_stopped_and_run_again(number, place, count, run, expected, tmp_path):
     again = run(directory)
     assert again.returncode == 0, again.stderr
     check(directory, expected)
-
 
 
 def test_stopped_twice_ends_at_once(run, tmp_path):

@@ -145,9 +145,7 @@ def check_iterations(run: Path, iterations: int = 1) -> SimpleNamespace:
         folder = run / f"iteration_{t:02d}"
         pairs, decisions = lines(folder / "pairs.jsonl"), lines(folder / "decisions.jsonl")
         assert [pair["pair"] for pair in pairs] == list(range(len(pairs)))
-        epochs = [
-            [d["pair"] for d in decisions[i : i + len(pairs)]] for i in range(0, len(decisions), len(pairs))
-        ]
+        epochs = [[d["pair"] for d in decisions[i : i + len(pairs)]] for i in range(0, len(decisions), len(pairs))]
         assert len(epochs) == config.optimise["epochs"]
         assert all(sorted(epoch) == list(range(len(pairs))) for epoch in epochs)
         assert [d["step"] for d in decisions] == [1 + i // config.optimise["batch_size"] for i in range(len(decisions))]
@@ -195,7 +193,9 @@ def test_files_of_a_run(whole):
 def test_metrics_hold_each_step_once(whole):
     check_iterations(whole.path, ITERATIONS)
     rows = lines(whole.path / "metrics.jsonl")
-    stages = [(stage, iteration) for (stage, iteration), _ in itertools.groupby(rows, lambda r: (r["stage"], r["iteration"]))]
+    stages = [
+        (stage, iteration) for (stage, iteration), _ in itertools.groupby(rows, lambda r: (r["stage"], r["iteration"]))
+    ]
     assert stages == [("sft", 0), ("optimise", 1), ("optimise", 2)]
     sft = [row for row in rows if row["stage"] == "sft"]
     assert [row["stage_step"] for row in sft] == [1, 2, 3]  # 24 conversations, 24 judge questions, 8 of each a step
@@ -206,7 +206,9 @@ def test_metrics_hold_each_step_once(whole):
 
 def test_the_first_steps_preference_loss_is_ln_2(whole):
     for t in range(1, ITERATIONS + 1):
-        rows = [row for row in lines(whole.path / "metrics.jsonl") if (row["stage"], row["iteration"]) == ("optimise", t)]
+        rows = [
+            row for row in lines(whole.path / "metrics.jsonl") if (row["stage"], row["iteration"]) == ("optimise", t)
+        ]
         assert rows[0]["selected"] > 0
         assert rows[0]["preference"] == pytest.approx(math.log(2), abs=1e-5)
         assert any(abs(row["preference"] - math.log(2)) > 1e-4 for row in rows[1:] if row["preference"] is not None)
@@ -219,7 +221,9 @@ def test_responses_and_pairs(whole, world_dir):
         responses = lines(whole.path / f"iteration_{t:02d}" / "responses.jsonl")
         numbers = list(dict.fromkeys(row["prompt_number"] for row in responses))
         used += numbers
-        assert [(r["prompt_number"], r["sample"]) for r in responses] == list(itertools.product(numbers, range(RESPONSES)))
+        assert [(r["prompt_number"], r["sample"]) for r in responses] == list(
+            itertools.product(numbers, range(RESPONSES))
+        )
         assert len(numbers) == PROMPTS
         for row in responses:
             assert row["prompt"] == prompts[row["prompt_number"]]
@@ -256,7 +260,8 @@ def test_cached_log_probabilities_are_those_of_the_models(whole):
             for side in "ab"
         ]
         start, lagging = (
-            scoring.response_logps(session, store.load(n, session.abstract_params), items).reshape(-1, 2) for n in (t, t - 1)
+            scoring.response_logps(session, store.load(n, session.abstract_params), items).reshape(-1, 2)
+            for n in (t, t - 1)
         )
         for role, expected in (("start", start), ("preference", start), ("implicit", lagging)):
             np.testing.assert_allclose([pair[f"{role}_logps"] for pair in pairs], expected, atol=1e-4)
@@ -294,7 +299,8 @@ def test_evaluations_and_summary(whole, world_dir):
         assert ("win_rate" in values) == ("selected" in values) == bool(t)
         if t:
             ours, theirs = (
-                [grade(r["prompt"], r["response"])["quality"] for r in a if not r["greedy"]] for a in (answers[t], answers[0])
+                [grade(r["prompt"], r["response"])["quality"] for r in a if not r["greedy"]]
+                for a in (answers[t], answers[0])
             )
             wins = [0.5 if x == y else float(x > y) for x, y in zip(ours, theirs, strict=True)]
             assert values["win_rate"] == pytest.approx(np.mean(wins))
@@ -547,7 +553,9 @@ SETTINGS = {
     "likelihood, pseudo-label, sigmoid, best and worst, penalty, previous, frozen, remat": dict(
         rewards=dict(models=("implicit", "likelihood", "generative"), likelihood_length="mean"),
         consistency=dict(kind="pseudo_label", stop_gradient="generative", sharpen=0.7),
-        preference=dict(loss="sigmoid", reference="base", length_normalised=True, update="frozen", weight=2.0, label_smoothing=0.1),
+        preference=dict(
+            loss="sigmoid", reference="base", length_normalised=True, update="frozen", weight=2.0, label_smoothing=0.1
+        ),
         selection=dict(confidence=0.01),
         pairs=dict(kind="best_worst", likelihood_weight=0.5),
         implicit=dict(length="penalty", reference="previous"),
@@ -574,7 +582,9 @@ def test_settings(name, from_m1, world_dir, whole):
     kind = settings["pairs"]["kind"]
     for prompt, distinct in by_prompt.items():
         pairs = [
-            frozenset(tuple(pair[f"response_{side}_ids"]) for side in "ab") for pair in rows.pairs if pair["prompt"] == prompt
+            frozenset(tuple(pair[f"response_{side}_ids"]) for side in "ab")
+            for pair in rows.pairs
+            if pair["prompt"] == prompt
         ]
         assert len(set(pairs)) == len(pairs) and all(len(pair) == 2 and pair <= distinct for pair in pairs)
         possible = math.comb(len(distinct), 2)

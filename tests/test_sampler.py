@@ -133,8 +133,12 @@ def test_sample_prompt_iteration_stream_and_seed_give_other_noise(small):
     rows = []
     for stream, iteration, seed in keys:
         tokens, _, _ = small(
-            ids=same, index=numbers, lengths=np.full(4, 6, np.int32), key=stream_key(seed, stream, iteration),
-            sampling=hot, stop_ids=(),
+            ids=same,
+            index=numbers,
+            lengths=np.full(4, 6, np.int32),
+            key=stream_key(seed, stream, iteration),
+            sampling=hot,
+            stop_ids=(),
         )
         rows.append(tokens.reshape(-1, RESPONSE))
     rows = np.concatenate(rows)
@@ -327,8 +331,15 @@ def stage(world_dir, tiny_config):
         calls.clear()
         try:
             sampling.sample_file(
-                session, params, prompts, path, responses=2, sampling=ONE, key=stream_key(0, "responses", 1),
-                title="sample", stopper=stopper,
+                session,
+                params,
+                prompts,
+                path,
+                responses=2,
+                sampling=ONE,
+                key=stream_key(0, "responses", 1),
+                title="sample",
+                stopper=stopper,
             )
         finally:
             write.batches = len(calls)

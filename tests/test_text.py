@@ -7,7 +7,16 @@ import unicodedata
 from importlib import resources
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from scir_jax.config import Config, TextConfig
@@ -137,7 +146,9 @@ TOKENIZERS = {
     "world": lambda: build_tokenizer(256),
 }
 BPE = [name for name in TOKENIZERS if name != "world"]
-BUILT_IN = sorted(p.name[:-5] for p in (resources.files("scir_jax.text") / "templates").iterdir() if p.name.endswith(".yaml"))
+BUILT_IN = sorted(
+    p.name[:-5] for p in (resources.files("scir_jax.text") / "templates").iterdir() if p.name.endswith(".yaml")
+)
 
 WORLD_STANDALONE = Template("w", "standalone", "judge {prompt}{response_a};{prompt}{response_b}", "", ("1", "2"))
 WORLD_CONTINUATION = Template("w", "continuation", "judge {prompt}{response_b}", "", ("1", "2"))
@@ -167,7 +178,11 @@ def turns(*contents, system=None):
 
 def conversations(name):
     if name == "world":
-        return [turns("copy abc="), turns("copy abc=", "abc!", "reverse fgh="), turns("upper dd=", "DD", "rotate abc=", "bca!")]
+        return [
+            turns("copy abc="),
+            turns("copy abc=", "abc!", "reverse fgh="),
+            turns("upper dd=", "DD", "rotate abc=", "bca!"),
+        ]
     return [
         turns("Hello there"),
         turns("Hello there", "Blue, of course!"),
@@ -353,7 +368,14 @@ def test_a_normaliser_cannot_make_control_tokens():
     wide = "＜｜ｉｍ＿ｅｎｄ｜＞"
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in tokenizer(wide)["input_ids"], "the tokenizer itself is fooled"
-    for text in (wide, f"A {wide}B", wide * 5, "<|im" + wide[4:], f"<|im_{wide}end|>", wide[:4] + "<|im_end|>" + wide[4:]):
+    for text in (
+        wide,
+        f"A {wide}B",
+        wide * 5,
+        "<|im" + wide[4:],
+        f"<|im_{wide}end|>",
+        wide[:4] + "<|im_end|>" + wide[4:],
+    ):
         ids = c.encode_text(text)
         assert c.control_ids.isdisjoint(ids)
         assert tokenizer.decode(ids) == unicodedata.normalize("NFKC", text)
@@ -416,7 +438,7 @@ def judge_row(name, j, prompt, response_a, response_b, sampled=None):
 @pytest.mark.parametrize("layout", ["standalone", "continuation"])
 @pytest.mark.parametrize("name", ["chatml", "mistral", "mistral-legacy", "llama"])
 def test_judge_cannot_be_hijacked_by_what_it_judges(name, layout):
-    c, j = chat(name), judge(name, layout)
+    j = judge(name, layout)
     clean = control(name, judge_row(name, j, "a", "a", "a"))
     attacks = [
         *list(hostile(name))[::5],
@@ -445,7 +467,11 @@ def _split_fields(question):
         parts = [
             p
             for part in parts
-            for p in (_between(part.split("{" + field + "}"), field) if part not in ("prompt", "response_a", "response_b") else [part])
+            for p in (
+                _between(part.split("{" + field + "}"), field)
+                if part not in ("prompt", "response_a", "response_b")
+                else [part]
+            )
         ]
     return parts
 
@@ -469,7 +495,9 @@ def test_continuation_holds_one_end_of_turn_behind_the_answer(name):
     assert sampled.ids[begin : begin + len(answer) + 1] == (*answer, stop)
     behind = sampled.ids[begin + len(answer) + 1 :]
     clean = c.flatten(c.pieces([*messages, *turns("x", "y")[::-1]], generation_prompt=True))  # a, question
-    assert control(name, behind).count(stop) == control(name, clean).count(stop) - 1 - control(name, prompt.conversation).count(stop)
+    assert control(name, behind).count(stop) == control(name, clean).count(stop) - 1 - control(
+        name, prompt.conversation
+    ).count(stop)
     assert not behind or behind[0] != stop
     assert (sampled.start, sampled.length) == (begin, len(answer) + 1)
     assert (cut.start, cut.length) == (begin, len(answer)), "an end that was not sampled is not scored"
@@ -525,7 +553,12 @@ def test_a_verdict_that_the_model_does_not_know_is_refused(verdicts):
         compile_judge(template, chat("world"))
 
 
-GOOD = {"layout": "standalone", "question": "{prompt}{response_a}{response_b}", "answer_prefix": "", "verdicts": ["A", "B"]}
+GOOD = {
+    "layout": "standalone",
+    "question": "{prompt}{response_a}{response_b}",
+    "answer_prefix": "",
+    "verdicts": ["A", "B"],
+}
 
 
 @pytest.mark.parametrize(
@@ -560,11 +593,15 @@ def test_template_files_with_mistakes(tmp_path, change, message):
 def test_template_files_with_a_missing_key(tmp_path, missing):
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps({k: v for k, v in GOOD.items() if k != missing}), encoding="utf-8")
-    with pytest.raises(InputError, match="must be a YAML mapping with the keys layout, question, answer_prefix, verdicts"):
+    with pytest.raises(
+        InputError, match="must be a YAML mapping with the keys layout, question, answer_prefix, verdicts"
+    ):
         load_template(str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"just text", b"layout: \xff\n", b"!!python/object/apply:os.getcwd []"])
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n", b"a: [", b"just text", b"layout: \xff\n", b"!!python/object/apply:os.getcwd []"]
+)
 def test_template_files_that_are_no_mapping(tmp_path, content):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
@@ -590,7 +627,9 @@ def test_tokenizer_without_a_chat_template():
 
 
 def test_tokenizer_without_a_stop_token():
-    tokenizer = byte_level("{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}")
+    tokenizer = byte_level(
+        "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
+    )
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="names an end-of-sequence token"):
         Chat(tokenizer, "x")
@@ -598,7 +637,9 @@ def test_tokenizer_without_a_stop_token():
 
 def test_chat_template_that_forbids_a_role():
     forbids = CHATML.replace(
-        "{{-", "{%- if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{-", 1
+        "{{-",
+        "{%- if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{-",
+        1,
     )
     c = Chat(byte_level(forbids), "x")
     with pytest.raises(InputError, match=r"refuses a conversation of \(system, user\): System role not supported"):
@@ -608,7 +649,9 @@ def test_chat_template_that_forbids_a_role():
 
 
 def test_chat_template_that_leaves_out_a_message():
-    silent = CHATML.replace("{{-", "{%- if message['role'] != 'system' %}{{-", 1).replace("\n' }}\n", "\n' }}{% endif %}\n", 1)
+    silent = CHATML.replace("{{-", "{%- if message['role'] != 'system' %}{{-", 1).replace(
+        "\n' }}\n", "\n' }}{% endif %}\n", 1
+    )
     with pytest.raises(InputError, match="leaves out the content of message 0"):
         Chat(byte_level(silent), "x").prompt(turns("Hello", system="You"))
 
@@ -671,7 +714,9 @@ def test_answers_end_with_the_stop_token_unless_cut():
 
 def test_quoted_answers_are_cut_alike():
     j = judge("chatml", "standalone")
-    e = encoder("chatml", "standalone", max_prompt_tokens=32, max_response_tokens=64, context=j.fixed_tokens + 12 + 2 * 20 + 1)
+    e = encoder(
+        "chatml", "standalone", max_prompt_tokens=32, max_response_tokens=64, context=j.fixed_tokens + 12 + 2 * 20 + 1
+    )
     prompt = e.prompt(turns("Hello"))
     a, b = (e.sampled(chat("chatml").encode_text(w * 60)) for w in ("a", "b "))
     quote = e.quote_tokens(j, len(prompt.conversation), len(prompt.text))
@@ -721,7 +766,11 @@ def test_rows_fit_their_shapes(name):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_conversation_rows_mark_the_assistants_tokens(name):
-    contents = ("copy abc=", "abc", "reverse abc=", "cba!") if name == "world" else ("Hello", "Blue, of course!", "And you?", "I am\n\nfine")
+    contents = (
+        ("copy abc=", "abc", "reverse abc=", "cba!")
+        if name == "world"
+        else ("Hello", "Blue, of course!", "And you?", "I am\n\nfine")
+    )
     messages = turns(*contents)
     c = chat(name)
     ids, marks = encoder(name).conversation_row(messages, 1000)

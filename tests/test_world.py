@@ -16,7 +16,15 @@ from scir_jax.world import tasks
 from scir_jax.world.files import is_complete, write_world
 from scir_jax.world.grader import grade
 from scir_jax.world.spec import WorldSpec
-from scir_jax.world.tokenizer import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, UNK, USER, VOCABULARY
+from scir_jax.world.tokenizer import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    SPECIAL_TOKENS,
+    UNK,
+    USER,
+    VOCABULARY,
+)
 
 SMALL = WorldSpec(
     base_documents=300,
@@ -52,11 +60,7 @@ def prompt_of(row):
 
 
 def contents(directory):
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 # Tasks
@@ -241,17 +245,13 @@ def test_chat_template(tokenizer):
     assistant = {"role": "assistant", "content": "abc!"}
 
     def render(*messages, generate=False):
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generate
-        )
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
 
     prompt = f"{BOS}{USER}copy abc="
     assert render(user) == prompt
     assert render(user, generate=True) == f"{prompt}{ASSISTANT}"
     assert render(user, assistant) == f"{prompt}{ASSISTANT}abc!{EOS}"
-    assert render(user, assistant, user, generate=True) == (
-        f"{prompt}{ASSISTANT}abc!{EOS}{USER}copy abc={ASSISTANT}"
-    )
+    assert render(user, assistant, user, generate=True) == (f"{prompt}{ASSISTANT}abc!{EOS}{USER}copy abc={ASSISTANT}")
     with pytest.raises(jinja2.TemplateError, match="system"):
         render({"role": "system", "content": "a"}, user)
     ids = tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"]
@@ -266,9 +266,7 @@ def test_tokenizer_loads_without_torch(world):
         "message = {'role': 'user', 'content': 'copy abc='}\n"
         "print(tokenizer.eos_token, tokenizer.apply_chat_template([message], tokenize=False))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, world / "untrained"], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", program, world / "untrained"], capture_output=True, text=True)
     assert result.stdout == "</s> <s><|user|>copy abc=\n", result.stderr
 
 
@@ -312,8 +310,7 @@ def test_row_counts(world):
 def test_comparison_labels(world):
     def wrong(name):
         differences = [
-            grade(row["prompt"], row["chosen"])["quality"]
-            - grade(row["prompt"], row["rejected"])["quality"]
+            grade(row["prompt"], row["chosen"])["quality"] - grade(row["prompt"], row["rejected"])["quality"]
             for row in read(world, name)
         ]
         assert 0 not in differences
@@ -336,9 +333,7 @@ def test_document_quality(world):
 
 def test_heldout_words_occur_nowhere_else(world):
     def words(*names):
-        return {
-            tasks.parse_prompt(prompt_of(row))[1] for name in names for row in read(world, name)
-        }
+        return {tasks.parse_prompt(prompt_of(row))[1] for name in names for row in read(world, name)}
 
     assert not words(*TRAINING_FILES) & words("heldout_prompts", "heldout_pairs")
 

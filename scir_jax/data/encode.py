@@ -86,7 +86,9 @@ class Encoder:
     def prompts(self, conversations: Sequence[records.Messages], where: str) -> list[Prompt]:
         kept = [p for m in conversations if (p := self.prompt(m)) is not None]
         if not kept:
-            raise InputError(f"{where}: every prompt is longer than text.max_prompt_tokens={self.config.max_prompt_tokens}")
+            raise InputError(
+                f"{where}: every prompt is longer than text.max_prompt_tokens={self.config.max_prompt_tokens}"
+            )
         return kept
 
     def response(self, text: str) -> Response:

@@ -9,7 +9,15 @@ import numpy as np
 
 from scir_jax.data import records
 from scir_jax.data.encode import Encoder, Shapes
-from scir_jax.data.rows import PairBatch, TrainBatch, Targets, fill, pad, pad_rows, stack
+from scir_jax.data.rows import (
+    PairBatch,
+    Targets,
+    TrainBatch,
+    fill,
+    pad,
+    pad_rows,
+    stack,
+)
 from scir_jax.errors import InputError
 
 MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -32,9 +40,7 @@ def targets_dataset(
     return indices.map(example).batch(batch_size, batch_fn=stack)
 
 
-def sft_dataset(
-    ift: grain.MapDataset | None, eft: grain.MapDataset | None, steps: int
-) -> grain.MapDataset:
+def sft_dataset(ift: grain.MapDataset | None, eft: grain.MapDataset | None, steps: int) -> grain.MapDataset:
     """`steps` batches of conversations and judge questions side by side."""
     return grain.MapDataset.source(np.arange(steps)).map(
         lambda i: TrainBatch(None, ift[i] if ift is not None else None, eft[i] if eft is not None else None)
@@ -104,7 +110,9 @@ def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_lab
     frozen = row.get("frozen_logits")
     if frozen is not None and len(frozen) != rewards:
         raise InputError(f"{where}: frozen_logits has {len(frozen)} values for {rewards} reward models")
-    values = {f"{role}_logps": np.array(row[f"{role}_logps"], np.float32) for role in ("preference", "implicit", "start")}
+    values = {
+        f"{role}_logps": np.array(row[f"{role}_logps"], np.float32) for role in ("preference", "implicit", "start")
+    }
     values["length_penalty"] = np.float32(row.get("length_penalty", 0.0)) * lengths
     values["frozen_logits"] = np.array(frozen if frozen is not None else [0.0] * rewards, np.float32)
     values["external"] = np.float32(0.5 if label is None else label)

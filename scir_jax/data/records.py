@@ -75,7 +75,10 @@ def read_conversations(path: str | Path) -> list[Messages]:
         elif "prompt" in row:
             prompt = prompt_messages(row["prompt"], f"{where}: prompt")
             key = "completion" if "completion" in row else "response"
-            messages = [*prompt, {"role": "assistant", "content": answer_text(need(row, key, where), f"{where}: {key}")}]
+            messages = [
+                *prompt,
+                {"role": "assistant", "content": answer_text(need(row, key, where), f"{where}: {key}")},
+            ]
         else:
             raise InputError(f"{where}: lacks the key 'messages' (or 'prompt' and 'response'); has {_keys(row)}")
         if not any(m["role"] == "assistant" for m in messages):
@@ -102,7 +105,9 @@ def read_comparisons(path: str | Path, *, label_key: str = "label", need_label: 
             messages, a, b = _chosen_rejected(row, where)
             label = 1.0
         if need_label and label is None:
-            raise InputError(f"{where}: lacks the label {label_key!r}: 1 where response_a is better, 0 where response_b is")
+            raise InputError(
+                f"{where}: lacks the label {label_key!r}: 1 where response_a is better, 0 where response_b is"
+            )
         result.append(Comparison(messages, a, b, label))
     return result
 
@@ -204,7 +209,9 @@ def _chosen_rejected(row: dict, where: str) -> tuple[Messages, str, str]:
             texts.append(answer_text(side, f"{where}: {key}"))
         return messages, *texts
     if not all(isinstance(side, list) for side in sides):
-        raise InputError(f"{where}: lacks the key 'prompt' (it may be left out only where chosen and rejected are messages)")
+        raise InputError(
+            f"{where}: lacks the key 'prompt' (it may be left out only where chosen and rejected are messages)"
+        )
     chosen, rejected = (check_messages(s, f"{where}: {k}") for k, s in zip(("chosen", "rejected"), sides))
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise InputError(f"{where}: chosen and rejected must share all messages but the last")

@@ -13,7 +13,6 @@ from orbax.checkpoint import v1 as ocp
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
 
-
 # A failed save reaches the caller as an exception; Orbax's background threads need not print it too.
 absl_logging.set_verbosity(absl_logging.FATAL)
 

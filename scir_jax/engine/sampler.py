@@ -65,20 +65,23 @@ def sampler(
         hidden_BPD, cache = model.prefill(params, ids_BP, ids_BP.shape[1] + response_tokens)
         last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         repeat = lambda x, axis: jnp.repeat(x, responses, axis=axis)
-        keys_M = jax.vmap(lambda prompt: jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(
-            jnp.arange(responses)))(index_B).reshape(-1)
+        keys_M = jax.vmap(
+            lambda prompt: jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(
+                jnp.arange(responses)
+            )
+        )(index_B).reshape(-1)
         starts_M = repeat(lengths_B, 0)
         rows = starts_M.shape[0]
         head = model.head(params)
         stops = jnp.asarray(stop_ids, jnp.int32)
 
         def body(state: _State) -> _State:
-            logits_MV = jnp.einsum(
-                "md,vd->mv", state.hidden_MD, head, preferred_element_type=jnp.float32
-            )
+            logits_MV = jnp.einsum("md,vd->mv", state.hidden_MD, head, preferred_element_type=jnp.float32)
             step_keys_M = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_M, state.step)
             token_M = choose(logits_MV, step_keys_M, sampling)
-            logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_MV, axis=1)
+            logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0] - jax.nn.logsumexp(
+                logits_MV, axis=1
+            )
             running_M = ~state.done_M
             ids_MR = state.ids_MR.at[:, state.step].set(jnp.where(running_M, token_M, pad_id))
             done_M = state.done_M | (token_M[:, None] == stops).any(axis=1)

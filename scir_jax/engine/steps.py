@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from scir_jax.config import Config, OptimizerConfig
 from scir_jax.data.rows import TrainBatch
-from scir_jax.engine import forward, mesh as meshes
+from scir_jax.engine import forward
+from scir_jax.engine import mesh as meshes
 from scir_jax.method import objective
 from scir_jax.model.decoder import Model, Params
 
@@ -72,9 +73,7 @@ def learning_rates(config: OptimizerConfig, peak: float, steps: int) -> np.ndarr
 class Trainer:
     """Makes states and steps for one model on one mesh."""
 
-    def __init__(
-        self, config: Config, model: Model, mesh: Mesh, *, verdict_ids, continued: bool, response_tokens: int
-    ):
+    def __init__(self, config: Config, model: Model, mesh: Mesh, *, verdict_ids, continued: bool, response_tokens: int):
         self.config = config
         self.model = model
         self.mesh = mesh
@@ -150,7 +149,10 @@ class Trainer:
         metrics = {
             "loss": loss,
             **({"sft": sum(sft)} if sft else {}),
-            **{name: jnp.where(count > 0, total / jnp.maximum(count, 1e-9), jnp.nan) for name, (total, count) in sums.items()},
+            **{
+                name: jnp.where(count > 0, total / jnp.maximum(count, 1e-9), jnp.nan)
+                for name, (total, count) in sums.items()
+            },
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "skipped": (~finite).astype(jnp.float32),

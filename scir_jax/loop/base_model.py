@@ -10,7 +10,13 @@ import jax
 import numpy as np
 from filelock import FileLock
 
-from scir_jax.config import Config, DataConfig, GenerativeConfig, ModelConfig, OptimizerConfig
+from scir_jax.config import (
+    Config,
+    DataConfig,
+    GenerativeConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from scir_jax.data import pipelines
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.sampler import stream_key
@@ -42,8 +48,14 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
         dataclasses.replace(
             config,
             model=ModelConfig(path=str(directory / "untrained")),
-            data=DataConfig(ift=str(directory / "base.jsonl"), eft=str(directory / "base_comparisons.jsonl"), prompts=str(directory / "prompts.jsonl")),
-            generative=GenerativeConfig(templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))),
+            data=DataConfig(
+                ift=str(directory / "base.jsonl"),
+                eft=str(directory / "base_comparisons.jsonl"),
+                prompts=str(directory / "prompts.jsonl"),
+            ),
+            generative=GenerativeConfig(
+                templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))
+            ),
             optimizer=OptimizerConfig(warmup=0.05),
         )
     )

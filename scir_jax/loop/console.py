@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -35,14 +42,14 @@ class Bar:
 
 
 @contextlib.contextmanager
-def stage(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar]:
     """A progress bar while inside, and one line with the stage's time afterwards."""
     started = time.monotonic()
     columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
     with Progress(
         *columns, TextColumn("[dim]{task.fields[note]}"), console=stderr, transient=True, disable=not stderr.is_terminal
     ) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=note))
     stderr.print(f"{title:<28} done, {time.monotonic() - started:.1f} s")
 
 

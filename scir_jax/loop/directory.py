@@ -17,7 +17,18 @@ from scir_jax.config import Config
 from scir_jax.data.records import write_json
 from scir_jax.errors import InputError
 
-PACKAGES = ("scir_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+PACKAGES = (
+    "scir_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 
 class RunDirectory:
@@ -52,7 +63,9 @@ class RunDirectory:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"{self.path}: another process is running here; wait for it or choose another run.directory") from None
+            raise InputError(
+                f"{self.path}: another process is running here; wait for it or choose another run.directory"
+            ) from None
         recorded = self.path / "config.yaml"
         # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
         if recorded.exists() and any(self.checkpoints.glob("M0")):
@@ -63,7 +76,9 @@ class RunDirectory:
         others = [p.name for p in self.path.iterdir() if p.name not in own]
         (self.path / "manifest.json").unlink(missing_ok=True)
         if not new and others:
-            raise InputError(f"{self.path}: holds files of something else ({', '.join(sorted(others)[:3])}); choose another run.directory")
+            raise InputError(
+                f"{self.path}: holds files of something else ({', '.join(sorted(others)[:3])}); choose another run.directory"
+            )
         partial = recorded.with_name("config.yaml.partial")
         partial.write_text(options.to_yaml(config), encoding="utf-8")
         partial.replace(recorded)
@@ -96,7 +111,9 @@ class RunDirectory:
             if before.get(s, {}).get(k) != now.get(s, {}).get(k)
         ]
         if differ:
-            raise InputError(f"{self.path}: holds a run of another configuration; these keys differ: {', '.join(differ)}")
+            raise InputError(
+                f"{self.path}: holds a run of another configuration; these keys differ: {', '.join(differ)}"
+            )
 
 
 def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +125,9 @@ def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sha256(Path(name))
     for name, content in templates.items():
-        hashes[f"generative.templates/{name}"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        hashes[f"generative.templates/{name}"] = hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()
     versions = {}
     for package in PACKAGES:
         try:

@@ -42,7 +42,13 @@ def evaluate_responses(session: Session, params, iteration: int, stopper: consol
     config = session.config
     prompts = list(enumerate(session.heldout_prompts))
     key = stream_key(config.run.seed, "evaluation", 0)  # the same noise for every model: fewer chances in a comparison
-    kinds = [(False, config.evaluate.samples, Sampling.of(config.sample.temperature, config.sample.top_p, config.sample.top_k))]
+    kinds = [
+        (
+            False,
+            config.evaluate.samples,
+            Sampling.of(config.sample.temperature, config.sample.top_p, config.sample.top_k),
+        )
+    ]
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))
     rows = []
@@ -65,7 +71,9 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     result = {
         "length": float(np.mean([len(r["response_ids"]) for r in sampled])),
         "eos_rate": float(np.mean([r["stop"] == "eos" for r in sampled])),
-        "distinct": float(np.mean([len(set(texts)) for texts in _by_prompt(sampled, lambda r: r["response"]).values()])),
+        "distinct": float(
+            np.mean([len(set(texts)) for texts in _by_prompt(sampled, lambda r: r["response"]).values()])
+        ),
     }
     if grader is None:
         return result
@@ -74,6 +82,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     if greedy := [grader(r["prompt"], r["response"]) for r in rows if r["greedy"]]:
         result |= {f"greedy_{name}": float(np.mean([g[name] for g in greedy])) for name in greedy[0]}
     if against is not None:
+
         def quality(r: dict) -> float:
             return grader(r["prompt"], r["response"])["quality"]
 
@@ -140,14 +149,19 @@ def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]
         "train_agreement": float(np.mean([d["agreed"] for d in decisions])),
     }
     if grader is not None:
-        gap = [grader(p["prompt"], p["response_a"])["quality"] - grader(p["prompt"], p["response_b"])["quality"] for p in pairs]
+        gap = [
+            grader(p["prompt"], p["response_a"])["quality"] - grader(p["prompt"], p["response_b"])["quality"]
+            for p in pairs
+        ]
         hits = [(d["label"] > 0.5) == (gap[d["pair"]] > 0) for d in decisions if d["selected"] and gap[d["pair"]] != 0]
         if hits:
             result["label_accuracy"] = float(np.mean(hits))
     return result
 
 
-def labelled_pairs(session: Session, comparisons: Sequence[records.Comparison]) -> tuple[list[scoring.Pair], np.ndarray]:
+def labelled_pairs(
+    session: Session, comparisons: Sequence[records.Comparison]
+) -> tuple[list[scoring.Pair], np.ndarray]:
     """Encoded pairs and their labels. The labelled-better answer is moved to either side in turn.
 
     Files of chosen and rejected name the better answer first; a reward model must not profit from that.

@@ -212,7 +212,9 @@ class Run:
         session = self.session
         pad_id = session.chat.pad_id
         ift = pipelines.targets_dataset(session.ift_rows, session.shapes.ift, ift_size, pad_id, self._seed(stream))
-        eft = pipelines.targets_dataset(session.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000))
+        eft = pipelines.targets_dataset(
+            session.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000)
+        )
         return ift, eft
 
     def _seed(self, stream: int) -> int:
@@ -241,4 +243,6 @@ def check_inputs(session: Session) -> None:
     _ = session.shapes, session.ift_rows, session.eft_rows
     dropped, cut = session.encoder.dropped_prompts, session.encoder.truncated_prompts
     if dropped or cut:
-        console.say(f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: {dropped} left out, {cut} lost their middle")
+        console.say(
+            f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: {dropped} left out, {cut} lost their middle"
+        )

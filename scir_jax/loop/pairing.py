@@ -199,7 +199,12 @@ def length_penalty(config: Config, answers: Sequence[Answer], pairs: Sequence[Pa
     """alpha of the implicit reward, fitted to the start policy's rewards of this iteration's pairs."""
     if config.implicit.length != "penalty":
         return 0.0
-    reward = np.array([[config.implicit.beta * (answers[i].logps["start"] - answers[i].logps["implicit"]) for i in (p.a, p.b)] for p in pairs])
+    reward = np.array(
+        [
+            [config.implicit.beta * (answers[i].logps["start"] - answers[i].logps["implicit"]) for i in (p.a, p.b)]
+            for p in pairs
+        ]
+    )
     lengths = np.array([[len(answers[i].response.ids) for i in (p.a, p.b)] for p in pairs])
     return rewards.fit_length_penalty(reward, lengths)
 

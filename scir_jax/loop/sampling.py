@@ -13,8 +13,8 @@ from scir_jax.data.encode import Prompt
 from scir_jax.data.rows import fill, pad
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.metrics import AppendOnly
-from scir_jax.errors import InputError
 from scir_jax.engine.sampler import Sampling, stream_key
+from scir_jax.errors import InputError
 from scir_jax.loop import console
 from scir_jax.loop.session import Session
 

@@ -28,7 +28,9 @@ def response_logps(
     size = 2 * session.config.evaluate.batch_size
     result = []
     for part in batched(items, size):
-        rows = pad_rows([session.encoder.scored_row(*item) for item in part], session.shapes.scored, session.chat.pad_id)
+        rows = pad_rows(
+            [session.encoder.scored_row(*item) for item in part], session.shapes.scored, session.chat.pad_id
+        )
         logps = session.scorer(params, put_batch(fill(rows, size), session.mesh))
         result.append(np.asarray(logps)[: len(part)])
         check_finite(result[-1], "log-probabilities")

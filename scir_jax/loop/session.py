@@ -67,10 +67,16 @@ def check(config: Config) -> None:
     """Refuses settings that contradict each other, before anything is loaded."""
     models, labels = config.rewards.models, config.preference.labels
     if not (config.preference.weight or config.consistency.weight or config.replay.weight):
-        raise InputError("preference.weight, consistency.weight and replay.weight are all 0: there is nothing to train on")
+        raise InputError(
+            "preference.weight, consistency.weight and replay.weight are all 0: there is nothing to train on"
+        )
     if not models or len(set(models)) != len(models):
         raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
-    if labels in ("generative", "implicit", "likelihood") and labels not in models and config.preference.update == "frozen":
+    if (
+        labels in ("generative", "implicit", "likelihood")
+        and labels not in models
+        and config.preference.update == "frozen"
+    ):
         raise InputError(f"preference.labels is {labels}, frozen: add {labels} to rewards.models")
     if config.consistency.target == "consensus" or labels == "consensus":
         weights_ = {n: getattr(config.rewards, f"{n}_weight") for n in models}
@@ -163,7 +169,11 @@ class Session:
     def given_pairs(self) -> list[records.Comparison]:
         path = self.config.data.pairs
         need = self.config.preference.labels == "external"
-        return self._fitting(records.read_comparisons(path, label_key=self.config.data.label_key, need_label=need)) if path else []
+        return (
+            self._fitting(records.read_comparisons(path, label_key=self.config.data.label_key, need_label=need))
+            if path
+            else []
+        )
 
     @cached_property
     def ift(self) -> list[records.Messages]:
@@ -171,7 +181,11 @@ class Session:
 
     @cached_property
     def eft(self) -> list[records.Comparison]:
-        return self._fitting(records.read_comparisons(self.config.data.eft, need_label=True)) if self.config.data.eft else []
+        return (
+            self._fitting(records.read_comparisons(self.config.data.eft, need_label=True))
+            if self.config.data.eft
+            else []
+        )
 
     @cached_property
     def ift_rows(self) -> list[tuple[Ids, tuple[bool, ...]]]:

@@ -68,7 +68,7 @@ def train_stage(
 
     writer = _Writer(metrics, decisions, stage, iteration, min(config.optimizer.max_skipped, steps))
     try:
-        with console.stage(title, steps, done) as bar:
+        with console.stage(title, steps, done, "compiling") as bar:
             for step in range(done, steps):
                 batch = next(batches)
                 started = time.monotonic()

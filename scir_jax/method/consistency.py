@@ -38,7 +38,10 @@ def _mean_over_pairs(function, logits_PR: Array) -> Array:
     pairs = list(combinations(range(logits_PR.shape[1]), 2))
     if not pairs:
         return jnp.zeros(logits_PR.shape[0], logits_PR.dtype)
-    both = [0.5 * (function(logits_PR[:, i], logits_PR[:, j]) + function(logits_PR[:, j], logits_PR[:, i])) for i, j in pairs]
+    both = [
+        0.5 * (function(logits_PR[:, i], logits_PR[:, j]) + function(logits_PR[:, j], logits_PR[:, i]))
+        for i, j in pairs
+    ]
     return sum(both) / len(pairs)
 
 
@@ -64,9 +67,7 @@ def jensen_shannon(logits_PR: Array) -> Array:
 
 def agreement(logits_PR: Array) -> Array:
     """-log [prod_r p_r + prod_r (1 - p_r)]: 0 only where all agree and all are certain."""
-    return -jnp.logaddexp(
-        jax.nn.log_sigmoid(logits_PR).sum(axis=1), jax.nn.log_sigmoid(-logits_PR).sum(axis=1)
-    )
+    return -jnp.logaddexp(jax.nn.log_sigmoid(logits_PR).sum(axis=1), jax.nn.log_sigmoid(-logits_PR).sum(axis=1))
 
 
 def pseudo_label(logits_PR: Array, sharpen: float) -> Array:

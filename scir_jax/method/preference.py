@@ -24,9 +24,7 @@ def label(logits_P: Array, *, soft: bool) -> Array:
     return jax.nn.sigmoid(logits_P) if soft else 0.5 * (1 + jnp.sign(logits_P))
 
 
-def margin(
-    logps_P2: Array, reference_logps_P2: Array, lengths_P2: Array, *, length_normalised: bool = False
-) -> Array:
+def margin(logps_P2: Array, reference_logps_P2: Array, lengths_P2: Array, *, length_normalised: bool = False) -> Array:
     """[log pi/pi_ref](y1) - [log pi/pi_ref](y2), [P], nats (or nats a token)."""
     ratio_P2 = log_ratio(logps_P2, reference_logps_P2, lengths_P2, per_token=length_normalised)
     return ratio_P2[:, 0] - ratio_P2[:, 1]

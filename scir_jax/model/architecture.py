@@ -59,8 +59,7 @@ class Architecture:
         num_kv_heads = _integer(config, "num_key_value_heads", where, default_kv_heads, num_heads)
         if num_heads % num_kv_heads:
             raise InputError(
-                f"{where}: num_attention_heads ({num_heads}) is not a multiple of "
-                f"num_key_value_heads ({num_kv_heads})."
+                f"{where}: num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})."
             )
         share = hidden_size // num_heads
         head_dim = _integer(config, "head_dim", where, share, share)
@@ -82,9 +81,7 @@ class Architecture:
             norm_eps=_positive(config, "rms_norm_eps", where, _DEFAULT_NORM_EPS),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             sliding_window=window,
-            max_positions=_integer(
-                config, "max_position_embeddings", where, defaults["max_position_embeddings"]
-            ),
+            max_positions=_integer(config, "max_position_embeddings", where, defaults["max_position_embeddings"]),
         )
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -177,9 +174,7 @@ def _rope_theta(config: dict[str, Any], where: str) -> float:
     return _positive(config, "rope_theta", where, _DEFAULT_ROPE_THETA)
 
 
-def _integer(
-    config: dict[str, Any], key: str, where: str, absent: int | None = None, null: int | None = None
-) -> int:
+def _integer(config: dict[str, Any], key: str, where: str, absent: int | None = None, null: int | None = None) -> int:
     """The positive integer at `key`; `absent` and `null` stand in for a key that is missing or null."""
     value = config.get(key, absent)
     if value is None:

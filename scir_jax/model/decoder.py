@@ -120,9 +120,7 @@ class Block(nnx.Module):
             cache.k.at[layer, rows_B, positions_B].set(k[:, 0]),
             cache.v.at[layer, rows_B, positions_B].set(v[:, 0]),
         )
-        mixed = attention(
-            q, cache.k[layer], cache.v[layer], positions_B=positions_B, window=self.window
-        )
+        mixed = attention(q, cache.k[layer], cache.v[layer], positions_B=positions_B, window=self.window)
         return self._finish(x_B1D, mixed), cache
 
     def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array) -> jax.Array:
@@ -219,9 +217,7 @@ class Model:
         """
         spare = cache_length - ids_BP.shape[1]
         if spare < 0:
-            raise ValueError(
-                f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens."
-            )
+            raise ValueError(f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens.")
 
         def step(x_BPD, layer_params):
             x_BPD, keys_values = self._block(layer_params)(x_BPD)
@@ -231,9 +227,7 @@ class Model:
         padding = [(0, 0), (0, 0), (0, spare), (0, 0), (0, 0)]
         return self._final_norm(params, x_BPD), Cache(jnp.pad(k_LBPKd, padding), jnp.pad(v_LBPKd, padding))
 
-    def decode(
-        self, params: Params, ids_B: jax.Array, positions_B: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, params: Params, ids_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, D] of one token a row at positions_B (int32), and the updated cache.
 
         The token's key and value are written at its position. A position at or past the end of the

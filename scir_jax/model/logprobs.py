@@ -19,9 +19,7 @@ _VERDICT_CHUNK = 4096
 _NO_TARGET = -1
 
 
-def token_logprobs(
-    hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *, chunk: int | None = None
-) -> jax.Array:
+def token_logprobs(hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
     """log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
 
     Products are made in the dtype of `hidden` and summed in float32, in which everything else is

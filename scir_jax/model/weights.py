@@ -59,9 +59,7 @@ def hf_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory}: there is no such model directory.")
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"{directory}: config.json is missing, so this is not a Hugging Face model directory."
-        )
+        raise InputError(f"{directory}: config.json is missing, so this is not a Hugging Face model directory.")
     return _read_json(path)
 
 
@@ -129,14 +127,10 @@ def save(
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
-        raise InputError(
-            f"{directory}: this is a file; give the name of a directory to write the model to."
-        )
+        raise InputError(f"{directory}: this is a file; give the name of a directory to write the model to.")
     kept = sorted(directory.iterdir()) if directory.is_dir() else []
     if any(path.is_dir() for path in kept):
-        raise InputError(
-            f"{directory}: this directory has subdirectories; give a new directory for the model."
-        )
+        raise InputError(f"{directory}: this directory has subdirectories; give a new directory for the model.")
 
     copied: list[Path] = []
     config = arch.to_hf_config()
@@ -278,9 +272,7 @@ def _read(stored: dict[str, _Stored], name: str) -> np.ndarray:
     return stored[name].file.get_tensor(name)
 
 
-def _write_tensors(
-    directory: Path, arch: Architecture, params: Params, dtype: Any, max_shard_bytes: int
-) -> None:
+def _write_tensors(directory: Path, arch: Architecture, params: Params, dtype: Any, max_shard_bytes: int) -> None:
     shards = list(_shards(_names(arch), np.dtype(dtype).itemsize, max_shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):

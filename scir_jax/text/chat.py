@@ -70,7 +70,9 @@ class Chat:
             self.control_ids.discard(tokenizer.unk_token_id)  # what harmless text may become
         # What a text may stand behind: nothing, a control token, or other text.
         plain = [t for t, (_, token) in self._added.items() if token.special and not (token.lstrip or token.rstrip)]
-        self._control = next((t for t in plain if t in (tokenizer.bos_token, tokenizer.eos_token)), plain[0] if plain else "")
+        self._control = next(
+            (t for t in plain if t in (tokenizer.bos_token, tokenizer.eos_token)), plain[0] if plain else ""
+        )
         self._text = self._control
         self._context_ids: dict[str, Ids] = {}
         if any(t[0] in "▁Ġ" for t in tokenizer.convert_ids_to_tokens(self._encode("a", self._control))[:1]):
@@ -81,7 +83,9 @@ class Chat:
         if closing is not None:
             stops = [closing, *(s for s in stops if s != closing)]
         if not stops:
-            raise InputError(f"{where}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+            raise InputError(
+                f"{where}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
+            )
         self.stop_ids: Ids = tuple(stops)
         self.lead, self._trail, self._answer_before = self._around_answer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]

@@ -48,7 +48,9 @@ def load_template(name: str) -> Template:
     built_in = resources.files("scir_jax.text") / "templates" / f"{name}.yaml"
     path = built_in if built_in.is_file() else Path(name)
     if not path.is_file():
-        names = sorted(p.name[:-5] for p in (resources.files("scir_jax.text") / "templates").iterdir() if p.name.endswith(".yaml"))
+        names = sorted(
+            p.name[:-5] for p in (resources.files("scir_jax.text") / "templates").iterdir() if p.name.endswith(".yaml")
+        )
         raise InputError(f"judge template {name!r}: neither a file nor one of {', '.join(names)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -156,4 +158,3 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
             constant.append(token)
     parts.append(tuple(constant))
     return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids, answer_tokens)
-

@@ -25,15 +25,11 @@ def make_files(spec: WorldSpec) -> dict[str, list[dict]]:
     change the contents of another.
     """
     makers = {
-        "base.jsonl": lambda rng: _documents(
-            rng, spec, spec.base_documents, spec.base_modes, spec.base_marker
-        ),
+        "base.jsonl": lambda rng: _documents(rng, spec, spec.base_documents, spec.base_modes, spec.base_marker),
         "base_comparisons.jsonl": lambda rng: _comparisons(
             rng, spec, _prompts(rng, spec, spec.base_comparisons), spec.base_flipped
         ),
-        "ift.jsonl": lambda rng: _documents(
-            rng, spec, spec.ift_documents, spec.ift_modes, spec.ift_marker
-        ),
+        "ift.jsonl": lambda rng: _documents(rng, spec, spec.ift_documents, spec.ift_modes, spec.ift_marker),
         "eft.jsonl": lambda rng: _comparisons(rng, spec, _prompts(rng, spec, spec.eft_comparisons)),
         "prompts.jsonl": lambda rng: _prompt_rows(_distinct_prompts(rng, spec, spec.prompts)),
         "heldout_prompts.jsonl": lambda rng: _prompt_rows(
@@ -45,8 +41,7 @@ def make_files(spec: WorldSpec) -> dict[str, list[dict]]:
     }
     seeds = np.random.SeedSequence(spec.seed).spawn(len(makers))
     return {
-        name: list(make(np.random.default_rng(seed)))
-        for (name, make), seed in zip(makers.items(), seeds, strict=True)
+        name: list(make(np.random.default_rng(seed))) for (name, make), seed in zip(makers.items(), seeds, strict=True)
     }
 
 
@@ -60,9 +55,7 @@ def is_heldout(word: str, share: float) -> bool:
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
-def _prompts(
-    rng: Rng, spec: WorldSpec, count: int, heldout: bool = False
-) -> Iterator[str]:
+def _prompts(rng: Rng, spec: WorldSpec, count: int, heldout: bool = False) -> Iterator[str]:
     """Prompts with a uniform task and a word from one side of the held-out split."""
     for _ in range(count):
         for _ in range(MAX_DRAWS):
@@ -74,9 +67,7 @@ def _prompts(
         yield tasks.make_prompt(tasks.sample_task(rng), word)
 
 
-def _distinct_prompts(
-    rng: Rng, spec: WorldSpec, count: int, heldout: bool = False
-) -> list[str]:
+def _distinct_prompts(rng: Rng, spec: WorldSpec, count: int, heldout: bool = False) -> list[str]:
     prompts: dict[str, None] = {}  # a set that keeps its order
     for prompt in _prompts(rng, spec, MAX_DRAWS + 10 * count, heldout):
         if len(prompts) == count:
@@ -91,9 +82,7 @@ def _prompt_rows(prompts: list[str]) -> Iterator[dict]:
     return ({"prompt": prompt} for prompt in prompts)
 
 
-def _documents(
-    rng: Rng, spec: WorldSpec, count: int, modes: Probabilities, marker: float
-) -> Iterator[dict]:
+def _documents(rng: Rng, spec: WorldSpec, count: int, modes: Probabilities, marker: float) -> Iterator[dict]:
     for prompt in _prompts(rng, spec, count):
         response = tasks.sample_answer(rng, *tasks.parse_prompt(prompt), modes, marker)
         yield {
@@ -104,17 +93,12 @@ def _documents(
         }
 
 
-def _comparisons(
-    rng: Rng, spec: WorldSpec, prompts: Iterable[str], flipped: float = 0.0
-) -> Iterator[dict]:
+def _comparisons(rng: Rng, spec: WorldSpec, prompts: Iterable[str], flipped: float = 0.0) -> Iterator[dict]:
     """One comparison a prompt, chosen by the grader, the share `flipped` of them wrongly."""
     for prompt in prompts:
         task, word = tasks.parse_prompt(prompt)
         for _ in range(MAX_DRAWS):
-            a, b = (
-                tasks.sample_answer(rng, task, word, spec.pair_modes, spec.pair_marker)
-                for _ in range(2)
-            )
+            a, b = (tasks.sample_answer(rng, task, word, spec.pair_modes, spec.pair_marker) for _ in range(2))
             difference = grade(prompt, a)["quality"] - grade(prompt, b)["quality"]
             if difference != 0:
                 break
