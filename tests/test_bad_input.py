@@ -546,6 +546,9 @@ def test_a_run_directory_that_is_something_else(command, write_config, tmp_path,
     (run / "notes.txt").write_text("mine")
     refused(command(train.main, "--config", config), run, "notes.txt")
     assert {k: v for k, v in contents(run).items() if k != ".lock"} == {"notes.txt": b"mine"}
+    (run / "notes.txt").rename(run / "config.yaml")
+    refused(command(train.main, "--config", config), run, "config.yaml")
+    assert {k: v for k, v in contents(run).items() if k != ".lock"} == {"config.yaml": b"mine"}
 
 
 def test_a_run_directory_in_use(command, write_config, tmp_path, no_stages):

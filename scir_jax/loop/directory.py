@@ -51,7 +51,6 @@ class RunDirectory:
           InputError: another process uses the directory, it holds a run of another configuration (the keys that
             differ are listed), or it holds other files.
         """
-        new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -71,14 +70,22 @@ class RunDirectory:
         if recorded.exists() and any(self.checkpoints.glob("M0")):
             self._compare(yaml.safe_load(recorded.read_text(encoding="utf-8")), options.to_dict(config))
             return True
-        own = {".lock", "config.yaml", "config.yaml.partial", "manifest.json", "manifest.json.partial", "checkpoints"}
-        own |= {"metrics.jsonl", "tensorboard"}
-        others = [p.name for p in self.path.iterdir() if p.name not in own]
-        (self.path / "manifest.json").unlink(missing_ok=True)
-        if not new and others:
+        own = {".lock", "config.yaml.partial"}
+        if self._is_ours(recorded):
+            own |= {
+                "config.yaml",
+                "manifest.json",
+                "manifest.json.partial",
+                "checkpoints",
+                "metrics.jsonl",
+                "tensorboard",
+            }
+        others = sorted(p.name for p in self.path.iterdir() if p.name not in own)
+        if others:
             raise InputError(
-                f"{self.path}: holds files of something else ({', '.join(sorted(others)[:3])}); choose another run.directory"
+                f"{self.path}: holds files of something else ({', '.join(others[:3])}); choose another run.directory"
             )
+        (self.path / "manifest.json").unlink(missing_ok=True)
         partial = recorded.with_name("config.yaml.partial")
         partial.write_text(options.to_yaml(config), encoding="utf-8")
         partial.replace(recorded)
@@ -99,8 +106,17 @@ class RunDirectory:
         changed = [k for k in names if before["sha256"].get(k) != manifest["sha256"].get(k)]
         if changed:
             raise InputError(
-                f"{self.path}: changed since this run began: {', '.join(changed)}; restore them or choose another run.directory"
+                f"{self.path}: changed since this run began: {', '.join(changed)}; "
+                "restore them or choose another run.directory"
             )
+
+    def _is_ours(self, recorded: Path) -> bool:
+        """Whether a config.yaml is one that `open` wrote: it has every section."""
+        try:
+            content = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and content.keys() == options.to_dict(Config()).keys()
 
     def _compare(self, before: Any, now: dict[str, dict[str, Any]]) -> None:
         before = before if isinstance(before, dict) else {}

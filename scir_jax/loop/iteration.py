@@ -233,7 +233,8 @@ def check_inputs(session: Session) -> None:
         raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
     if config.data.pairs and len(session.given_pairs) < config.run.iterations:
         raise InputError(
-            f"{config.data.pairs}: {len(session.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
+            f"{config.data.pairs}: {len(session.given_pairs)} pairs are too few for "
+            f"run.iterations={config.run.iterations}"
         )
     if config.preference.labels == "external" and not config.data.pairs:
         console.say(
@@ -244,5 +245,6 @@ def check_inputs(session: Session) -> None:
     dropped, cut = session.encoder.dropped_prompts, session.encoder.truncated_prompts
     if dropped or cut:
         console.say(
-            f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: {dropped} left out, {cut} lost their middle"
+            f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: "
+            f"{dropped} left out, {cut} lost their middle"
         )

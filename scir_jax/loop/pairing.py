@@ -146,7 +146,8 @@ def run_pairing(
         pairs = candidates(answers, config, iteration)
     if not pairs:
         raise InputError(
-            f"iteration {iteration}: no prompt has two different responses; raise sample.temperature or sample.responses"
+            f"iteration {iteration}: no prompt has two different responses; "
+            "raise sample.temperature or sample.responses"
         )
     roles = {
         "implicit": models.implicit_reference(iteration),
@@ -172,7 +173,7 @@ def run_pairing(
                     answer.logps[role] = float(logp)
         if np.allclose(*([answer.logps[role] for answer in answers] for role in ("start", "implicit")), atol=1e-6):
             console.say(
-                f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at the first step; "
+                f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at first; "
                 "implicit.reference names a model that lags"
             )
         if frozen:
