@@ -42,8 +42,9 @@ def parse(
     Raises:
       InputError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong type.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     options = options or {}
+    flags = {f"--{name}" for name, (kind, _, _) in options.items() if kind is bool}
+    argv = _with_values(list(sys.argv[1:] if argv is None else map(str, argv)), flags)
     types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     names = list(sections or types)
     parser = jsonargparse.ArgumentParser(
@@ -131,6 +132,16 @@ def _disk_full(error: Exception) -> str:
         f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
         "free some space and run the same command again"
     )
+
+
+def _with_values(argv: list[str], flags: set[str]) -> list[str]:
+    """A flag that stands alone means true."""
+    result: list[str] = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        result.append(argument)
+        if argument in flags and following.startswith("--"):
+            result.append("true")
+    return result
 
 
 def _known_keys(sections: Sequence[str]) -> set[str]:

@@ -41,7 +41,8 @@ def train(config: Config) -> list[dict]:
             session = Session(config)
             console.say(
                 f"{'resuming' if resumed else 'starting'} {directory.path}: "
-                f"{session.arch.parameter_count():,} parameters, {config.model.dtype}, {session.mesh.size} {jax.default_backend()} device(s)"
+                f"{session.arch.parameter_count():,} parameters, {config.model.dtype}, "
+                f"{session.mesh.size} {jax.default_backend()} device(s)"
             )
             check_inputs(session)
             directory.check_manifest(manifest(config, {t.name: t.question for t in session.templates}))

@@ -310,3 +310,15 @@ def test_exit_code(result, code):
     with pytest.raises(SystemExit) as end:
         options.main(lambda: result)
     assert end.value.code == code
+
+
+def test_a_flag_may_stand_alone():
+    own = {"with_ids": (bool, False, ""), "output": (str, ..., "")}
+    for argv, value in (
+        (["--output", "x"], False),
+        (["--with_ids", "--output", "x"], True),
+        (["--output", "x", "--with_ids"], True),
+        (["--with_ids", "false", "--output", "x"], False),
+        (["--with_ids=true", "--output", "x"], True),
+    ):
+        assert options.parse("judge", "", argv, options=own)[1]["with_ids"] is value
