@@ -6,7 +6,6 @@ text of users and models (which may not) stay apart until both are ids.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -28,8 +27,6 @@ def load_tokenizer(directory: Path):
 
     Raises InputError if the directory has none that loads.
     """
-    # Importing transformers warns that torch is absent, which is as it should be.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
