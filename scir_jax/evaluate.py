@@ -85,8 +85,6 @@ def _run(path: Path, again: bool) -> list[dict]:
 
 
 def _directory(config, reference: str | None) -> dict:
-    import numpy as np
-
     from scir_jax.loop import console, evaluation, scoring
     from scir_jax.loop.session import Session, check_positive, check_sampling, resolve
 
@@ -99,24 +97,23 @@ def _directory(config, reference: str | None) -> dict:
     grader = evaluation.load_grader(config.evaluate.grader)
     session = Session(config)
     pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
-    items = evaluation.both_responses(pairs)
+    model = Path(config.model.path)
+    load_reference = (lambda: session.import_params(Path(reference))) if reference else None
     values: dict = {"model": config.model.path}
-    batches = scoring.batches_of(len(pairs), config.evaluate.batch_size)
-    kinds = 2 if config.evaluate.greedy else 1
-    total = batches * 3 + kinds * scoring.batches_of(len(session.heldout_prompts), config.sample.batch_size)
+    total = evaluation.response_batches(session)
+    total += scoring.score_batches(session, len(pairs), with_reference=reference is not None)
     with console.Stopper() as stopper, console.stage("evaluate", total) as bar:
-        reference_logps = None
-        if pairs and reference:
-            params = session.import_params(Path(reference))
-            reference_logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
-        params = session.import_params(Path(config.model.path))
         if pairs:
-            logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
-            judged = scoring.judge_pairs(session, params, pairs, bar.advance)
-            lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
-            values |= evaluation.pair_metrics(session, judged, logps, reference_logps, lengths, labels)
+            scores = scoring.score_pairs(
+                session,
+                pairs,
+                model=lambda: session.import_params(model),
+                reference=load_reference,
+                advance=bar.advance,
+            )
+            values |= evaluation.pair_metrics(session, scores, labels)
         if session.heldout_prompts:
-            rows = evaluation.evaluate_responses(session, params, 0, stopper, bar)
+            rows = evaluation.evaluate_responses(session, session.import_params(model), 0, stopper, bar)
             values |= evaluation.response_metrics(rows, grader, None)
     return evaluation.clean(values)
 

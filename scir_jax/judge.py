@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from scir_jax.data import records
     from scir_jax.loop import console, scoring
-    from scir_jax.loop.evaluation import accuracy, both_responses, implicit_logits
+    from scir_jax.loop.evaluation import accuracy, implicit_logits, judge_summary
     from scir_jax.loop.session import Session, check_positive, resolve
-    from scir_jax.method import rewards
 
     config = resolve(config)
     check_positive(config, "text", "generative", "evaluate")
@@ -51,43 +50,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         (p, session.encoder.response(c.a), session.encoder.response(c.b))
         for p, c in zip(prompts, comparisons, strict=True)
     ]
-    items = both_responses(pairs)
-    batches = scoring.batches_of(len(pairs), config.evaluate.batch_size)
-    implicit = None
-    with console.stage("judge", batches * (3 if own["reference"] else 1)) as bar:
-        if own["reference"]:
-            params = session.import_params(Path(own["reference"]))
-            reference_logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
-        params = session.import_params(Path(config.model.path))
-        judged = scoring.judge_pairs(session, params, pairs, bar.advance)
-        if own["reference"]:
-            logps = scoring.response_logps(session, params, items, bar.advance).reshape(-1, 2)
-            lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
-            implicit = implicit_logits(session, logps, reference_logps, lengths)
-
-    by_template = [
-        {k: np.asarray(v, np.float64) for k, v in rewards.generative(judged.verdicts[:, g]).items()}
-        for g in range(len(session.judges))
-    ]
-    generative = np.mean([t["logit"] for t in by_template], axis=0)
-    slot_bias = np.mean([t["slot_bias"] for t in by_template], axis=0)
+    reference = own["reference"]
+    load_reference = (lambda: session.import_params(Path(reference))) if reference else None
+    with console.stage("judge", scoring.score_batches(session, len(pairs), with_reference=bool(reference))) as bar:
+        scores = scoring.score_pairs(
+            session,
+            pairs,
+            model=lambda: session.import_params(Path(config.model.path)),
+            reference=load_reference,
+            advance=bar.advance,
+        )
+    judged = judge_summary(scores)
+    generative = judged["logit"]
+    implicit = implicit_logits(session, scores) if reference else None
     for i, row in enumerate(rows):
         row["p_generative"] = _sigmoid(generative[i])
-        row["slot_bias"] = float(slot_bias[i])
-        row["verdict_mass"] = float(judged.mass[i].mean())
+        row["slot_bias"] = float(judged["slot_bias"][i])
+        row["verdict_mass"] = float(scores.judged.mass[i].mean())
         if implicit is not None:
             row["p_implicit"] = _sigmoid(implicit[i])
             row["agreed"] = bool(generative[i] * implicit[i] > 0)
-            row["logps"] = [float(x) for x in logps[i]]
-            row["reference_logps"] = [float(x) for x in reference_logps[i]]
+            row["logps"] = [float(x) for x in scores.logps[i]]
+            row["reference_logps"] = [float(x) for x in scores.reference_logps[i]]
         if own["with_ids"]:
-            row["judge_rows"] = _judge_rows(session, pairs[i], judged.verdicts[i])
+            row["judge_rows"] = _judge_rows(session, pairs[i], scores.judged.verdicts[i])
     records.write_rows(output, rows)
 
     labels = np.array([np.nan if c.label is None else c.label for c in comparisons])
     known = ~np.isnan(labels) & (labels != 0.5)
-    summary = {"pairs": len(rows), "slot_bias": slot_bias.mean(), "verdict_mass": judged.mass.mean()}
-    summary["flip_rate"] = np.mean([t["flip"] for t in by_template])
+    summary = {"pairs": len(rows), "slot_bias": judged["slot_bias"].mean(), "verdict_mass": scores.judged.mass.mean()}
+    summary["flip_rate"] = judged["flip"].mean()
     if known.any():
         summary["generative_accuracy"] = accuracy(generative[known], labels[known] > 0.5)
         if implicit is not None:

@@ -93,44 +93,51 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     return result
 
 
-def pair_metrics(session: Session, judged, logps, reference_logps, lengths, labels: np.ndarray) -> dict[str, float]:
+def response_batches(session: Session) -> int:
+    """How often `evaluate_responses` advances its bar."""
+    kinds = 2 if session.config.evaluate.greedy else 1
+    return kinds * scoring.batches_of(len(session.heldout_prompts), session.config.sample.batch_size)
+
+
+def pair_metrics(session: Session, scores: scoring.PairScores, labels: np.ndarray) -> dict[str, float]:
     """Accuracy of both reward models, agreement and the judge's health on labelled pairs.
 
     Args:
-      judged: Judged of P pairs; logps, reference_logps, lengths: [P, 2]; reference_logps None where the model is its
-        own reference, the implicit reward is then 1/2 everywhere and left out.
       labels: [P] probability that the first is better; 1/2 is left out of accuracies.
     """
     decisive = labels != 0.5
     right = labels[decisive] > 0.5
-    per_template = [
-        {k: np.asarray(v) for k, v in rewards.generative(judged.verdicts[:, g]).items()}
-        for g in range(judged.verdicts.shape[1])
-    ]
-    generative = np.mean([t["logit"] for t in per_template], axis=0)
+    judged = judge_summary(scores)
     result = {
-        "generative_accuracy": accuracy(generative[decisive], right),
-        "slot_bias": float(np.mean([t["slot_bias"] for t in per_template])),
-        "flip_rate": float(np.mean([t["flip"] for t in per_template])),
-        "verdict_mass": float(np.mean(judged.mass)),
+        "generative_accuracy": accuracy(judged["logit"][decisive], right),
+        "slot_bias": float(np.mean(judged["slot_bias"])),
+        "flip_rate": float(np.mean(judged["flip"])),
+        "verdict_mass": float(np.mean(scores.judged.mass)),
     }
-    if reference_logps is not None:
-        implicit = implicit_logits(session, logps, reference_logps, lengths)
+    if scores.logps is not None:
+        implicit = implicit_logits(session, scores)
         result["implicit_accuracy"] = accuracy(implicit[decisive], right)
-        result["agreement"] = float(np.mean(np.sign(generative) * np.sign(implicit) > 0))
+        result["agreement"] = float(np.mean(np.sign(judged["logit"]) * np.sign(implicit) > 0))
     return result
 
 
-def implicit_logits(session: Session, logps, reference_logps, lengths) -> np.ndarray:
+def judge_summary(scores: scoring.PairScores) -> dict[str, np.ndarray]:
+    """`logit`, `slot_bias` and `flip` of the generative reward model, means over its templates, float64 [P]."""
+    verdicts = scores.judged.verdicts
+    templates = [rewards.generative(verdicts[:, g]) for g in range(verdicts.shape[1])]
+    return {k: np.mean([np.asarray(t[k], np.float64) for t in templates], axis=0) for k in templates[0]}
+
+
+def implicit_logits(session: Session, scores: scoring.PairScores) -> np.ndarray:
     """The implicit reward model's logits [P] outside training; a length penalty is fitted to these pairs."""
     settings = session.config.implicit
+    logps, reference_logps, lengths = scores.logps, scores.reference_logps, scores.lengths
     alpha = 0.0
     if settings.length == "penalty":
         alpha = rewards.fit_length_penalty(settings.beta * (logps - reference_logps), lengths)
-    logits = rewards.implicit(
-        logps, reference_logps, lengths, np.float32(alpha) * lengths, beta=settings.beta, length=settings.length
-    )
-    return np.asarray(logits)
+    penalty = np.float32(alpha) * lengths
+    logits = rewards.implicit(logps, reference_logps, lengths, penalty, beta=settings.beta, length=settings.length)
+    return np.asarray(logits, np.float64)
 
 
 def accuracy(logits: np.ndarray, right: np.ndarray) -> float | None:
@@ -174,10 +181,6 @@ def labelled_pairs(
         pairs.append((prompt, a, b) if i % 2 == 0 else (prompt, b, a))
         labels.append(label if i % 2 == 0 else 1 - label)
     return pairs, np.array(labels)
-
-
-def both_responses(pairs: Sequence[scoring.Pair]) -> list:
-    return [(prompt, y) for prompt, a, b in pairs for y in (a, b)]
 
 
 def clean(values: dict[str, Any]) -> dict[str, Any]:

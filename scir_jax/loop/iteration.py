@@ -140,16 +140,15 @@ class Run:
 
     def evaluate(self, t: int) -> None:
         """evaluation.json of M_{t+1}."""
-        session, config = self.session, self.config
+        session = self.session
         folder = self.directory.iteration(t)
         number = t + 1
         reference = self.models.implicit_reference(t)
+        # A model that is its own reference has an implicit reward of 1/2 everywhere.
+        load_reference = (lambda: self.models.load(reference)) if reference != number else None
         pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
-        items = evaluation.both_responses(pairs)
-        kinds = 2 if config.evaluate.greedy else 1
-        total = kinds * scoring.batches_of(len(session.heldout_prompts), config.sample.batch_size)
-        total += 2 * scoring.batches_of(len(items), 2 * config.evaluate.batch_size)
-        total += scoring.batches_of(len(pairs), config.evaluate.batch_size)
+        total = evaluation.response_batches(session)
+        total += scoring.score_batches(session, len(pairs), with_reference=load_reference is not None)
         values: dict = {"model": f"M{number}"}
         with console.stage(f"evaluate M{number}", total) as bar:
 
@@ -157,19 +156,17 @@ class Run:
                 bar.advance()
                 self.stopper.check(f"evaluation of M{number}")
 
-            reference_logps = None
-            if pairs and reference != number:
-                reference_logps = scoring.response_logps(session, self.models.load(reference), items, advance)
-            params = self.models.load(number)
             if pairs:
-                logps = scoring.response_logps(session, params, items, advance).reshape(-1, 2)
-                judged = scoring.judge_pairs(session, params, pairs, advance)
-                lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
-                if reference_logps is not None:
-                    reference_logps = reference_logps.reshape(-1, 2)
-                values |= evaluation.pair_metrics(session, judged, logps, reference_logps, lengths, labels)
+                scores = scoring.score_pairs(
+                    session,
+                    pairs,
+                    model=lambda: self.models.load(number),
+                    reference=load_reference,
+                    advance=advance,
+                )
+                values |= evaluation.pair_metrics(session, scores, labels)
             if session.heldout_prompts:
-                rows = evaluation.evaluate_responses(session, params, t, self.stopper, bar)
+                rows = evaluation.evaluate_responses(session, self.models.load(number), t, self.stopper, bar)
                 against = None
                 if t:
                     path = self.directory.iteration(0) / "heldout_responses.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +67,45 @@ def judge_pairs(session: Session, params, pairs: Sequence[Pair], advance: Callab
         templates = len(session.judges)
         return Judged(np.zeros((0, templates, 2, 2), np.float32), np.zeros((0, templates, 2), np.float32))
     return Judged(np.concatenate(verdicts), np.concatenate(mass))
+
+
+class PairScores(NamedTuple):
+    """Both reward models' raw material for P pairs, NumPy float32. The [P, 2] log-probabilities (nats) are None
+    without a reference; `lengths` are tokens."""
+
+    judged: Judged
+    logps: np.ndarray | None
+    reference_logps: np.ndarray | None
+    lengths: np.ndarray
+
+
+def score_pairs(
+    session: Session,
+    pairs: Sequence[Pair],
+    *,
+    model: Callable[[], Any],
+    reference: Callable[[], Any] | None,
+    advance: Callable[[], None] = nothing,
+) -> PairScores:
+    """Scores pairs under a model and its reference.
+
+    Args:
+      model, reference: give parameters when called, the reference's first, so that one copy is there at a time.
+    """
+    items = [(prompt, y) for prompt, a, b in pairs for y in (a, b)]
+    lengths = np.array([len(y.ids) for _, y in items], np.float32).reshape(-1, 2)
+    logps = reference_logps = None
+    if reference is not None:
+        reference_logps = response_logps(session, reference(), items, advance).reshape(-1, 2)
+    params = model()
+    if reference is not None:
+        logps = response_logps(session, params, items, advance).reshape(-1, 2)
+    return PairScores(judge_pairs(session, params, pairs, advance), logps, reference_logps, lengths)
+
+
+def score_batches(session: Session, pairs: int, *, with_reference: bool) -> int:
+    """How often `score_pairs` calls `advance`."""
+    return (3 if with_reference else 1) * batches_of(pairs, session.config.evaluate.batch_size)
 
 
 def batches_of(items: int, size: int) -> int:
