@@ -254,8 +254,9 @@ class PreferenceConfig:
     """log-ratios per token"""
     reference: Literal["start", "sft", "base"] = "start"
     """start: M_t, so that the first step's loss is ln 2"""
-    labels: Literal["agreement", "generative", "implicit", "likelihood", "consensus", "external"] = "agreement"
-    """who says which response is better"""
+    labels: Literal["agreement", "generative", "implicit", "likelihood", "consensus", "cream", "external"] = "agreement"
+    """who says which response is better; cream: the implicit reward's best over its worst response of a prompt, with
+    the ranks' agreement between M_t and M_{t-1} as soft label"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""
     update: Literal["dynamic", "frozen"] = "dynamic"

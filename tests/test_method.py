@@ -132,7 +132,7 @@ def ref_consensus(columns, names, config):
 
 def ref_labels(pairs, kinds, columns, names, config):
     settings = config.preference
-    if settings.labels == "external":
+    if settings.labels in ("external", "cream"):
         return pairs["external"]
     source = pairs["frozen_logits"] if settings.update == "frozen" else columns
     if settings.labels == "likelihood":
@@ -751,10 +751,11 @@ def test_whose_label(labels, update):
         "likelihood": live[:, 2] > 0,
         "consensus": source @ [1, 3, 1] > 0,
         "external": values["external"],
+        "cream": values["external"],
     }[labels]
     decisions = objective.objective(as_pairs(values), config)[1]
     np.testing.assert_array_equal(decisions["label"], expected)
-    if labels != "external":
+    if labels not in ("external", "cream"):
         soft = dataclasses.replace(config, preference=dataclasses.replace(config.preference, soft=True))
         label = np.asarray(objective.objective(as_pairs(values), soft)[1]["label"])
         np.testing.assert_array_equal(label > 0.5, expected)
@@ -856,3 +857,16 @@ def test_division_by_a_count_of_nothing():
     assert objective.divide(jnp.float32(0), jnp.float32(0)) == 0
     assert jax.grad(objective.divide)(jnp.float32(0), jnp.float32(0)) == 0
     assert objective.divide(jnp.float32(3), jnp.float32(2)) == 1.5
+
+
+def test_rank_agreement_counts_pairs_of_responses_in_the_same_order():
+    rng = np.random.default_rng(3)
+    first, second = ([rng.normal(size=n) for n in (2, 5, 4, 1)] for _ in range(2))
+    shares = []
+    for x, y in zip(first[:3], second[:3], strict=True):
+        pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+        shares.append(sum((x[i] > x[j]) == (y[i] > y[j]) for i, j in pairs) / len(pairs))
+    assert rewards.rank_agreement(first, second) == pytest.approx(np.mean(shares), abs=1e-12)
+    assert rewards.rank_agreement(first[:3], first[:3]) == 1
+    assert rewards.rank_agreement(first[:3], [-x for x in first[:3]]) == 0
+    assert rewards.rank_agreement([np.zeros(1)], [np.zeros(1)]) == 0.5

@@ -467,7 +467,7 @@ BENEATH = {"consistency_only": dict(consistency=dict(kind="js")), "external": di
 
 
 def test_every_method_is_tried():
-    assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, "external"}
+    assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, "external", "cream"}
 
 
 @pytest.mark.parametrize("method", [*LABELS, "external"])
@@ -506,6 +506,20 @@ def test_methods(method, from_m1, whole, world_dir):
         elif abs(expected) > 1e-4:
             assert row["label"] == float(expected > 0)
         assert row["selected"] == (row["agreed"] if recorded["selection"]["rule"] == "agreement" else True)
+
+
+def test_cream_ranks_responses_with_two_models(from_m1):
+    """Best against worst by log pi_1 - log pi_0; the label is the two rankings' agreement, counted pair by pair."""
+    run = from_m1("--config", METHODS / "cream.yaml")
+    rows = check_iterations(run)
+    ours = {}
+    for pair in rows.pairs:
+        reward_a, reward_b = (s - r for s, r in zip(pair["start_logps"], pair["implicit_logps"], strict=True))
+        assert reward_a > reward_b and 0 <= pair["label"] <= 1
+        ours.setdefault(pair["prompt"], []).append(pair)
+    assert all(len(pairs) == 1 for pairs in ours.values())
+    assert len({pair["label"] for pair in rows.pairs}) == 1
+    assert all(row["label"] == pytest.approx(rows.pairs[0]["label"]) for row in rows.decisions)
 
 
 def test_external_labels_are_awaited(configure, whole, no_page, command, tmp_path):

@@ -20,6 +20,7 @@ from scir_jax.loop import console, scoring
 from scir_jax.loop.models import Models
 from scir_jax.loop.session import Session
 from scir_jax.method import objective, rewards
+from scir_jax.text.chat import Ids
 
 
 @dataclass
@@ -144,6 +145,7 @@ def run_pairing(
     else:
         answers = read_answers(session, responses)
         pairs = candidates(answers, config, iteration)
+    cream = config.preference.labels == "cream"
     if not pairs:
         raise InputError(
             f"iteration {iteration}: no prompt has two different responses; "
@@ -154,6 +156,8 @@ def run_pairing(
         "preference": models.preference_reference(iteration),
         "start": iteration,
     }
+    if cream:
+        roles["before"] = max(iteration - 1, 0)
     numbers = sorted(set(roles.values()))  # M_t is the largest
     items = [(answer.prompt, answer.response) for answer in answers]
     frozen = needs_frozen(config)
@@ -182,8 +186,32 @@ def run_pairing(
             generative = _freeze(session, answers, pairs, judged, length_penalty(config, answers, pairs))
             if config.pairs.kind == "best_worst":
                 pairs = [pairs[i] for i in best_worst(pairs, answers, generative, config)]
+    if cream:
+        pairs = cream_pairs(answers, first_iteration=roles["before"] == roles["implicit"])
     alpha = length_penalty(config, answers, pairs)
     records.write_rows(path, (_row(i, pair, answers, alpha) for i, pair in enumerate(pairs)))
+
+
+def cream_pairs(answers: Sequence[Answer], *, first_iteration: bool) -> list[PairRecord]:
+    """CREAM's pairs (arXiv 2410.12735): a prompt's best against its worst response by the implicit reward of M_t.
+
+    The label of every pair is C, the agreement of the rankings by M_t and by M_{t-1}.
+
+    Args:
+      first_iteration: M_{t-1} is the reference itself; it ranks by its log-likelihood per token instead.
+    """
+    groups: dict[tuple, dict[Ids, int]] = defaultdict(dict)
+    for i, answer in enumerate(answers):
+        groups[answer.prompt.conversation].setdefault(answer.response.ids, i)
+    now, before, pairs = [], [], []
+    for members in (list(group.values()) for group in groups.values() if len(group) > 1):
+        logps = {role: np.array([answers[i].logps[role] for i in members]) for role in ("start", "before", "implicit")}
+        lengths = np.array([max(len(answers[i].response.ids), 1) for i in members])
+        now.append(logps["start"] - logps["implicit"])
+        before.append(logps["before"] / lengths if first_iteration else logps["before"] - logps["implicit"])
+        pairs.append(PairRecord(members[int(now[-1].argmax())], members[int(now[-1].argmin())]))
+    agreement = rewards.rank_agreement(now, before)
+    return [PairRecord(pair.a, pair.b, agreement) for pair in pairs if pair.a != pair.b]
 
 
 def needs_frozen(config: Config) -> bool:

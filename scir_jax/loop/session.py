@@ -78,6 +78,8 @@ def check(config: Config) -> None:
         and config.preference.update == "frozen"
     ):
         raise InputError(f"preference.labels is {labels}, frozen: add {labels} to rewards.models")
+    if labels == "cream" and config.data.pairs:
+        raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
     if config.consistency.target == "consensus" or labels == "consensus":
         weights_ = {n: getattr(config.rewards, f"{n}_weight") for n in models}
         if not any(weights_.values()):

@@ -95,7 +95,7 @@ def objective(pairs: Pairs, config: Config) -> tuple[Sums, dict[str, Array]]:
     logits, kinds = reward_logits(pairs, config)
     stopped = jax.lax.stop_gradient(logits)
     agreed = preference.agreed(stopped, config.selection.confidence)
-    if settings.labels == "external":
+    if settings.labels in ("external", "cream"):
         label = pairs.external
     else:
         chosen_by = _label_logits(pairs, stopped, jax.tree.map(jax.lax.stop_gradient, kinds), config)

@@ -75,6 +75,22 @@ def consensus(logits_PR: Array, weights_R: tuple[float, ...]) -> Array:
     return logits_PR @ jnp.asarray(weights_R, logits_PR.dtype)
 
 
+def rank_agreement(first: list[np.ndarray], second: list[np.ndarray]) -> float:
+    """C = mean over prompts of (tau + 1) / 2, tau Kendall's correlation of two rewards of a prompt's N responses.
+
+    CREAM (arXiv 2410.12735, section 4). 1 where two models rank all responses alike, 1/2 by chance.
+
+    Args:
+      first, second: a prompt each, [N] rewards; prompts with fewer than two responses say nothing.
+    """
+    agreement = []
+    for x, y in zip(first, second, strict=True):
+        i, j = np.triu_indices(len(x), 1)
+        if len(i):
+            agreement.append((np.mean(np.sign((x[i] - x[j]) * (y[i] - y[j]))) + 1) / 2)
+    return float(np.mean(agreement)) if agreement else 0.5
+
+
 def fit_length_penalty(rewards: np.ndarray, lengths: np.ndarray) -> float:
     """alpha for which the responses that r - alpha |y| prefers are, on average, no longer than the others.
 
