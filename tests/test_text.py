@@ -807,3 +807,13 @@ def test_verdict_rows(layout):
         assert swapped[:-1] == e.judge_row(j, prompt, e.response("fine"), e.response("Blue")).ids
     assert e.verdict_rows(j, Comparison(turns("x"), "a", "b", 0.5)) == []
     assert e.verdict_rows(j, Comparison(turns("x"), "a", "b", None)) == []
+
+
+def test_a_long_prompt_is_counted_once_however_often_it_is_encoded():
+    long = [{"role": "user", "content": "word " * 200}]
+    for rule, count in (("middle", "truncated_prompts"), ("drop", "dropped_prompts")):
+        config = Config(text=TextConfig(max_prompt_tokens=20, long_prompts=rule))
+        made = Encoder(config, chat("chatml"), [], 4096)
+        for _ in range(3):
+            made.prompt(long)
+        assert getattr(made, count) == 1

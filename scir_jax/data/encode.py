@@ -50,8 +50,19 @@ class Encoder:
         self.chat = chat
         self.judges = tuple(judges)
         self.context = context
-        self.truncated_prompts = 0
-        self.dropped_prompts = 0
+        # Of conversations, not of calls: the same prompt is encoded for several purposes.
+        self._truncated: set[Ids] = set()
+        self._dropped: set[Ids] = set()
+
+    @property
+    def truncated_prompts(self) -> int:
+        """Different prompts that lost their middle."""
+        return len(self._truncated)
+
+    @property
+    def dropped_prompts(self) -> int:
+        """Different prompts that were left out for their length."""
+        return len(self._dropped)
 
     @property
     def continued(self) -> bool:
@@ -76,9 +87,9 @@ class Encoder:
                     "raise it, or set text.long_prompts to middle or drop"
                 )
             if self.config.long_prompts == "drop":
-                self.dropped_prompts += 1
+                self._dropped.add(conversation)
                 return None
-            self.truncated_prompts += 1
+            self._truncated.add(conversation)
             conversation = middle_cut(conversation, limit)
         text = middle_cut(self.chat.encode_text(records.prompt_text(messages)), limit)
         return Prompt(messages, conversation, text)

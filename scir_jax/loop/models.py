@@ -30,9 +30,6 @@ class Models:
         self._loaded = None
         return params
 
-    def free(self) -> None:
-        self._loaded = None
-
     def implicit_reference(self, iteration: int) -> int:
         """The implicit reward's reference in iteration t, which must lag M_t (0: for M1, evaluated after SFT)."""
         if self._config.implicit.reference == "previous":
