@@ -47,13 +47,14 @@ def world_dir(tmp_path_factory):
     )
     write_world(directory, spec)
     untrained = directory / "untrained"
-    arch = Architecture.from_hf_config(weights.hf_config(untrained), str(untrained))
+    config = weights.hf_config(untrained)
+    arch = Architecture.from_hf_config(config, str(untrained))
     params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
     # Larger than at initialisation, so that the distributions are far from uniform.
     params = jax.tree_util.tree_map_with_path(
         lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params
     )
-    weights.save(directory / "model", arch, params, source=untrained)
+    weights.save(directory / "model", arch, params, config=config, source=untrained)
     return directory
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from scir_jax.errors import InputError
 from scir_jax.model import decoder, weights
-from scir_jax.model.architecture import Architecture
+from scir_jax.model.architecture import Architecture, Layer, Rope
 from scir_jax.model.attention import attention
 
 SMALL = dict(
@@ -24,8 +24,8 @@ SMALL = dict(
     max_position_embeddings=64,
     sliding_window=None,
 )
-ARCH = Architecture("mistral", 61, 32, 44, 2, 4, 2, 8, sliding_window=None)
-WINDOWED = Architecture("mistral", 61, 32, 44, 2, 4, 2, 8, sliding_window=4)
+ARCH = Architecture("mistral", 61, 32, 44, 4, 2, 8, layers=(Layer(),) * 2)
+WINDOWED = Architecture("mistral", 61, 32, 44, 4, 2, 8, layers=(Layer(window=4),) * 2)
 
 
 def torch_model(family, **changes):
@@ -86,7 +86,7 @@ def test_logits_are_those_of_transformers(tmp_path, family, changes):
 
 
 def test_parameters_are_plain_dictionaries_described_by_the_model():
-    for arch in (ARCH, Architecture("llama", 61, 32, 44, 3, 4, 4, 8, tie_embeddings=True)):
+    for arch in (ARCH, Architecture("llama", 61, 32, 44, 4, 4, 8, layers=(Layer(),) * 3, tie_embeddings=True)):
         model = decoder.define(arch)
         params = jax.jit(model.init)(jax.random.key(0))
         assert sum(p.size for p in jax.tree.leaves(params)) == arch.parameter_count()
@@ -98,7 +98,7 @@ def test_parameters_are_plain_dictionaries_described_by_the_model():
         assert {type(node) for node in (params, params["layers"], params["norm"])} == {dict}
         assert np.std(params["embed"]) == pytest.approx(0.02, rel=0.1)
         assert np.all(params["norm"]["scale"] == 1)
-        q_L = params["layers"]["attention"]["q"]
+        q_L = params["layers"]["attention"]["q"]["weight"]
         assert not np.array_equal(q_L[0], q_L[1])
     assert hash(decoder.define(ARCH)) == hash(decoder.define(ARCH))
 
@@ -203,8 +203,8 @@ def test_both_spellings_of_a_config_mean_the_same():
     new = {**SMALL, "model_type": "mistral", "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
     arch = Architecture.from_hf_config(old, "c")
     assert arch == Architecture.from_hf_config(new, "c")
-    assert (arch.rope_theta, arch.head_dim, arch.sliding_window) == (7.0, 8, None)
-    assert Architecture.from_hf_config(arch.to_hf_config(), "c") == arch
+    assert arch.layers == (Layer(window=None, rope=Rope(theta=7.0)),) * 2
+    assert arch.head_dim == 8
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])
@@ -215,23 +215,26 @@ def test_absent_keys_mean_what_they_mean_to_transformers(family, tmp_path):
     theirs = transformers.AutoConfig.for_model(**config)
     assert arch.num_kv_heads == theirs.num_key_value_heads
     assert arch.head_dim == theirs.head_dim
-    assert arch.sliding_window == getattr(theirs, "sliding_window", None)
+    assert arch.layers[0].window == getattr(theirs, "sliding_window", None)
     assert arch.max_positions == theirs.max_position_embeddings
     assert arch.norm_eps == theirs.rms_norm_eps
-    assert arch.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert arch.layers[0].rope.theta == theirs.rope_parameters["rope_theta"]
     assert arch.tie_embeddings == theirs.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; only MistralForCausalLM and LlamaForCausalLM"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2'; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+        ),
         ({"architectures": ["MistralForSequenceClassification"]}, "architectures is"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for the rope type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling asks for the rope type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for the rope type 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "the key 'hidden_size' is missing"),

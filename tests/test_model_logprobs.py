@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scir_jax.model import decoder
-from scir_jax.model.architecture import Architecture
+from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.model.logprobs import (
     log_normalizer,
     token_logprobs,
@@ -162,7 +162,7 @@ def vocabulary_shapes(compiled, vocab):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_judge_step_has_no_array_over_the_vocabulary_but_the_head(tied):
     vocab = 32003
-    arch = Architecture("mistral", vocab, 16, 24, 2, 2, 1, 8, tie_embeddings=tied)
+    arch = Architecture("mistral", vocab, 16, 24, 2, 1, 8, layers=(Layer(),) * 2, tie_embeddings=tied)
     model = decoder.define(arch)
 
     def judge(params, ids_BT, last_B, verdict_ids):

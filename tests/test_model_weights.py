@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,8 +16,31 @@ from scir_jax.errors import InputError
 from scir_jax.model import decoder, weights
 from scir_jax.model.architecture import Architecture
 
-ARCH = Architecture("mistral", 61, 32, 44, 2, 4, 2, 12, rope_theta=500.0, sliding_window=4, max_positions=64)
-TIED = Architecture("llama", 61, 32, 44, 2, 4, 4, 8, tie_embeddings=True, max_positions=64)
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+}
+MISTRAL = SIZES | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rope_theta": 500.0,
+    "sliding_window": 4,
+}
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
+ARCH, TIED = (Architecture.from_hf_config(config, "config.json") for config in (MISTRAL, LLAMA))
+CONFIGS = {ARCH: MISTRAL, TIED: LLAMA}
+
+
+def save(directory, arch, params, **options):
+    weights.save(directory, arch, params, **{"config": CONFIGS[arch], **options})
 
 
 @functools.cache
@@ -40,14 +62,14 @@ def tensors_of(directory):
 def exported(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "export"
     params = random_params(request.param)
-    weights.save(directory, request.param, params)
+    save(directory, request.param, params)
     return directory, request.param, params
 
 
 @pytest.fixture
 def broken(tmp_path):
     """A fresh export to be broken, and its tensors."""
-    weights.save(tmp_path / "model", ARCH, random_params(ARCH))
+    save(tmp_path / "model", ARCH, random_params(ARCH))
     return tmp_path / "model", load_file(tmp_path / "model" / "model.safetensors")
 
 
@@ -83,12 +105,14 @@ def test_loading_gives_back_what_was_saved(exported):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_import_and_export_keep_every_byte(tmp_path, dtype):
-    config = transformers.MistralConfig(**{**ARCH.to_hf_config(), "bos_token_id": 3, "eos_token_id": 5})
+    config = transformers.MistralConfig(**MISTRAL)
     reference = transformers.MistralForCausalLM(config).to(getattr(torch, dtype))
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     arch, params = weights.load(tmp_path / "theirs")
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
-    weights.save(tmp_path / "ours", arch, params, source=tmp_path / "theirs", dtype=dtype)
+    theirs = tmp_path / "theirs"
+    assert weights.dtype_of(theirs) == dtype
+    weights.save(tmp_path / "ours", arch, params, config=weights.hf_config(theirs), source=theirs, dtype=dtype)
     assert tensors_of(tmp_path / "ours") == tensors_of(tmp_path / "theirs")
     config = weights.hf_config(tmp_path / "ours")
     assert (config["dtype"], config["bos_token_id"], config["eos_token_id"]) == (dtype, 3, 5)
@@ -96,15 +120,24 @@ def test_import_and_export_keep_every_byte(tmp_path, dtype):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dtype == getattr(torch, dtype)
 
 
-def test_weights_can_be_loaded_in_bfloat16(exported):
+def test_parameters_can_be_put_elsewhere_one_by_one(exported):
     directory, _, params = exported
-    _, loaded = weights.load(directory, dtype="bfloat16")
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)), loaded, params)
+    seen = {}
+
+    def put(value, path):
+        seen[path] = value
+        return path
+
+    _, paths = weights.load(directory, put=put)
+    assert all(isinstance(path, tuple) for path in seen)
+    assert paths["layers"]["attention"]["q"]["weight"] == ("layers", "attention", "q", "weight")
+    np.testing.assert_array_equal(seen["norm", "scale"], params["norm"]["scale"])
+    assert len(seen) == len(jax.tree.leaves(params))
 
 
 def test_shards_are_small_enough_and_read_by_both(exported, tmp_path):
     _, arch, params = exported
-    weights.save(tmp_path / "sharded", arch, params, max_shard_bytes=16_000)
+    save(tmp_path / "sharded", arch, params, max_shard_bytes=16_000)
     files = sorted(tmp_path.glob("sharded/*.safetensors"))
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -120,15 +153,15 @@ def test_shards_are_small_enough_and_read_by_both(exported, tmp_path):
 def test_tokenizer_files_come_from_the_source_and_old_weights_go(tmp_path):
     params = random_params(TIED)
     source, target = tmp_path / "source", tmp_path / "target"
-    weights.save(source, TIED, params, max_shard_bytes=16_000)
+    save(source, TIED, params, max_shard_bytes=16_000)
     copied = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json"]
     for name in (*copied, "generation_config.json", "training_log.txt"):
         (source / name).write_text(f"{name} of the source")
     edit_config(source, my_own_key=1, torch_dtype="bfloat16")
-    weights.save(target, TIED, params, max_shard_bytes=16_000)
+    save(target, TIED, params, max_shard_bytes=16_000)
     (target / "README.md").write_text("mine")
     (target / "added_tokens.json").write_text("of another tokenizer")
-    weights.save(target, TIED, params, source=source)
+    save(target, TIED, params, config=weights.hf_config(source), source=source)
     assert {path.name for path in target.iterdir()} == {
         *copied,
         "generation_config.json",
@@ -146,21 +179,21 @@ def test_tokenizer_files_come_from_the_source_and_old_weights_go(tmp_path):
 
 def test_a_directory_can_be_its_own_source(tmp_path):
     params = random_params(TIED)
-    weights.save(tmp_path / "model", TIED, params)
+    save(tmp_path / "model", TIED, params)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    weights.save(tmp_path / "model", TIED, params, source=tmp_path / "model")
+    save(tmp_path / "model", TIED, params, source=tmp_path / "model")
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / "model")[1], params)
 
 
 def test_a_failed_export_leaves_everything_as_it_was(tmp_path):
     params = random_params(TIED)
-    weights.save(tmp_path / "model", TIED, params)
+    save(tmp_path / "model", TIED, params)
     before = tensors_of(tmp_path / "model")
     wrong = {**params, "norm": {}}
     for name in ("model", "new"):
         with pytest.raises(KeyError):
-            weights.save(tmp_path / name, TIED, wrong)
+            save(tmp_path / name, TIED, wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert tensors_of(tmp_path / "model") == before
 
@@ -170,14 +203,14 @@ def test_places_that_cannot_take_an_export_are_refused(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     params = random_params(TIED)
     with pytest.raises(InputError, match="file: this is a file"):
-        weights.save(tmp_path / "file", TIED, params)
+        save(tmp_path / "file", TIED, params)
     with pytest.raises(InputError, match="run: this directory has subdirectories"):
-        weights.save(tmp_path / "run", TIED, params)
+        save(tmp_path / "run", TIED, params)
 
 
 def test_rotary_buffers_and_an_equal_tied_head_are_ignored(tmp_path):
     params = random_params(TIED)
-    weights.save(tmp_path / "model", TIED, params)
+    save(tmp_path / "model", TIED, params)
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
@@ -225,7 +258,7 @@ def test_a_broken_file_is_refused(broken):
 
 
 def test_missing_shards_and_a_broken_index_are_refused(tmp_path):
-    weights.save(tmp_path, ARCH, random_params(ARCH), max_shard_bytes=16_000)
+    save(tmp_path, ARCH, random_params(ARCH), max_shard_bytes=16_000)
     shutil.move(sorted(tmp_path.glob("*.safetensors"))[1], tmp_path / "elsewhere")
     refuses(tmp_path, "lists files that are missing: model-00002-of-")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
@@ -249,6 +282,9 @@ def test_misshapen_and_integer_tensors_are_refused(broken):
     edit_config(directory, vocab_size=64)
     refuses(directory, "model.embed_tokens.weight has shape [61, 32], but config.json asks for [64, 32]")
     edit_config(directory, vocab_size=61)
+    tensors["model.norm.weight"] = np.ones(32, np.float16)
+    save_file(tensors, directory / "model.safetensors")
+    refuses(directory, "model.norm.weight has dtype F16, other tensors F32", "one dtype")
     tensors["model.norm.weight"] = np.ones(32, np.int8)
     save_file(tensors, directory / "model.safetensors")
     refuses(directory, "model.norm.weight has dtype I8")

@@ -18,9 +18,9 @@ from scir_jax.errors import Interrupted
 from scir_jax.loop import console, sampling
 from scir_jax.loop.session import Session
 from scir_jax.model import decoder
-from scir_jax.model.architecture import Architecture
+from scir_jax.model.architecture import Architecture, Layer
 
-ARCH = Architecture("mistral", 23, 32, 48, 2, 4, 2, 8, sliding_window=9, max_positions=64)
+ARCH = Architecture("mistral", 23, 32, 48, 4, 2, 8, layers=(Layer(window=9),) * 2, max_positions=64)
 STOPS, PAD = (2, 5), 7
 PROMPT, RESPONSE, N = 10, 12, 3
 LENGTHS = (1, 4, PROMPT, 7)

@@ -89,7 +89,7 @@ def objective_inputs(batch: PairBatch, logps: Array, judged: Judged) -> Pairs:
 def sft_sums(model: Model, params: Params, targets: Targets) -> tuple[Array, Array]:
     """Negative log-likelihood of the marked tokens: (sum in nats, number of tokens), float32 scalars."""
     hidden = model.hidden(params, targets.ids)
-    logps = token_logprobs(hidden[:, :-1], model.head(params), targets.ids[:, 1:])
+    logps = token_logprobs(hidden[:, :-1], model.head(params), targets.ids[:, 1:], cap=model.arch.final_cap)
     marked = targets.mask[:, 1:] > 0
     return -jnp.where(marked, logps, 0).sum(), marked.sum().astype(jnp.float32)
 
@@ -106,7 +106,7 @@ def _span_logps(model: Model, params: Params, hidden_MTD: Array, rows: Rows, res
     targets_MR = jnp.take_along_axis(rows.ids, places_MR, axis=1)
     # A token is predicted by the hidden state before it.
     before_MRD = jnp.take_along_axis(hidden_MTD, jnp.maximum(places_MR - 1, 0)[..., None], axis=1)
-    logps_MR = token_logprobs(before_MRD, model.head(params), targets_MR)
+    logps_MR = token_logprobs(before_MRD, model.head(params), targets_MR, cap=model.arch.final_cap)
     return jnp.where(scored_MR, logps_MR, 0).sum(axis=1)
 
 
@@ -115,8 +115,8 @@ def _verdict(
 ) -> tuple[Array, Array]:
     at_MD = jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0]
     ids = jnp.asarray(verdict_ids, jnp.int32)
-    head = model.head(params)
-    return verdict_logits(at_MD, head, ids), verdict_mass(at_MD, head, ids)
+    head, cap = model.head(params), model.arch.final_cap
+    return verdict_logits(at_MD, head, ids, cap=cap), verdict_mass(at_MD, head, ids, cap=cap)
 
 
 def _stack(read: list[tuple[Array, Array]], pairs: int) -> Judged:

@@ -72,11 +72,10 @@ def sampler(
         )(index_B).reshape(-1)
         starts_M = repeat(lengths_B, 0)
         rows = starts_M.shape[0]
-        head = model.head(params)
         stops = jnp.asarray(stop_ids, jnp.int32)
 
         def body(state: _State) -> _State:
-            logits_MV = jnp.einsum("md,vd->mv", state.hidden_MD, head, preferred_element_type=jnp.float32)
+            logits_MV = model.logits(params, state.hidden_MD)
             step_keys_M = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_M, state.step)
             token_M = choose(logits_MV, step_keys_M, sampling)
             logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0] - jax.nn.logsumexp(

@@ -83,5 +83,11 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
                 bar.advance(f"loss {float(output.metrics['loss']):.3f}", by=min(20, world.steps - step))
     partial = directory / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    weights.save(partial, session.arch, jax.device_get(state.params), source=directory / "untrained")
+    weights.save(
+        partial,
+        session.arch,
+        jax.device_get(state.params),
+        config=session.hf_config,
+        source=directory / "untrained",
+    )
     partial.replace(directory / "model")

@@ -20,4 +20,5 @@ def export_model(session: Session, run: RunDirectory, number: int, output: Path)
         present = ", ".join(f"M{n}" for n in store.numbers()) or "none"
         raise InputError(f"{run.path}: no model M{number}; there is {present}")
     params = jax.device_get(store.load(number, session.abstract_params))
-    weights.save(output, session.arch, params, source=Path(session.config.model.path))
+    source = Path(session.config.model.path)
+    weights.save(output, session.arch, params, config=session.hf_config, source=source, dtype=weights.dtype_of(source))

@@ -258,10 +258,16 @@ class Session:
 
     def import_params(self, directory: Path):
         """Parameters of a Hugging Face directory, sharded. InputError if its shape is not this model's."""
-        arch, params = weights.load(directory)
+        shardings = dict(jax.tree_util.tree_leaves_with_path(self.abstract_params))
+
+        def put(value, path):
+            spec = shardings[tuple(map(jax.tree_util.DictKey, path))]
+            return jax.device_put(value.astype(spec.dtype), spec.sharding)
+
+        arch, params = weights.load(directory, put=put)
         if arch != self.arch:
             raise InputError(f"{directory}: another architecture than {self.config.model.path}")
-        return jax.device_put(params, jax.tree.map(lambda s: s.sharding, self.abstract_params))
+        return params
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

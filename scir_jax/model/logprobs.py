@@ -19,7 +19,14 @@ _VERDICT_CHUNK = 4096
 _NO_TARGET = -1
 
 
-def token_logprobs(hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
+def token_logprobs(
+    hidden: jax.Array,
+    head_VD: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
 
     Products are made in the dtype of `hidden` and summed in float32, in which everything else is
@@ -32,6 +39,7 @@ def token_logprobs(hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *,
         `jnp.where` before it is summed.
       chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits for
         all of `hidden` (over all devices), at least 128.
+      cap: logits become cap * tanh(logits / cap) (Gemma 2).
 
     Returns:
       float32 [...].
@@ -46,34 +54,45 @@ def token_logprobs(hidden: jax.Array, head_VD: jax.Array, targets: jax.Array, *,
         )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
-    picked_N, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, targets.reshape(-1))
+    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, targets.reshape(-1))
     return (picked_N - normalizer_N).reshape(targets.shape)
 
 
-def log_normalizer(hidden: jax.Array, head_VD: jax.Array, *, chunk: int | None = None) -> jax.Array:
+def log_normalizer(
+    hidden: jax.Array, head_VD: jax.Array, *, chunk: int | None = None, cap: float | None = None
+) -> jax.Array:
     """log sum_v exp(hidden @ head[v]) for hidden [..., D] and head [V, D]: float32 [...]."""
     hidden = jnp.asarray(hidden)
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
     nothing_N = jnp.full(hidden_ND.shape[0], _NO_TARGET, jnp.int32)
-    _, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, nothing_N)
+    _, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, nothing_N)
     return normalizer_N.reshape(hidden.shape[:-1])
 
 
-def verdict_logits(hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array) -> jax.Array:
+def verdict_logits(
+    hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array, *, cap: float | None = None
+) -> jax.Array:
     """The logits [B, 2] (float32) of the two verdict tokens: two rows of the head, no others."""
     rows_2D = head_VD[jnp.asarray(verdict_ids)].astype(hidden_BD.dtype)
-    return jnp.einsum("bd,vd->bv", hidden_BD, rows_2D, preferred_element_type=jnp.float32)
+    return soft_cap(jnp.einsum("bd,vd->bv", hidden_BD, rows_2D, preferred_element_type=jnp.float32), cap)
 
 
-def verdict_mass(hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array) -> jax.Array:
+def verdict_mass(
+    hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array, *, cap: float | None = None
+) -> jax.Array:
     """P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
 
     A measure, not an objective: no gradient passes through it.
     """
     hidden_BD, head_VD = jax.lax.stop_gradient((hidden_BD, head_VD))
-    both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids), axis=-1)
-    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=_VERDICT_CHUNK))
+    both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids, cap=cap), axis=-1)
+    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=_VERDICT_CHUNK, cap=cap))
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(logits / cap); None caps nothing."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _chunk(rows: int, vocab: int, chunk: int | None) -> int:
@@ -86,7 +105,12 @@ def _chunk(rows: int, vocab: int, chunk: int | None) -> int:
 
 
 def _chunk_logits(
-    index: jax.Array, chunk: int, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    index: jax.Array,
+    chunk: int,
+    cap: float | None,
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """One chunk: its first row, head rows [C, D], logits [N, C] and where the target is [N, C].
 
@@ -96,6 +120,7 @@ def _chunk_logits(
     start = jnp.minimum(index * chunk, head_VD.shape[0] - chunk)
     rows_CD = jax.lax.dynamic_slice_in_dim(head_VD, start, chunk).astype(hidden_ND.dtype)
     logits_NC = jnp.einsum("nd,cd->nc", hidden_ND, rows_CD, preferred_element_type=jnp.float32)
+    logits_NC = soft_cap(logits_NC, cap)
     columns_C = start + jnp.arange(chunk)
     new_C = columns_C >= index * chunk
     return (
@@ -106,15 +131,15 @@ def _chunk_logits(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _pick_and_normalize(
-    chunk: int, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    chunk: int, cap: float | None, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The target's logit (-inf without one) and the log-sum-exp of all logits: float32 [N] each."""
 
     def step(index, carry):
         maximum_N, sum_N, picked_N = carry
-        _, _, logits_NC, target_NC = _chunk_logits(index, chunk, hidden_ND, head_VD, targets_N)
+        _, _, logits_NC, target_NC = _chunk_logits(index, chunk, cap, hidden_ND, head_VD, targets_N)
         new_maximum_N = jnp.maximum(maximum_N, logits_NC.max(axis=-1))
         exponentials_NC = jnp.exp(logits_NC - new_maximum_N[:, None])
         sum_N = sum_N * jnp.exp(maximum_N - new_maximum_N) + exponentials_NC.sum(axis=-1)
@@ -128,21 +153,24 @@ def _pick_and_normalize(
     return picked_N, maximum_N + jnp.log(sum_N)
 
 
-def _forward(chunk, hidden_ND, head_VD, targets_N):
-    picked_N, normalizer_N = _pick_and_normalize(chunk, hidden_ND, head_VD, targets_N)
+def _forward(chunk, cap, hidden_ND, head_VD, targets_N):
+    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, targets_N)
     return (picked_N, normalizer_N), (hidden_ND, head_VD, targets_N, normalizer_N)
 
 
-def _backward(chunk, saved, cotangents):
+def _backward(chunk, cap, saved, cotangents):
     hidden_ND, head_VD, targets_N, normalizer_N = saved
     picked_cotangent_N, normalizer_cotangent_N = cotangents
 
     def step(index, carry):
         dhidden_ND, dhead_VD = carry
-        start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, hidden_ND, head_VD, targets_N)
+        start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, cap, hidden_ND, head_VD, targets_N)
         probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
         dlogits_NC = normalizer_cotangent_N[:, None] * probabilities_NC
         dlogits_NC += jnp.where(target_NC, picked_cotangent_N[:, None], 0.0)
+        if cap is not None:
+            # The columns shared with the chunk before are -inf here, and their derivative is 0 already.
+            dlogits_NC *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_NC), logits_NC, 0) / cap)
         dlogits_NC = dlogits_NC.astype(hidden_ND.dtype)
         dhidden_ND += jnp.einsum("nc,cd->nd", dlogits_NC, rows_CD, preferred_element_type=jnp.float32)
         drows_CD = jnp.einsum("nc,nd->cd", dlogits_NC, hidden_ND, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ import contextlib
 import fnmatch
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from scir_jax.errors import InputError
-from scir_jax.model.architecture import Architecture
+from scir_jax.model.architecture import LINEARS, Architecture
 from scir_jax.model.decoder import Params, define
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-_READABLE = {"F32", "F16", "BF16"}
+_READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", _INDEX)
 _TOKENIZER_FILES = (
@@ -63,15 +63,16 @@ def hf_config(directory: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
-def load(directory: Path, *, dtype: str = "float32") -> tuple[Architecture, Params]:
+def load(directory: Path, *, put: Callable[[Any, tuple[str, ...]], Any] | None = None) -> tuple[Architecture, Params]:
     """Reads a model directory: float32, float16 or bfloat16 safetensors, in one file or several.
 
     Args:
       directory: a local Hugging Face directory.
-      dtype: "float32", "float16" or "bfloat16", to which every tensor is cast.
+      put: is given each parameter (NumPy, in the dtype of the files) and its path, and what it returns is kept in its
+        place: a function that puts it on devices keeps the host from holding a whole model.
 
     Returns:
-      The architecture, and the parameters as NumPy arrays: put them on devices with
+      The architecture, and the parameters, by default as float32 NumPy arrays: put them on devices with
       `jax.device_put(params, shardings)` before they are used, or each call copies them again.
 
     Raises:
@@ -79,25 +80,31 @@ def load(directory: Path, *, dtype: str = "float32") -> tuple[Architecture, Para
     """
     directory = Path(directory)
     arch = Architecture.from_hf_config(hf_config(directory), str(directory / "config.json"))
-    expected = _names(arch)
+    names = _names(arch)
+    put = put or (lambda value, path: value.astype(np.float32))
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
-        _check_tensors(directory, arch, expected, stored)
-        abstract = define(arch).abstract()
-        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, _DTYPES[dtype]), abstract)
-        for name, tensor in expected.items():
-            place = _leaf(params, tensor.path)
-            if tensor.layer is not None:
-                place = place[tensor.layer]
-            place[...] = _read(stored, name).reshape(place.shape)
-        if arch.tie_embeddings and "lm_head.weight" in stored:
-            head = _read(stored, "lm_head.weight").astype(_DTYPES[dtype])
-            if head.shape != params["embed"].shape or not np.array_equal(head, params["embed"]):
-                raise InputError(
-                    f"{directory}: config.json ties the head to the embedding, but lm_head.weight is "
-                    "different; set tie_word_embeddings to false in config.json or remove the tensor."
-                )
-    return arch, params
+        dtype = _check_tensors(directory, arch, names, stored)
+
+        def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
+            path = tuple(key.key for key in path)
+            value = np.empty(shape.shape, dtype)
+            for name, tensor in names.items():
+                if tensor.path == path:
+                    place = value if tensor.layer is None else value[tensor.layer]
+                    place[...] = _read(stored, name).reshape(place.shape)
+            if path == ("embed",):
+                _check_tied_head(directory, arch, stored, value)
+            return put(value, path)
+
+        return arch, jax.tree_util.tree_map_with_path(leaf, define(arch).abstract())
+
+
+def dtype_of(directory: Path) -> str:
+    """The dtype of a model directory's weights: "float32", "float16" or "bfloat16"."""
+    with contextlib.ExitStack() as stack:
+        first = next(iter(_open_tensors(Path(directory), stack).values()))
+        return _READABLE.get(first.dtype, "float32")
 
 
 def save(
@@ -105,6 +112,7 @@ def save(
     arch: Architecture,
     params: Params,
     *,
+    config: dict[str, Any],
     source: Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
@@ -117,13 +125,13 @@ def save(
     Args:
       directory: where to; its parents are made.
       params: NumPy or JAX arrays, each fully addressable from this process.
-      source: a model directory from which config.json (apart from the shape and dtype of the model),
-        generation_config.json and the tokenizer's files are taken.
+      config: the config.json object that describes `arch`; its dtype is set to the tensors'.
+      source: a model directory from which generation_config.json and the tokenizer's files are taken.
       dtype: "float32", "float16" or "bfloat16", of the tensors written.
       max_shard_bytes: the weights are split into files no larger than this (or than one tensor).
 
     Raises:
-      InputError: if `directory` is a file or has subdirectories, or `source` has no usable config.json.
+      InputError: if `directory` is a file or has subdirectories.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -133,14 +141,11 @@ def save(
         raise InputError(f"{directory}: this directory has subdirectories; give a new directory for the model.")
 
     copied: list[Path] = []
-    config = arch.to_hf_config()
     if source is not None:
-        source = Path(source)
-        config = _merged_config(hf_config(source), config)
         wanted = (*_TOKENIZER_FILES, "generation_config.json")
-        copied = [p for p in sorted(source.iterdir()) if _matches(p, wanted)]
+        copied = [p for p in sorted(Path(source).iterdir()) if _matches(p, wanted)]
         kept = [p for p in kept if not _matches(p, _TOKENIZER_FILES)]
-    config["dtype"] = dtype
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     kept = [p for p in kept if not _matches(p, _WEIGHT_FILES)]
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -170,17 +175,28 @@ def _names(arch: Architecture) -> dict[str, _Tensor]:
     """Every tensor of a checkpoint, in the order in which transformers writes them."""
     d, f, v = arch.hidden_size, arch.intermediate_size, arch.vocab_size
     queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    in_layer = {
-        "input_layernorm.weight": (("attention_norm", "scale"), (d,)),
-        "self_attn.q_proj.weight": (("attention", "q"), (queries, d)),
-        "self_attn.k_proj.weight": (("attention", "k"), (keys, d)),
-        "self_attn.v_proj.weight": (("attention", "v"), (keys, d)),
-        "self_attn.o_proj.weight": (("attention", "o"), (d, queries)),
-        "post_attention_layernorm.weight": (("mlp_norm", "scale"), (d,)),
-        "mlp.gate_proj.weight": (("mlp", "gate"), (f, d)),
-        "mlp.up_proj.weight": (("mlp", "up"), (f, d)),
-        "mlp.down_proj.weight": (("mlp", "down"), (d, f)),
-    }
+    biased = {"q": arch.qkv_bias, "k": arch.qkv_bias, "v": arch.qkv_bias, "o": arch.o_bias}
+    biased |= dict.fromkeys(("gate", "up", "down"), arch.mlp_bias)
+    sizes = {"q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)}
+    sizes |= {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    in_layer = {"input_layernorm.weight": (("attention_norm", "scale"), (d,))}
+    for linear, (module, name) in LINEARS.items():
+        prefix = f"{'self_attn' if module == 'attention' else module}.{linear}"
+        in_layer[f"{prefix}.weight"] = ((module, name, "weight"), sizes[name])
+        if biased[name]:
+            in_layer[f"{prefix}.bias"] = ((module, name, "bias"), sizes[name][:1])
+    if arch.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            in_layer[f"self_attn.{norm}.weight"] = (("attention", norm, "scale"), (arch.head_dim,))
+    # With norms behind attention and feed-forward, transformers calls the one before the feed-forward otherwise.
+    norms = {"post_attention_layernorm": "mlp_norm"}
+    if arch.post_norms:
+        norms = {
+            "post_attention_layernorm": "attention_post_norm",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "mlp_post_norm",
+        }
+    in_layer |= {f"{name}.weight": ((path, "scale"), (d,)) for name, path in norms.items()}
     names = {"model.embed_tokens.weight": _Tensor(("embed",), None, (v, d))}
     for layer in range(arch.num_layers):
         for name, (path, shape) in in_layer.items():
@@ -244,7 +260,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _check_tensors(
     directory: Path, arch: Architecture, expected: dict[str, _Tensor], stored: dict[str, _Stored]
-) -> None:
+) -> str:
+    """The one dtype of all tensors."""
     missing = [name for name in expected if name not in stored]
     if missing:
         raise InputError(f"{directory}: the weights lack tensors that config.json asks for: {_list(missing)}.")
@@ -265,6 +282,25 @@ def _check_tensors(
         if found.dtype not in _READABLE:
             raise InputError(
                 f"{found.path}: {name} has dtype {found.dtype}; only F32, F16 and BF16 weights can be read."
+            )
+    first = stored[next(iter(expected))]
+    for name in expected:
+        if stored[name].dtype != first.dtype:
+            raise InputError(
+                f"{stored[name].path}: {name} has dtype {stored[name].dtype}, other tensors {first.dtype}; "
+                "save the model with one dtype (transformers: model.to(dtype) before save_pretrained)."
+            )
+    return _DTYPES[_READABLE[first.dtype]]
+
+
+def _check_tied_head(directory: Path, arch: Architecture, stored: dict[str, _Stored], embed: np.ndarray) -> None:
+    """A tied head that is stored all the same must be the embedding."""
+    if arch.tie_embeddings and "lm_head.weight" in stored:
+        head = _read(stored, "lm_head.weight")
+        if head.shape != embed.shape or not np.array_equal(head, embed):
+            raise InputError(
+                f"{directory}: config.json ties the head to the embedding, but lm_head.weight is "
+                "different; set tie_word_embeddings to false in config.json or remove the tensor."
             )
 
 
@@ -300,14 +336,6 @@ def _shards(names: dict[str, _Tensor], itemsize: int, limit: int) -> Iterator[di
         shard[name] = tensor
         size += bytes_
     yield shard
-
-
-def _merged_config(source: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
-    """The source's config, with the shape of the model written, in whichever spelling it uses."""
-    merged = {key: value for key, value in source.items() if key != "torch_dtype"}
-    kept = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"}
-    merged.update({key: value for key, value in fresh.items() if key not in kept or key not in source})
-    return merged
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:

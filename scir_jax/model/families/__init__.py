@@ -1,0 +1,43 @@
+"""One module a family of models: what its config.json says in terms of an Architecture.
+
+A new family is a module with MODEL_TYPE, HF_CLASS and `read(Reader) -> Architecture`, listed here. Tensor names are
+those that transformers gives to every family here (scir_jax.model.weights).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scir_jax.errors import InputError
+from scir_jax.model.architecture import Architecture
+from scir_jax.model.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from scir_jax.model.families.reader import Reader
+
+FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3)}
+
+
+def read(config: dict[str, Any], where: str) -> Architecture:
+    """The architecture of a parsed config.json; see Architecture.from_hf_config."""
+    classes = {module.HF_CLASS: name for name, module in FAMILIES.items()}
+    supported = ", ".join(classes)
+    name = config.get("model_type")
+    architectures = config.get("architectures") or []
+    if name is None and len(architectures) == 1:
+        name = classes.get(architectures[0])
+    if name == "gemma3":
+        raise InputError(
+            f"{where}: this is Gemma 3 with its image encoder; save its text model (Gemma3ForCausalLM.from_pretrained, "
+            "then save_pretrained) and give that directory"
+        )
+    if name not in FAMILIES:
+        found = config.get("model_type") or architectures or "nothing"
+        raise InputError(f"{where}: model_type is {found!r}; supported are {supported}")
+    if architectures and FAMILIES[name].HF_CLASS not in architectures:
+        raise InputError(f"{where}: architectures is {architectures!r}; supported are {supported}")
+    reader = Reader(config, where)
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{where}: quantization_config is set, but quantized weights cannot be trained; "
+            "give a directory with bfloat16, float16 or float32 weights"
+        )
+    return FAMILIES[name].read(reader)

@@ -1,0 +1,39 @@
+"""Gemma 3, text: normalised queries and keys, five layers with a window and a rotary base of their own to one without."""
+
+from __future__ import annotations
+
+from scir_jax.errors import InputError
+from scir_jax.model.architecture import Architecture, Layer
+from scir_jax.model.families.gemma2 import gemma
+from scir_jax.model.families.reader import FULL, SLIDING, Reader
+
+MODEL_TYPE, HF_CLASS = "gemma3_text", "Gemma3ForCausalLM"
+
+
+def read(config: Reader) -> Architecture:
+    # transformers reads this key and does not apply it
+    config.refuse("attn_logit_softcapping")
+    pattern = config.integer("sliding_window_pattern", 6, 6)
+    default = [SLIDING if (i + 1) % pattern else FULL for i in range(config.integer("num_hidden_layers"))]
+    window = config.integer("sliding_window", 4096)
+    kinds = {SLIDING: Layer(window, _rope(config, SLIDING)), FULL: Layer(None, _rope(config, FULL))}
+    return config.architecture(
+        **gemma(config),
+        family=MODEL_TYPE,
+        layers=tuple(kinds[kind] for kind in config.layer_types(default)),
+        max_positions=config.integer("max_position_embeddings", 131072),
+        qk_norm=True,
+        final_cap=config.optional("final_logit_softcapping"),
+    )
+
+
+def _rope(config: Reader, kind: str):
+    """By layer type in rope_parameters (new); rope_theta with rope_scaling, and rope_local_base_freq (old)."""
+    by_type = config.get("rope_parameters") or {}
+    if by_type and not {FULL, SLIDING} & set(by_type):
+        raise InputError(f"{config.where}: rope_parameters must be an object of {FULL} and {SLIDING}, not {by_type!r}")
+    found = dict(by_type.get(kind) or {})
+    if kind == FULL:
+        found |= config.get("rope_scaling") or {}
+        return config.rope_of(found, "rope_parameters", config.positive("rope_theta", 1e6))
+    return config.rope_of(found, "rope_parameters", config.positive("rope_local_base_freq", 1e4))

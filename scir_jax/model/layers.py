@@ -1,0 +1,239 @@
+"""The decoder's Flax NNX modules, whose features an Architecture switches.
+
+Shapes: B batch, T tokens, S places in the cache, D width, H heads, K key/value heads, d head dimension, F feed-forward
+width, r rank of an adapter. A weight has its output axes before its input axes, as in a Hugging Face checkpoint, so
+that import and export only reshape. Every parameter names its axes for scir_jax.engine.mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scir_jax.model.architecture import Architecture
+from scir_jax.model.attention import attention
+from scir_jax.model.lora import Lora
+
+_INIT_SCALE = 0.02
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of every layer: [L, B, S, K, d] each, compute dtype."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def normal(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
+    value = _INIT_SCALE * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
+    return nnx.Param(value, axes=tuple(sizes))
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
+        self.eps = eps
+        self.offset = offset
+        self.scale = nnx.Param(jnp.full(width, 1 - offset, jnp.float32), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        # transformers rounds before it scales, or after where the scale has an offset.
+        if self.offset:
+            return (x32 * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scale[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """W x, plus a bias, plus an adapter's scale B A x, where there are some. `out` and `inputs` are axes and sizes."""
+
+    def __init__(
+        self,
+        out: dict[str, int],
+        inputs: dict[str, int],
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        lora: Lora | None = None,
+    ):
+        self.lora = lora
+        self.inputs = len(inputs)
+        self.weight = normal(rngs, out | inputs)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(tuple(out.values()), jnp.float32), axes=tuple(out))
+        if lora is not None:
+            shape = (lora.rank, *inputs.values())
+            bound = functools.reduce(int.__mul__, inputs.values()) ** -0.5
+            a = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+            self.lora_a = nnx.Param(a, axes=("rank", *inputs))
+            # Zero: an adapter that is not trained yet changes nothing.
+            self.lora_b = nnx.Param(jnp.zeros((*out.values(), lora.rank), jnp.float32), axes=(*out, "rank"))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [..., *inputs] -> [..., *out]. With a key, the adapter's inputs are dropped out."""
+        y = _contract(x, self.weight[...], self.inputs)
+        if hasattr(self, "bias"):
+            y = y + self.bias[...]
+        if self.lora is not None:
+            if key is not None and self.lora.dropout:
+                kept = jax.random.bernoulli(key, 1 - self.lora.dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.lora.dropout), 0).astype(x.dtype)
+            low = _contract(x, self.lora_a[...], self.inputs)
+            y = y + (self.lora.scale * _contract(low, self.lora_b[...], 1)).astype(y.dtype)
+        return y
+
+
+def _contract(x: jax.Array, weight: jax.Array, axes: int) -> jax.Array:
+    """Sums over as many last axes of both."""
+    last = tuple(range(-axes, 0))
+    return jnp.tensordot(x, weight, (last, last))
+
+
+def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary positions: dimension i of the first half turns with dimension i of the second half."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, d/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHd.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, arch: Architecture, implementation: str, linear, rngs: nnx.Rngs):
+        self.arch = arch
+        self.implementation = implementation
+        width = {"embed": arch.hidden_size}
+        heads = {"heads": arch.num_heads, "head_dim": arch.head_dim}
+        kv_heads = {"kv_heads": arch.num_kv_heads, "head_dim": arch.head_dim}
+        self.q = linear("q_proj", heads, width, bias=arch.qkv_bias)
+        self.k = linear("k_proj", kv_heads, width, bias=arch.qkv_bias)
+        self.v = linear("v_proj", kv_heads, width, bias=arch.qkv_bias)
+        self.o = linear("o_proj", width, heads, bias=arch.o_bias)
+        if arch.qk_norm:
+            self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset)
+            self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset)
+
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, kind: jax.Array, keys
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, d], keys and values [B, T, K, d], rotated."""
+        q, k, v = self.q(x_BTD, keys[0]), self.k(x_BTD, keys[1]), self.v(x_BTD, keys[2])
+        if self.arch.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        table = [layer.rope.frequencies(self.arch.head_dim) for layer in self.arch.kinds]
+        frequencies = table[0] if len(table) == 1 else jnp.asarray(table)[kind]
+        return rotate(q, positions_BT, frequencies), rotate(k, positions_BT, frequencies), v
+
+    def mix(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kind: jax.Array, positions_B: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, T, H, d]; of the different layers one is chosen at run time, so that all are one scanned program."""
+        places = k.shape[1]
+        windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
+        attend = functools.partial(
+            attention,
+            positions_B=positions_B,
+            scale=self.arch.query_scale,
+            cap=self.arch.attention_cap,
+            implementation=self.implementation,
+        )
+        if len(set(windows)) == 1:
+            return attend(q, k, v, window=windows[0])
+        return jax.lax.switch(kind, [functools.partial(attend, window=w) for w in windows], q, k, v)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, arch: Architecture, linear):
+        width, inner = {"embed": arch.hidden_size}, {"mlp": arch.intermediate_size}
+        self.activation = arch.activation
+        self.gate = linear("gate_proj", inner, width, bias=arch.mlp_bias)
+        self.up = linear("up_proj", inner, width, bias=arch.mlp_bias)
+        self.down = linear("down_proj", width, inner, bias=arch.mlp_bias)
+
+    def __call__(self, x_BTD: jax.Array, keys) -> jax.Array:
+        # One row axis: the weights' gradients are then plain matrix products.
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        gate, up = self.gate(x_ND, keys[0]), self.up(x_ND, keys[1])
+        return self.down(ACTIVATIONS[self.activation](gate) * up, keys[2]).reshape(x_BTD.shape)
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each with its residual. `kind` is the layer's place in `arch.kinds`."""
+
+    def __init__(self, arch: Architecture, implementation: str, lora: Lora | None, rngs: nnx.Rngs):
+        def linear(name: str, out: dict[str, int], inputs: dict[str, int], bias: bool) -> Linear:
+            return Linear(out, inputs, rngs, bias=bias, lora=lora if lora and name in lora.targets else None)
+
+        norm = functools.partial(RMSNorm, arch.hidden_size, arch.norm_eps, arch.norm_offset)
+        self.post_norms = arch.post_norms
+        self.attention_norm = norm()
+        self.attention = Attention(arch, implementation, linear, rngs)
+        self.mlp_norm = norm()
+        self.mlp = FeedForward(arch, linear)
+        if arch.post_norms:
+            self.attention_post_norm = norm()
+            self.mlp_post_norm = norm()
+
+    def __call__(
+        self, x_BTD: jax.Array, kind: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """A block over whole rows; also their keys and values, [B, T, K, d]. `key`: for the adapters' dropout."""
+        keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
+        positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT, kind, keys)
+        return self._finish(x_BTD, self.attention.mix(q, k, v, kind), keys), (k, v)
+
+    def decode(
+        self, x_B1D: jax.Array, positions_B: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """A block at one position a row, whose key and value go into the cache of all layers."""
+        keys = [None] * 7
+        q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, keys)
+        rows_B = jnp.arange(positions_B.shape[0])
+        cache = Cache(
+            cache.k.at[layer, rows_B, positions_B].set(k[:, 0]),
+            cache.v.at[layer, rows_B, positions_B].set(v[:, 0]),
+        )
+        mixed = self.attention.mix(q, cache.k[layer], cache.v[layer], kind, positions_B)
+        return self._finish(x_B1D, mixed, keys), cache
+
+    def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array, keys) -> jax.Array:
+        update = self.attention.o(mixed_BTHd, keys[3])
+        x_BTD = x_BTD + (self.attention_post_norm(update) if self.post_norms else update)
+        update = self.mlp(self.mlp_norm(x_BTD), keys[4:])
+        return x_BTD + (self.mlp_post_norm(update) if self.post_norms else update)
+
+
+class Decoder(nnx.Module):
+    """Embedding, L blocks whose parameters are stacked on a leading axis, final norm, head."""
+
+    def __init__(self, arch: Architecture, implementation: str, lora: Lora | None, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=arch.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(layer_rngs):
+            return Block(arch, implementation, lora, layer_rngs)
+
+        table = {"vocab": arch.vocab_size, "embed": arch.hidden_size}
+        self.embed = normal(rngs, table)
+        self.layers = blocks(rngs)
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
+        if not arch.tie_embeddings:
+            self.head = normal(rngs, table)
+
+
+def axes_of(state: Any) -> Any:
+    """The axis names of a state's parameters, as nested plain dictionaries; those of blocks lead with "layers"."""
+    flat = nnx.to_flat_state(state)
+    named = [
+        (path, (("layers",) if path[0] == "layers" else ()) + tuple(param.get_metadata()["axes"]))
+        for path, param in flat
+    ]
+    return nnx.traversals.unflatten_mapping(dict(named))

@@ -1,0 +1,96 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): which parameters are trained, which stay as they are.
+
+An adapted layer computes W x + scale B A x. A and B stand beside W in the parameters, as `lora_a` and `lora_b`; a
+model without adapters trains all it has. Everything else takes the joined parameters and need not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scir_jax.errors import InputError
+from scir_jax.model.architecture import LINEARS
+
+Params = dict[str, Any]
+ADAPTER = ("lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapters of a model.
+
+    Attributes:
+      rank: r, columns of A^T and of B.
+      alpha: the adapter's output is multiplied by alpha / r, with `rslora` by alpha / sqrt(r) (arXiv 2312.03732).
+      targets: adapted layers, of architecture.LINEARS.
+      dropout: share of an adapter's inputs that training leaves out.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.targets if name not in LINEARS]
+        if unknown or not self.targets:
+            raise InputError(
+                f"lora: no layer is called {', '.join(map(repr, unknown)) or 'nothing'}; there are {', '.join(LINEARS)}"
+            )
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise InputError(
+                f"lora: rank must be at least 1, alpha positive and dropout in [0, 1), not {self.rank}, {self.alpha} "
+                f"and {self.dropout}"
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def split(params: Params, lora: Lora | None) -> tuple[Params, Params]:
+    """(trained, frozen) nested dictionaries, which `join` puts together again."""
+    if lora is None:
+        return params, {}
+    trained: Params = {}
+    frozen: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            parts = split(value, lora)
+        else:
+            parts = (value, {}) if name in ADAPTER else ({}, value)
+        for side, part in zip((trained, frozen), parts, strict=True):
+            if not (isinstance(part, dict) and not part):
+                side[name] = part
+    return trained, frozen
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The parameters of which `split` made these two."""
+    joined = dict(frozen)
+    for name, value in trained.items():
+        joined[name] = join(value, frozen[name]) if isinstance(value, dict) and name in frozen else value
+    return joined
+
+
+def merge(params: Params, lora: Lora | None) -> Params:
+    """Parameters without adapters that compute the same: W + scale B A, summed in float32, in W's dtype."""
+    if lora is None:
+        return params
+    if "lora_a" not in params:
+        return {name: merge(value, lora) if isinstance(value, dict) else value for name, value in params.items()}
+    weight, a, b = params["weight"], params["lora_a"], params["lora_b"]
+    layers, rank = a.shape[:2]
+    delta = jnp.einsum(
+        "lor,lri->loi",
+        jnp.asarray(b, jnp.float32).reshape(layers, -1, rank),
+        jnp.asarray(a, jnp.float32).reshape(layers, rank, -1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    merged = (jnp.asarray(weight, jnp.float32) + lora.scale * delta.reshape(weight.shape)).astype(weight.dtype)
+    return {"weight": merged, **({"bias": params["bias"]} if "bias" in params else {})}
