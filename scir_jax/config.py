@@ -63,6 +63,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: only they are trained and checkpointed, the model's own weights stay as they are."""
+
+    rank: int = 0
+    """0: no adapters, full fine-tuning"""
+    alpha: float = 16.0
+    """an adapter's output is multiplied by alpha / rank"""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead"""
+    dropout: float = 0.0
+    """share of the adapters' inputs that training leaves out"""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """adapted layers"""
+    adapter: str | None = None
+    """PEFT adapter directory to go on from; it says rank, alpha, targets and the rest"""
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Device mesh; one axis may be -1 (all devices that are left)."""
 
@@ -110,8 +128,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, shared by SFT and SCIR training."""
+    """The optimiser, shared by SFT and SCIR training."""
 
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: no first moment, a factored second one; its state is a few percent of AdamW's"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of AdamW's first moment"""
     b1: float = 0.9
     """decay of the first moment"""
     b2: float = 0.95
@@ -318,6 +340,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)

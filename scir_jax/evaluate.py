@@ -97,8 +97,7 @@ def _directory(config, reference: str | None) -> dict:
     grader = evaluation.load_grader(config.evaluate.grader)
     session = Session(config)
     pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
-    model = Path(config.model.path)
-    load_reference = (lambda: session.import_params(Path(reference))) if reference else None
+    load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     values: dict = {"model": config.model.path}
     total = evaluation.response_batches(session)
     total += scoring.score_batches(session, len(pairs), with_reference=reference is not None)
@@ -107,13 +106,13 @@ def _directory(config, reference: str | None) -> dict:
             scores = scoring.score_pairs(
                 session,
                 pairs,
-                model=lambda: session.import_params(model),
+                model=session.inference_params,
                 reference=load_reference,
                 advance=bar.advance,
             )
             values |= evaluation.pair_metrics(session, scores, labels)
         if session.heldout_prompts:
-            rows = evaluation.evaluate_responses(session, session.import_params(model), 0, stopper, bar)
+            rows = evaluation.evaluate_responses(session, session.inference_params(), 0, stopper, bar)
             values |= evaluation.response_metrics(rows, grader, None)
     return evaluation.clean(values)
 

@@ -15,12 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--model", help="M0, M1, ...; the newest by default")
+    parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
     arguments = parser.parse_args(argv)
 
     from scir_jax.engine.checkpoint import ModelStore
     from scir_jax.loop import console
     from scir_jax.loop.directory import RunDirectory
-    from scir_jax.loop.export import export_model
+    from scir_jax.loop.export import export_adapter, export_model
     from scir_jax.loop.session import Session
 
     recorded = arguments.run / "config.yaml"
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.model or f"M{ModelStore(directory.checkpoints).latest() or 0}"
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
-    export_model(Session(config), directory, int(name.removeprefix("M")), arguments.output)
+    export = export_adapter if arguments.adapter else export_model
+    export(Session(config), directory, int(name.removeprefix("M")), arguments.output)
     console.say(f"{name} of {arguments.run}: {arguments.output}")
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scir_jax import options
 
-SECTIONS = ("world", "model", "mesh", "data", "text", "generative", "implicit", "evaluate")
+SECTIONS = ("world", "model", "lora", "mesh", "data", "text", "generative", "implicit", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for p, c in zip(prompts, comparisons, strict=True)
     ]
     reference = own["reference"]
-    load_reference = (lambda: session.import_params(Path(reference))) if reference else None
+    load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     with console.stage("judge", scoring.score_batches(session, len(pairs), with_reference=bool(reference))) as bar:
         scores = scoring.score_pairs(
             session,
             pairs,
-            model=lambda: session.import_params(Path(config.model.path)),
+            model=session.inference_params,
             reference=load_reference,
             advance=bar.advance,
         )

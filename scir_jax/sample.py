@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from scir_jax import options
 from scir_jax.config import GenerativeConfig
 
-SECTIONS = ("run", "world", "model", "mesh", "data", "text", "sample")
+SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "sample")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(config)
     prompts = session.prompts[: config.sample.prompts]
     session.shapes_for(prompts)
-    params = session.import_params(Path(config.model.path))
+    params = session.inference_params()
     with console.Stopper() as stopper:
         sampling.sample_file(
             session,

@@ -23,7 +23,7 @@ def train(config: Config) -> list[dict]:
     from scir_jax.loop import console
     from scir_jax.loop.base_model import build_world
     from scir_jax.loop.directory import RunDirectory, manifest
-    from scir_jax.loop.export import export_model
+    from scir_jax.loop.export import export_adapter, export_model
     from scir_jax.loop.iteration import Run, check_inputs
     from scir_jax.loop.session import Session, check, resolve
     from scir_jax.report import write_report
@@ -59,6 +59,8 @@ def train(config: Config) -> list[dict]:
             write_json(directory.path / "summary.json", {"rows": rows})
             if not (directory.path / "export").exists():
                 export_model(session, directory, config.run.iterations + 1, directory.path / "export")
+            if session.model.lora and not (directory.path / "adapter").exists():
+                export_adapter(session, directory, config.run.iterations + 1, directory.path / "adapter")
             report = write_report(directory.path)
     finally:
         directory.close()

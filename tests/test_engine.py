@@ -123,7 +123,7 @@ def everything(session):
     dataset, trainer = make_dataset(session), session.trainer
     state = trainer.init(params)
     for step in range(3):
-        state, output = trainer.step(state, put_batch(dataset[step], session.mesh), np.float32(1e-3))
+        state, output = trainer.step(state, {}, put_batch(dataset[step], session.mesh), np.float32(1e-3), None)
         result |= {f"{step}/{name}": np.asarray(value) for name, value in output.metrics.items()}
         result |= {f"{step}/{name}": np.asarray(value) for name, value in output.decisions.items()}
     result |= {
@@ -160,7 +160,7 @@ def gradients(config, session):
         if name not in compiled:
             sections = {key: dataclasses.replace(getattr(config, key), **values) for key, values in changes.items()}
             trainer = make_session(dataclasses.replace(config, **sections)).trainer
-            compiled[name] = quick_jit(jax.value_and_grad(trainer.loss, has_aux=True))
+            compiled[name] = quick_jit(jax.value_and_grad(lambda p, b: trainer.loss(p, {}, b), has_aux=True))
         (loss, (sums, _)), grads = compiled[name](fresh_params(session) if params is None else params, batch)
         return float(loss), host(sums), host(grads)
 
@@ -176,13 +176,15 @@ def test_a_step_is_compiled_once(session, tmp_path):
     store, checkpoints = ModelStore(tmp_path / "models"), StageCheckpoints(tmp_path / "stage", 1)
     store.save(1, fresh_params(session))
     for iteration in range(2):
-        state = trainer.init(store.load(1, session.abstract_params) if iteration else fresh_params(session))
+        state = trainer.init(store.load(1, session.abstract_trained) if iteration else fresh_params(session))
         for step in range(2):
-            state, _ = trainer.step(state, put_batch(dataset[step], session.mesh), (1 + iteration) * rates[step])
+            state, _ = trainer.step(
+                state, {}, put_batch(dataset[step], session.mesh), (1 + iteration) * rates[step], None
+            )
     checkpoints.save(2, state, {"data": {"next_index": 2}})
     checkpoints.wait()
     _, state, _ = checkpoints.restore(trainer.abstract_state())
-    trainer.step(state, put_batch(dataset[2], session.mesh), rates[2])
+    trainer.step(state, {}, put_batch(dataset[2], session.mesh), rates[2], None)
     checkpoints.close()
     assert trainer.step._cache_size() == 1
 
@@ -217,7 +219,7 @@ def test_the_step_is_adamw(session, gradients):
     for i in range(STEPS):
         _, _, grads = gradients(dataset[i], params=expected)
         expected, opt_state, norm = apply(expected, opt_state, grads)
-        state, output = trainer.step(state, put_batch(dataset[i], session.mesh), rates[i])
+        state, output = trainer.step(state, {}, put_batch(dataset[i], session.mesh), rates[i], None)
         norms.append(float(norm))
         assert float(output.metrics["grad_norm"]) == pytest.approx(norms[-1], rel=1e-4)
     assert max(norms) > settings.clip  # clipping is at work
@@ -387,14 +389,16 @@ def broken(batch):
 
 def test_a_step_that_is_not_finite_changes_nothing(session):
     trainer, dataset = session.trainer, make_dataset(session)
-    state, _ = trainer.step(trainer.init(fresh_params(session)), put_batch(dataset[0], session.mesh), np.float32(1e-3))
+    state, _ = trainer.step(
+        trainer.init(fresh_params(session)), {}, put_batch(dataset[0], session.mesh), np.float32(1e-3), None
+    )
     before = host(state)
     for in_a_row in (1, 2):
-        state, output = trainer.step(state, put_batch(broken(dataset[1]), session.mesh), np.float32(1e-3))
+        state, output = trainer.step(state, {}, put_batch(broken(dataset[1]), session.mesh), np.float32(1e-3), None)
         assert not np.isfinite(output.metrics["loss"]) and output.metrics["skipped"] == 1
         assert int(output.metrics["skipped_in_a_row"]) == in_a_row
         assert_same_bytes((state.params, state.opt_state), before[:2])
-    state, output = trainer.step(state, put_batch(dataset[1], session.mesh), np.float32(1e-3))
+    state, output = trainer.step(state, {}, put_batch(dataset[1], session.mesh), np.float32(1e-3), None)
     assert output.metrics["skipped"] == output.metrics["skipped_in_a_row"] == 0
     assert np.isfinite(output.metrics["loss"])
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(before.params)))
@@ -498,7 +502,7 @@ def test_a_stage(session, uninterrupted):
     rates = learning_rates(session.config.optimizer, 1e-3, STEPS)
     for i in range(STEPS):
         batch = uninterrupted.dataset[i]
-        state, output = session.trainer.step(state, put_batch(batch, session.mesh), rates[i])
+        state, output = session.trainer.step(state, {}, put_batch(batch, session.mesh), rates[i], None)
         assert rows[2 + i]["loss"] == pytest.approx(float(output.metrics["loss"]), rel=1e-6)
         assert rows[2 + i]["learning_rate"] == rates[i]
         selected = [row["selected"] for row in decisions if row["step"] == i + 1]
@@ -555,7 +559,7 @@ def test_a_stage_ends_after_steps_that_are_not_finite(session, tmp_path):
     assert step == 2
     rates = learning_rates(session.config.optimizer, 1e-3, STEPS)
     expected = session.trainer.init(fresh_params(session))
-    expected, _ = session.trainer.step(expected, put_batch(stage.dataset[1], session.mesh), rates[1])
+    expected, _ = session.trainer.step(expected, {}, put_batch(stage.dataset[1], session.mesh), rates[1], None)
     assert_same_bytes(state, expected)
 
 

@@ -316,7 +316,7 @@ def train_batch(session, rows, *, size=8, longer=0) -> TrainBatch:
 
 @functools.cache
 def step_of(trainer):
-    return jax.jit(jax.value_and_grad(trainer.loss, has_aux=True), compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(lambda p, b: trainer.loss(p, {}, b), has_aux=True), compiler_options=QUICK)
 
 
 def evaluated(session, params, batch):
@@ -527,21 +527,21 @@ def test_first_step_and_skipped_steps(make_session, reference, params):
     trainer = session.trainer
     state = trainer.init(jax.tree.map(jnp.array, params))
     rate = np.float32(1e-2)
-    step = trainer.step.lower(state, batch, rate).compile(QUICK)
+    step = trainer.step.lower(state, {}, batch, rate, None).compile(QUICK)
     before = snapshot(state)
     for skipped in (1, 2):
-        state, output = step(state, broken, rate)
+        state, output = step(state, {}, broken, rate, None)
         assert output.metrics["skipped"] == 1 and output.metrics["skipped_in_a_row"] == state.skipped == skipped
         for old, new in zip(before, snapshot(state), strict=True):
             assert old.tobytes() == new.tobytes()
-    state, output = step(state, batch, rate)
+    state, output = step(state, {}, batch, rate, None)
     # The reference is the policy: DPO's loss is ln 2, whatever the labels.
     assert output.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert output.metrics["preference"] == pytest.approx(np.log(2), abs=1e-5)
     assert output.metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert output.metrics["skipped"] == 0 and state.skipped == 0
     assert all(not np.array_equal(old, new) for old, new in zip(before, snapshot(state)) if old.ndim)
-    state, output = step(state, batch, rate)
+    state, output = step(state, {}, batch, rate, None)
     assert output.metrics["preference"] < np.log(2) - 0.01
 
 

@@ -260,7 +260,7 @@ def test_cached_log_probabilities_are_those_of_the_models(whole):
             for side in "ab"
         ]
         start, lagging = (
-            scoring.response_logps(session, store.load(n, session.abstract_params), items).reshape(-1, 2)
+            scoring.response_logps(session, store.load(n, session.abstract_trained), items).reshape(-1, 2)
             for n in (t, t - 1)
         )
         for role, expected in (("start", start), ("preference", start), ("implicit", lagging)):

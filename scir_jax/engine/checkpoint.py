@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
+from scir_jax.model import lora
 
 # A failed save reaches the caller as an exception; Orbax's background threads need not print it too.
 absl_logging.set_verbosity(absl_logging.FATAL)
@@ -91,9 +92,15 @@ class StageCheckpoints:
 
 
 def abstract_params(model, mesh) -> Any:
-    """Shapes and shardings of a model's float32 parameters."""
-    return jax.tree.map(
+    """Shapes and shardings of a model's parameters: float32 where trained, of the computation's dtype where frozen."""
+
+    def as_dtype(part: Any, dtype: str) -> Any:
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=s.sharding), part)
+
+    sharded = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         model.abstract(),
         param_shardings(model, mesh),
     )
+    trained, frozen = lora.split(sharded, model.lora)
+    return lora.join(as_dtype(trained, "float32"), as_dtype(frozen, model.compute_dtype))

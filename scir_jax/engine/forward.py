@@ -53,17 +53,19 @@ def pair_outputs(
     verdict_ids: tuple[tuple[int, int], ...],
     continued: bool,
     response_tokens: int,
+    key: Array | None = None,
 ) -> tuple[Array, Judged]:
-    """Log-probabilities [P, 2] and verdicts of a batch of pairs."""
-    hidden, flat = _hidden(model, params, batch.responses)
+    """Log-probabilities [P, 2] and verdicts of a batch of pairs. `key`: of the adapters' dropout."""
+    keys = [None] * (1 + len(batch.judges)) if key is None else jax.random.split(key, 1 + len(batch.judges))
+    hidden, flat = _hidden(model, params, batch.responses, keys[0])
     logps = _span_logps(model, params, hidden, flat, response_tokens)
     read = []
     remaining = verdict_ids
     if continued:
         read.append(_verdict(model, params, hidden, flat, verdict_ids[0]))
         remaining = verdict_ids[1:]
-    for rows, ids in zip(batch.judges, remaining, strict=True):
-        hidden, flat = _hidden(model, params, rows)
+    for rows, ids, rows_key in zip(batch.judges, remaining, keys[1:], strict=True):
+        hidden, flat = _hidden(model, params, rows, rows_key)
         read.append(_verdict(model, params, hidden, flat, ids))
     pairs = batch.responses.start.shape[0]
     return logps.reshape(pairs, 2), _stack(read, pairs)
@@ -86,17 +88,17 @@ def objective_inputs(batch: PairBatch, logps: Array, judged: Judged) -> Pairs:
     )
 
 
-def sft_sums(model: Model, params: Params, targets: Targets) -> tuple[Array, Array]:
+def sft_sums(model: Model, params: Params, targets: Targets, key: Array | None = None) -> tuple[Array, Array]:
     """Negative log-likelihood of the marked tokens: (sum in nats, number of tokens), float32 scalars."""
-    hidden = model.hidden(params, targets.ids)
+    hidden = model.hidden(params, targets.ids, key)
     logps = token_logprobs(hidden[:, :-1], model.head(params), targets.ids[:, 1:], cap=model.arch.final_cap)
     marked = targets.mask[:, 1:] > 0
     return -jnp.where(marked, logps, 0).sum(), marked.sum().astype(jnp.float32)
 
 
-def _hidden(model: Model, params: Params, rows: Rows) -> tuple[Array, Rows]:
+def _hidden(model: Model, params: Params, rows: Rows, key: Array | None = None) -> tuple[Array, Rows]:
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[rows.start.ndim :]), rows)
-    return model.hidden(params, flat.ids), flat
+    return model.hidden(params, flat.ids, key), flat
 
 
 def _span_logps(model: Model, params: Params, hidden_MTD: Array, rows: Rows, response_tokens: int) -> Array:

@@ -18,14 +18,16 @@ from scir_jax.config import Config, OptimizerConfig
 from scir_jax.data.rows import TrainBatch
 from scir_jax.engine import forward
 from scir_jax.engine import mesh as meshes
+from scir_jax.engine.sampler import stream_key
 from scir_jax.method import objective
+from scir_jax.model import lora
 from scir_jax.model.decoder import Model, Params
 
 Array = jax.Array
 
 
 class TrainState(NamedTuple):
-    """Parameters, optimiser state, and the number of steps skipped in a row up to now (int32)."""
+    """The trained parameters, optimiser state, and the number of steps skipped in a row up to now (int32)."""
 
     params: Params
     opt_state: Any
@@ -40,17 +42,22 @@ class StepOutput(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW without the learning rate, which the step takes as an argument (no compilation a schedule).
+    """Clipping and the optimiser without the learning rate, which the step takes as an argument (no compilation a
+    schedule).
 
-    Norm scales are not decayed.
+    Norm scales and biases are not decayed.
     """
 
     def matrices(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
+    if config.kind == "adamw":
+        scale = [optax.scale_by_adam(config.b1, config.b2, mu_dtype=config.moment_dtype)]
+    else:  # Adafactor (arXiv 1804.04235) without its own learning rate: the update's norm a matrix is at most 1
+        scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.b1, config.b2),
+        *scale,
         optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity(),
     )
 
@@ -79,9 +86,10 @@ class Trainer:
         self.mesh = mesh
         self.optimizer = make_optimizer(config.optimizer)
         self._pair_settings = dict(verdict_ids=verdict_ids, continued=continued, response_tokens=response_tokens)
-        self._params = meshes.param_shardings(model, mesh)
+        trained, frozen = lora.split(meshes.param_shardings(model, mesh), model.lora)
+        self._abstract = lora.split(model.abstract(), model.lora)[0]
         self._replicated = meshes.replicated(mesh)
-        self.state_shardings = TrainState(self._params, self._opt_shardings(), self._replicated)
+        self.state_shardings = TrainState(trained, self._opt_shardings(trained), self._replicated)
         self._init = jax.jit(
             lambda params: TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32)),
             out_shardings=self.state_shardings,
@@ -89,44 +97,68 @@ class Trainer:
         )
         self.step = jax.jit(
             self._step,
-            in_shardings=(self.state_shardings, meshes.batch_sharding(mesh), self._replicated),
+            in_shardings=(
+                self.state_shardings,
+                frozen,
+                meshes.batch_sharding(mesh),
+                self._replicated,
+                self._replicated,
+            ),
             out_shardings=(self.state_shardings, self._replicated),
             donate_argnums=0,
         )
 
     def init(self, params: Params) -> TrainState:
-        """A fresh optimiser around parameters, which are donated."""
+        """A fresh optimiser around the trained parameters, which are donated."""
         return self._init(params)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes with their shardings, to restore a checkpoint into."""
-        shapes = jax.eval_shape(self._init, self.model.abstract())
+        shapes = jax.eval_shape(self._init, self._abstract)
         return jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
         )
 
-    def sums(self, params: Params, batch: TrainBatch) -> tuple[objective.Sums, dict[str, Array]]:
-        """Sums and counts of all terms and metrics of a (micro-)batch, and the pairs' decisions."""
+    def dropout_key(self, stage: int, step: int) -> Array | None:
+        """The key of a step's adapter dropout, where there is any."""
+        if self.model.lora is None or not self.model.lora.dropout:
+            return None
+        return jax.random.fold_in(stream_key(self.config.run.seed, "dropout", stage), step)
+
+    def sums(
+        self, params: Params, batch: TrainBatch, key: Array | None = None
+    ) -> tuple[objective.Sums, dict[str, Array]]:
+        """Sums and counts of all terms and metrics of a (micro-)batch, and the pairs' decisions.
+
+        Args:
+          params: all parameters, trained and frozen.
+          key: of the adapters' dropout.
+        """
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
         sums: objective.Sums = {}
         decisions: dict[str, Array] = {}
         if batch.pairs is not None:
-            logps, judged = forward.pair_outputs(self.model, params, batch.pairs, **self._pair_settings)
+            logps, judged = forward.pair_outputs(self.model, params, batch.pairs, **self._pair_settings, key=keys[0])
             sums, decisions = objective.objective(forward.objective_inputs(batch.pairs, logps, judged), self.config)
-        for name, targets in (("sft/ift", batch.ift), ("sft/eft", batch.eft)):
+        for name, targets, part_key in (("sft/ift", batch.ift, keys[1]), ("sft/eft", batch.eft, keys[2])):
             if targets is not None:
-                sums[name] = forward.sft_sums(self.model, params, targets)
+                sums[name] = forward.sft_sums(self.model, params, targets, part_key)
         return sums, decisions
 
-    def loss(self, params: Params, batch: TrainBatch) -> tuple[Array, tuple[objective.Sums, dict[str, Array]]]:
+    def loss(
+        self, trained: Params, frozen: Params, batch: TrainBatch, key: Array | None = None
+    ) -> tuple[Array, tuple[objective.Sums, dict[str, Array]]]:
         """The objective of a global batch, micro-batch by micro-batch."""
+        params = lora.join(trained, frozen)
         micro = self.config.optimizer.accumulate
         if micro == 1:
-            sums, decisions = self.sums(params, batch)
+            sums, decisions = self.sums(params, batch, key)
         else:
             split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
             # Checkpointed: the backward pass holds one micro-batch's activations at a time.
-            body = jax.checkpoint(lambda part: self.sums(params, part), prevent_cse=False)
-            _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(part)), None, split)
+            body = jax.checkpoint(lambda part, part_key: self.sums(params, part, part_key), prevent_cse=False)
+            parts = (split, None if key is None else jax.random.split(key, micro))
+            _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(*part)), None, parts)
             sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
             decisions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decisions)
         sft_terms = tuple(name for name in sums if name.startswith("sft/"))
@@ -134,8 +166,11 @@ class Trainer:
             return sum(objective.divide(*sums[name]) for name in sft_terms), (sums, decisions)
         return objective.total(sums, self.config, sft_terms), (sums, decisions)
 
-    def _step(self, state: TrainState, batch: TrainBatch, learning_rate: Array) -> tuple[TrainState, StepOutput]:
-        (loss, (sums, decisions)), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+    def _step(
+        self, state: TrainState, frozen: Params, batch: TrainBatch, learning_rate: Array, key: Array | None
+    ) -> tuple[TrainState, StepOutput]:
+        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+        (loss, (sums, decisions)), grads = value_and_grad(state.params, frozen, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -160,13 +195,15 @@ class Trainer:
         }
         return TrainState(params, opt_state, skipped), StepOutput(metrics, decisions)
 
-    def _opt_shardings(self):
-        abstract = jax.eval_shape(self.optimizer.init, self.model.abstract())
+    def _opt_shardings(self, params):
+        abstract = jax.eval_shape(self.optimizer.init, self._abstract)
         return optax.tree_map_params(
             self.optimizer,
-            lambda _, sharding: sharding,
+            # Factored moments have fewer axes than their parameter, and are small.
+            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else self._replicated,
             abstract,
-            self._params,
+            self._abstract,
+            params,
             transform_non_params=lambda _: self._replicated,
         )
 

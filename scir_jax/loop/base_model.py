@@ -14,6 +14,7 @@ from scir_jax.config import (
     Config,
     DataConfig,
     GenerativeConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
 )
@@ -57,6 +58,7 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
                 templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))
             ),
             optimizer=OptimizerConfig(warmup=0.05),
+            lora=LoraConfig(),
         )
     )
     standalone, continuation = session.judges
@@ -78,7 +80,7 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     with console.stage("embedded world: base model", world.steps) as bar:
         for step, batch in enumerate(pipelines.iterator(dataset)):
             stopper.check("the base model's training, which starts again")
-            state, output = trainer.step(state, put_batch(batch, session.mesh), rates[step])
+            state, output = trainer.step(state, {}, put_batch(batch, session.mesh), rates[step], None)
             if step % 20 == 0:
                 bar.advance(f"loss {float(output.metrics['loss']):.3f}", by=min(20, world.steps - step))
     partial = directory / "model.partial"

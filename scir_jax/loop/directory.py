@@ -140,6 +140,9 @@ def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sha256(Path(name))
+    if config.lora.adapter:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
     for name, content in templates.items():
         hashes[f"generative.templates/{name}"] = hashlib.sha256(
             json.dumps(content, sort_keys=True).encode()

@@ -30,7 +30,7 @@ class Run:
         self.metrics = metrics
         self.stopper = stopper
         self.store = ModelStore(directory.checkpoints)
-        self.models = Models(self.store, session.config, session.abstract_params)
+        self.models = Models(self.store, session)
         self.grader = evaluation.load_grader(session.config.evaluate.grader)
 
     def run(self) -> list[dict]:
@@ -38,7 +38,7 @@ class Run:
         if self.config.run.start_from:
             self._start_from(Path(self.config.run.start_from))
         if not self.store.exists(0):
-            self.store.save(0, self.session.import_params(Path(self.config.model.path)))
+            self.store.save(0, self.session.initial_params())
         self.stopper.check("start-up")
         self._timed(0, "sft", lambda: self.store.exists(1), self.sft)
         self._timed(0, "evaluate", lambda: self._evaluated(0), lambda: self.evaluate(0))
@@ -69,7 +69,7 @@ class Run:
             if not source.exists(number):
                 raise InputError(f"run.start_from {other}: holds no model M{number}")
             if not self.store.exists(number):
-                self.store.save(number, source.load(number, self.session.abstract_params))
+                self.store.save(number, source.load(number, self.session.abstract_trained))
 
     def sft(self) -> None:
         """M0 -> M1; without IFT and EFT, or with sft.epochs 0, M1 is M0."""
@@ -85,7 +85,7 @@ class Run:
         ]
         steps = int(np.ceil(config.epochs * max(lengths, default=0)))
         if not steps:
-            self.store.save(1, self.models.load(0))
+            self.store.save(1, self.models.take(0))
             return
         train_stage(
             session,
@@ -99,6 +99,7 @@ class Run:
             dataset=pipelines.sft_dataset(ift, eft, steps),
             peak=config.learning_rate,
             params=lambda: self.models.take(0),
+            frozen=lambda: session.frozen,
             save=lambda params: self.store.save(1, params),
         )
 
@@ -134,6 +135,7 @@ class Run:
             dataset=dataset,
             peak=config.optimise.learning_rate,
             params=lambda: self.models.take(t),
+            frozen=lambda: session.frozen,
             decisions=AppendOnly(folder / "decisions.jsonl"),
             save=lambda params: self.store.save(t + 1, params),
         )

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from scir_jax.config import Config
+from scir_jax.config import Config, LoraConfig
 from scir_jax.data import records
 from scir_jax.data.encode import Encoder, Prompt, Shapes
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine import sampler, steps
 from scir_jax.engine.checkpoint import abstract_params
 from scir_jax.errors import InputError
-from scir_jax.model import decoder, weights
+from scir_jax.model import adapters, decoder, lora, weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import Chat, load_tokenizer
 from scir_jax.text.judge import compile_judge, load_template
@@ -55,7 +55,7 @@ def resolve(config: Config) -> Config:
         return value
 
     sections = {}
-    for name in ("model", "data", "generative"):
+    for name in ("model", "lora", "data", "generative"):
         section = getattr(config, name)
         sections[name] = dataclasses.replace(
             section, **{f.name: fill(getattr(section, f.name), f"{name}.{f.name}") for f in dataclasses.fields(section)}
@@ -141,14 +141,25 @@ class Session:
         activations = None
         if self.mesh.size > 1:
             activations = meshes.batch_sharding(self.mesh)
+        if config.model.attention == "cudnn" and self.arch.attention_cap:
+            raise InputError(
+                f"model.attention is cudnn, but {self.arch.family} caps its attention scores, which cuDNN cannot; "
+                "set it to auto or xla"
+            )
         self.model = decoder.define(
             self.arch,
             compute_dtype=config.model.dtype,
             attention=config.model.attention,
             remat=config.model.remat,
             activations=activations,
+            lora=adapters_of(config.lora),
         )
         self.abstract_params = abstract_params(self.model, self.mesh)
+        self.abstract_trained = lora.split(self.abstract_params, self.model.lora)[0]
+        # To compute with, the float32 masters are not needed: every layer casts its weights anyway.
+        self.abstract_inference = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, config.model.dtype, sharding=s.sharding), self.abstract_trained
+        )
         self._shapes: Shapes | None = None
         self._check_batches()
 
@@ -256,18 +267,62 @@ class Session:
             )
         return self._samplers[responses]
 
-    def import_params(self, directory: Path):
-        """Parameters of a Hugging Face directory, sharded. InputError if its shape is not this model's."""
-        shardings = dict(jax.tree_util.tree_leaves_with_path(self.abstract_params))
+    # --- parameters -------------------------------------------------------------------------------------------------
+
+    def import_params(self, directory: Path, *, adapter: Path | None = None, inference: bool = False):
+        """All parameters of a Hugging Face directory, sharded. InputError if its shape is not this model's.
+
+        Args:
+          adapter: PEFT directory of the adapters; without one they are new and change nothing.
+          inference: in the computation's dtype throughout, instead of float32 where trained.
+        """
+        abstract = self.abstract_inference if inference else self.abstract_trained
+        wanted = dict(jax.tree_util.tree_leaves_with_path(lora.join(abstract, self.abstract_params)))
 
         def put(value, path):
-            spec = shardings[tuple(map(jax.tree_util.DictKey, path))]
+            spec = wanted[tuple(map(jax.tree_util.DictKey, path))]
             return jax.device_put(value.astype(spec.dtype), spec.sharding)
 
         arch, params = weights.load(directory, put=put)
         if arch != self.arch:
             raise InputError(f"{directory}: another architecture than {self.config.model.path}")
-        return params
+        return lora.join(self._adapters(adapter, abstract), params)
+
+    def inference_params(self):
+        """The configured model's parameters to compute with, its adapters (lora.adapter) included."""
+        adapter = self.config.lora.adapter
+        return self.import_params(
+            Path(self.config.model.path), adapter=Path(adapter) if adapter else None, inference=True
+        )
+
+    def initial_params(self):
+        """M0's trained parameters, float32."""
+        if self.model.lora is None:
+            return self.import_params(Path(self.config.model.path))
+        adapter = self.config.lora.adapter
+        return self._adapters(Path(adapter) if adapter else None, self.abstract_trained)
+
+    @cached_property
+    def frozen(self):
+        """The parameters that no training changes; loaded once."""
+        if self.model.lora is None:
+            return {}
+        return lora.split(self.import_params(Path(self.config.model.path), inference=True), self.model.lora)[1]
+
+    def _adapters(self, directory: Path | None, abstract):
+        """The adapters of a PEFT directory, or fresh ones."""
+        if self.model.lora is None:
+            return {}
+        if directory is not None:
+            found = adapters.load(directory, self.arch, self.model.lora)
+            return jax.tree.map(lambda s, value: jax.device_put(value.astype(s.dtype), s.sharding), abstract, found)
+
+        def fresh(key):
+            trained, _ = lora.split(self.model.init(key), self.model.lora)
+            return jax.tree.map(lambda s, value: value.astype(s.dtype), abstract, trained)
+
+        key = sampler.stream_key(self.config.run.seed, "init", 0)
+        return jax.jit(fresh, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(key)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -297,6 +352,20 @@ class Session:
         for key, size in sizes.items():
             if size % shards:
                 raise InputError(f"{key} must be a multiple of the {shards} batch shards of the mesh (data x fsdp)")
+
+
+def adapters_of(config: LoraConfig) -> lora.Lora | None:
+    """The adapters that the configuration asks for. InputError where it contradicts the PEFT directory."""
+    if not config.adapter:
+        if config.rank < 0:
+            raise InputError(f"lora.rank must not be negative, not {config.rank}")
+        if not config.rank:
+            return None
+        return lora.Lora(config.rank, config.alpha, config.targets, config.rslora, config.dropout)
+    found = adapters.read_config(Path(config.adapter))
+    if config.rank not in (0, found.rank):
+        raise InputError(f"lora.rank is {config.rank}, but the adapter {config.adapter} has rank {found.rank}")
+    return found
 
 
 def stop_ids(directory: Path, hf_config: dict) -> Ids:

@@ -35,6 +35,7 @@ def train_stage(
     dataset: grain.MapDataset,
     peak: float,
     params: Callable[[], Any],
+    frozen: Callable[[], Any],
     decisions: AppendOnly | None = None,
     save: Callable[[Any], None],
 ) -> None:
@@ -42,9 +43,10 @@ def train_stage(
 
     Args:
       name: of the stage's checkpoint directory.
-      params: gives the parameters to start from, which are donated.
+      params: gives the trained parameters to start from, which are donated.
+      frozen: gives those that stay as they are.
       decisions: file of the per-pair decisions of every step.
-      save: is given the final parameters.
+      save: is given the final trained parameters.
 
     Raises:
       InputError: after optimizer.max_skipped steps in a row with a non-finite loss or gradient.
@@ -61,6 +63,7 @@ def train_stage(
     else:
         done, state, meta = restored
         position = meta["data"]
+    rest = frozen()
     batches = iterator(dataset, position)
     metrics.start_stage(stage, iteration, done)
     if decisions is not None:
@@ -72,7 +75,8 @@ def train_stage(
             for step in range(done, steps):
                 batch = next(batches)
                 started = time.monotonic()
-                state, output = trainer.step(state, put_batch(batch, session.mesh), rates[step])
+                key = trainer.dropout_key(iteration, step)
+                state, output = trainer.step(state, rest, put_batch(batch, session.mesh), rates[step], key)
                 # Read one step late: the device is never waited for.
                 writer.flush()
                 writer.hold(step + 1, output, batch, _tokens(batch), started)

@@ -1,4 +1,4 @@
-"""Gemma 3, text: normalised queries and keys, five layers with a window and a rotary base of their own to one without."""
+"""Gemma 3, text: normalised queries and keys, five layers with a window (and their own rotary base) to one without."""
 
 from __future__ import annotations
 
