@@ -25,6 +25,7 @@ def train(config: Config) -> list[dict]:
     from scir_jax.loop.directory import RunDirectory, manifest
     from scir_jax.loop.export import export_adapter, export_model
     from scir_jax.loop.iteration import Run, check_inputs
+    from scir_jax.loop.programs import check_memory
     from scir_jax.loop.session import Session, check, resolve
     from scir_jax.report import write_report
 
@@ -53,7 +54,10 @@ def train(config: Config) -> list[dict]:
                 config=options.to_dict(config),
             )
             try:
-                rows = Run(session, directory, metrics, stopper).run()
+                run = Run(session, directory, metrics, stopper)
+                if not run.store.exists(config.run.iterations + 1):
+                    check_memory(session)
+                rows = run.run()
             finally:
                 metrics.close()
             write_json(directory.path / "summary.json", {"rows": rows})

@@ -455,6 +455,7 @@ class Stage:
                 peak=1e-3,
                 params=lambda: fresh_params(self.session),
                 decisions=AppendOnly(self.decisions),
+                frozen=dict,
                 save=lambda params: self.store.save(2, params),
             )
         finally:

@@ -53,6 +53,10 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
     stderr.print(f"{title:<28} done, {time.monotonic() - started:.1f} s")
 
 
+def show(table: Table) -> None:
+    stderr.print(table, width=None if stderr.is_terminal else 100)
+
+
 def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
 

@@ -155,7 +155,7 @@ class Session:
             lora=adapters_of(config.lora),
         )
         self.abstract_params = abstract_params(self.model, self.mesh)
-        self.abstract_trained = lora.split(self.abstract_params, self.model.lora)[0]
+        self.abstract_trained, self.abstract_frozen = lora.split(self.abstract_params, self.model.lora)
         # To compute with, the float32 masters are not needed: every layer casts its weights anyway.
         self.abstract_inference = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, config.model.dtype, sharding=s.sharding), self.abstract_trained
