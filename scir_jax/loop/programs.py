@@ -218,7 +218,7 @@ def _print(result: list[tuple[str, Memory]], limit: int) -> None:
     table.add_column("program", no_wrap=True)
     kinds = [field.name for field in dataclasses.fields(Memory)]
     for kind in (*kinds, "total"):
-        table.add_column(kind, justify="right")
+        table.add_column(kind, justify="right", no_wrap=True)
     for name, need in result:
         values = [getattr(need, kind) for kind in kinds]
         table.add_row(name, *(_gib(value) if value else "-" for value in values), _gib(need.total))
