@@ -22,14 +22,18 @@ def read(config: dict[str, Any], where: str) -> Architecture:
     supported = ", ".join(classes)
     name = config.get("model_type")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
+        raise InputError(f"{where}: architectures must be a list of names of classes, not {architectures!r}")
     if name is None and len(architectures) == 1:
         name = classes.get(architectures[0])
     if name == "gemma3":
         raise InputError(
-            f"{where}: this is Gemma 3 with its image encoder; save its text model (Gemma3ForCausalLM.from_pretrained, "
-            "then save_pretrained) and give that directory"
+            f"{where}: model_type is 'gemma3', with an image encoder; take the text model out in transformers: "
+            "full = Gemma3ForConditionalGeneration.from_pretrained(...), "
+            "text = Gemma3ForCausalLM(full.config.text_config), "
+            "text.model.load_state_dict(full.model.language_model.state_dict()), text.save_pretrained(...)"
         )
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         found = config.get("model_type") or architectures or "nothing"
         raise InputError(f"{where}: model_type is {found!r}; supported are {supported}")
     if architectures and FAMILIES[name].HF_CLASS not in architectures:

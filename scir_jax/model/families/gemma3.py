@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scir_jax.errors import InputError
-from scir_jax.model.architecture import Architecture, Layer
+from scir_jax.model.architecture import Architecture, Layer, Rope
 from scir_jax.model.families.gemma2 import gemma
 from scir_jax.model.families.reader import FULL, SLIDING, Reader
 
@@ -27,13 +27,15 @@ def read(config: Reader) -> Architecture:
     )
 
 
-def _rope(config: Reader, kind: str):
+def _rope(config: Reader, kind: str) -> Rope:
     """By layer type in rope_parameters (new); rope_theta with rope_scaling, and rope_local_base_freq (old)."""
     by_type = config.get("rope_parameters") or {}
-    if by_type and not {FULL, SLIDING} & set(by_type):
+    if not isinstance(by_type, dict) or by_type and not {FULL, SLIDING} & set(by_type):
         raise InputError(f"{config.where}: rope_parameters must be an object of {FULL} and {SLIDING}, not {by_type!r}")
-    found = dict(by_type.get(kind) or {})
-    if kind == FULL:
-        found |= config.get("rope_scaling") or {}
-        return config.rope_of(found, "rope_parameters", config.positive("rope_theta", 1e6))
-    return config.rope_of(found, "rope_parameters", config.positive("rope_local_base_freq", 1e4))
+    found = by_type.get(kind) or {}
+    if kind == SLIDING:
+        return config.rope_of(found, "rope_parameters", config.positive("rope_local_base_freq", 1e4))
+    key, scaling = "rope_parameters", config.get("rope_scaling")
+    if isinstance(found, dict) and scaling:
+        key, found = "rope_scaling", found | scaling if isinstance(scaling, dict) else scaling
+    return config.rope_of(found, key, config.positive("rope_theta", 1e6))

@@ -17,8 +17,9 @@ def layers_and_limits(config: Reader) -> dict:
     window = None
     if config.flag("use_sliding_window") and config.get("sliding_window", 0) is not None:
         window = config.integer("sliding_window", 4096)
-    full_layers = config.get("max_window_layers", 28) if window else float("inf")
-    default = [SLIDING if i >= full_layers else FULL for i in range(config.integer("num_hidden_layers"))]
+    layers = config.integer("num_hidden_layers")
+    full_layers = config.integer("max_window_layers", 28, least=0) if window else layers
+    default = [SLIDING if i >= full_layers else FULL for i in range(layers)]
     return dict(
         layers=config.layers(config.layer_types(default), window),
         max_positions=config.integer("max_position_embeddings", 32768),

@@ -21,14 +21,26 @@ class Reader:
     def get(self, key: str, absent: Any = None) -> Any:
         return self.config.get(key, absent)
 
-    def integer(self, key: str, absent: int | None = None, null: int | None = None) -> int:
-        """The positive integer at `key`; `absent` and `null` stand in for a key that is missing or null."""
-        value = self.config.get(key, absent)
+    def integer(
+        self,
+        key: str,
+        absent: int | None = None,
+        null: int | None = None,
+        *,
+        least: int = 1,
+        of: dict[str, Any] | None = None,
+    ) -> int:
+        """The integer, `least` or more, at `key` of the config, or of the object `of` inside it.
+
+        `absent` and `null` stand in for a key that is missing or null.
+        """
+        value = (self.config if of is None else of).get(key, absent)
         value = null if value is None else value
         if value is None:
             raise InputError(f"{self.where}: the key {key!r} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{self.where}: {key} must be a positive integer, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise InputError(f"{self.where}: {key} must be {kind}, not {value!r}")
         return value
 
     def positive(self, key: str, absent: float | None = None, *, of: dict[str, Any] | None = None) -> float:
@@ -56,17 +68,20 @@ class Reader:
 
     def activation(self, key: str, absent: str) -> str:
         value = self.config.get(key, absent)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise InputError(f"{self.where}: {key} is {value!r}; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     def layer_types(self, default: list[str]) -> list[str]:
         """Full or sliding attention of each layer."""
         types = self.config.get("layer_types") or default
-        if not isinstance(types, list) or len(types) != len(default) or set(types) - {FULL, SLIDING}:
-            raise InputError(
-                f"{self.where}: layer_types must name {len(default)} layers, each {FULL} or {SLIDING}, not {types!r}"
-            )
+        if not isinstance(types, list):
+            raise InputError(f"{self.where}: layer_types must be a list of {FULL} and {SLIDING}, not {types!r}")
+        unknown = [kind for kind in types if kind not in (FULL, SLIDING)]
+        if unknown:
+            raise InputError(f"{self.where}: layer_types has {unknown[0]!r}; supported are {FULL} and {SLIDING}")
+        if len(types) != len(default):
+            raise InputError(f"{self.where}: layer_types has {len(types)} layers, num_hidden_layers {len(default)}")
         return types
 
     def layers(self, types: list[str], window: int | None) -> tuple[Layer, ...]:
@@ -101,7 +116,9 @@ class Reader:
         factor = self.positive("factor", of=found)
         if kind == "linear":
             return Rope(theta, kind, factor)
-        original = found.get("original_max_position_embeddings") or self.integer("max_position_embeddings")
+        original = self.integer("max_position_embeddings")
+        if found.get("original_max_position_embeddings"):
+            original = self.integer("original_max_position_embeddings", of=found)
         low, high = (self.positive(f"{name}_freq_factor", of=found) for name in ("low", "high"))
         if high <= low:
             raise InputError(f"{self.where}: {key}: high_freq_factor must be greater than low_freq_factor")
