@@ -1,25 +1,42 @@
 """Conversations to token ids.
 
-A chat template is rendered once with place-holders, so that its own text (which may spell control tokens) and the
-text of users and models (which may not) stay apart until both are ids.
+A chat template is rendered with place-holders, so that its own text (which may spell control tokens) and the text of
+users and models (which may not) stay apart until both are ids; and with the contents themselves, to see what it makes
+of them: many templates trim contents, some leave out an earlier answer's thinking.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 from scir_jax.errors import InputError
+from scir_jax.text.tokens import Ids, TextEncoder, Writer
 
 # Private-use characters around a message's number; a template passes them through untouched.
 _SLOT = "\ue000{}\ue001"
 _SLOT_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
-Ids = tuple[int, ...]
+# The beginning and the end of a thinking block, of Qwen and DeepSeek, and of Mistral.
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+# What a template that asks for the date is told: a run resumed tomorrow has the same prompts.
+DATE = date(2024, 7, 26)
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
 Content = str | Sequence["str | Ids"]
 """A message's content: text, or pieces of text and of finished ids."""
+
+Skeleton = tuple["str | int", ...]
+"""A rendered conversation: the template's texts, and between them the numbers of the messages."""
+
+
+class Literal(str):
+    """Text of a template's author, which may spell control tokens."""
 
 
 def load_tokenizer(directory: Path):
@@ -42,66 +59,57 @@ class Chat:
     """A tokenizer with its chat template.
 
     Attributes:
-      lead: white space that the template writes between a prompt and its answer.
+      lead: template text between a prompt and a given answer: the space that the template writes there, an empty
+        thinking block, or the end of one that the prompt opens.
       stop_ids: tokens that end an assistant's turn, the first one is written after a given answer.
+      control_ids: tokens that no text of users or models becomes.
       pad_id: fills rows; never looked at.
     """
 
-    def __init__(self, tokenizer, where: str, stop_ids: Sequence[int] = ()):
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"{where}: the tokenizer has no chat template; add chat_template.jinja (or the key chat_template of "
-                "tokenizer_config.json) from the model's instruct version"
-            )
+    def __init__(
+        self,
+        tokenizer,
+        where: str,
+        stop_ids: Sequence[int] = (),
+        template_kwargs: Mapping[str, bool | str | int | float] | None = None,
+    ):
+        """
+        Args:
+          where: names the tokenizer in errors.
+          stop_ids: end-of-sequence tokens beside the tokenizer's own.
+          template_kwargs: options of the chat template (`enable_thinking`, `date_string`).
+
+        Raises:
+          InputError: no chat template, one that does not render or writes no header for an answer, an option that it
+            does not read, no stop token.
+        """
         self.tokenizer = tokenizer
         self.where = where
-        # Added runs of white space that are not special (Gemma, Phi) only shorten text; other added tokens are control.
-        self._added = {
-            token.content: (index, token)
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or token.content.strip()
-        }
+        self._source = _template_source(tokenizer, where)
+        self._kwargs = self._checked(template_kwargs or {})
+        self._skeletons: dict[tuple, Skeleton] = {}
         stops = list(dict.fromkeys(i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None))
-        self.control_ids = {index for index, _ in self._added.values()}
-        if tokenizer.unk_token_id not in (*stops, tokenizer.bos_token_id):
-            self.control_ids.discard(tokenizer.unk_token_id)  # what harmless text may become
-        # What a text may stand behind: nothing, a control token, or other text.
-        plain = [t for t, (_, token) in self._added.items() if token.special and not (token.lstrip or token.rstrip)]
-        self._control = next(
-            (t for t in plain if t in (tokenizer.bos_token, tokenizer.eos_token)), plain[0] if plain else ""
-        )
-        self._text = self._control
-        self._context_ids: dict[str, Ids] = {}
-        if any(t[0] in "▁Ġ" for t in tokenizer.convert_ids_to_tokens(self._encode("a", self._control))[:1]):
-            # This tokenizer puts a space before text behind a control token, but not before text behind text.
-            self._text = self._control + "\n"
-        self.lead = self._trail = ""
-        closing = self._closing_stop(stops)
-        if closing is not None:
-            stops = [closing, *(s for s in stops if s != closing)]
-        if not stops:
+        self._text = TextEncoder(tokenizer, where, stops)
+        self.control_ids = self._text.control_ids
+        self.lead, self._trail, closing = self._around_answer()
+        # The stop token that the template itself writes after an answer comes first.
+        closing = next((i for i in closing if i in stops), next(iter(closing), None))
+        self.stop_ids: Ids = tuple(dict.fromkeys([closing, *stops] if closing is not None else stops))
+        if not self.stop_ids:
             raise InputError(
                 f"{where}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
             )
-        self.stop_ids: Ids = tuple(stops)
-        self.lead, self._trail, self._answer_before = self._around_answer()
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        header = Writer(self._text)
+        header.template(self._header)
+        header.finish()
+        self._answer_state = header.state
 
     # --- text -------------------------------------------------------------------------------------------------------
 
-    def encode_text(self, text: str, *, before: str | None = None) -> Ids:
-        """Ids of plain text; no control token, whatever the text spells.
-
-        Args:
-          before: what the text stands behind, which some tokenizers mark; other text by default.
-        """
-        result: list[int] = []
-        start = 0
-        for end in [*self._control_spellings(text), len(text)]:
-            if start < end:
-                result += self._encode_plain(text[start:end], self._text if start or before is None else before)
-                start = end
-        return tuple(result)
+    def encode_text(self, text: str) -> Ids:
+        """Ids of plain text in the midst of other text; no control token, whatever the text spells."""
+        return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of response ids without their stop token; control tokens inside are spelled out."""
@@ -110,36 +118,6 @@ class Chat:
             ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _control_spellings(self, text: str) -> list[int]:
-        """Places behind the first character of each control token that the text spells, overlapping ones too.
-
-        Broken there, the spelling of a control token is text like any other.
-        """
-        return [match.start() + 1 for match in self._control_starts.finditer(text)] if self._control_starts else []
-
-    def _encode_plain(self, text: str, before: str) -> Ids:
-        ids = self._encode(text, before)
-        if self.control_ids.isdisjoint(ids):
-            return ids
-        # The tokenizer's normaliser made a control token of other characters (full-width letters, say).
-        if len(text) == 1:
-            raise InputError(f"{self.where}: the tokenizer turns the character {text!r} into a control token")
-        half = len(text) // 2
-        return self._encode_plain(text[:half], before) + self._encode_plain(text[half:], self._text)
-
-    def _encode(self, text: str, before: str) -> Ids:
-        for context in dict.fromkeys((before, self._control, "")):
-            if context not in self._context_ids:
-                self._context_ids[context] = self._tokenize(context)
-            prefix, ids = self._context_ids[context], self._tokenize(context + text)
-            if ids[: len(prefix)] == prefix:
-                return ids[len(prefix) :]
-            # Else the text's first token reaches into the context.
-        raise AssertionError("the empty context is a prefix of anything")
-
-    def _tokenize(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     # --- conversations ----------------------------------------------------------------------------------------------
 
     def prompt(self, messages: Sequence[dict]) -> Ids:
@@ -147,127 +125,220 @@ class Chat:
         return self.flatten(self.pieces(messages, generation_prompt=True))
 
     def answer(self, text: str) -> Ids:
-        """Ids of a complete assistant's answer, with its stop token."""
-        return self._answer_text(text, self._answer_before) + self.stop_ids[:1]
+        """Ids of a complete given answer, with its stop token, as they stand behind a prompt."""
+        writer = Writer(self._text, self._answer_state)
+        writer.template(self.lead)
+        writer.text(self._trimmed_answer(text))
+        writer.template(self._trail)
+        return self.flatten(writer.finish()) + self.stop_ids[:1]
 
     @staticmethod
     def flatten(pieces: Sequence[Ids]) -> Ids:
         return tuple(i for piece in pieces for i in piece)
 
-    def pieces(self, messages: Sequence[dict], *, generation_prompt: bool, suffix: str = "") -> list[Ids]:
-        """Ids of a conversation; contents given as ids, and assistants' texts, are pieces of their own.
+    def pieces(
+        self, messages: Sequence[dict], *, generation_prompt: bool, suffix: Sequence[Literal | str] = ()
+    ) -> list[Ids]:
+        """Ids of a conversation; contents given as ids are pieces of their own.
 
-        Plain template text and the contents of other roles are tokenised together, as the whole rendered text would
-        be; control tokens come from the template alone.
+        All text between them is tokenised together, as the whole rendered text would be; control tokens come from the
+        template alone.
 
         Args:
           messages: role and content each; a content is text, or text and id tuples in turn.
-          suffix: text behind the rendered template, tokenised together with the template's last text.
+          suffix: texts behind the rendered template, tokenised together with the template's last text.
+
+        Raises:
+          InputError: the template refuses the conversation, leaves out a message, or changes one beyond recognition.
         """
-        result: list[Ids] = []
-        run: list[str] = []
-        before = ""
-
-        def flush() -> None:
-            nonlocal before
-            if text := "".join(run):
-                result.append(self.encode_text(text, before=before))
-                before = self._text
-            run.clear()
-
-        def add(ids: Ids, behind: str) -> None:
-            nonlocal before
-            if ids:
-                result.append(ids)
-                before = behind
-
-        # Template texts at even places, between them the numbers of the messages.
-        parts = _SLOT_PATTERN.split(self.render(messages, generation_prompt=generation_prompt))
-        for place, part in enumerate(parts):
-            if place % 2 == 0:
-                if place and messages[int(parts[place - 1])]["role"] == "assistant":
+        contents = [m["content"] for m in messages]
+        mark = ""
+        if not all(isinstance(c, str) for c in contents):
+            mark = _unused([t for c in contents for t in c if isinstance(t, str)])
+            contents = [
+                c if isinstance(c, str) else "".join(t if isinstance(t, str) else mark for t in c) for c in contents
+            ]
+        skeleton, shown = self._rendered([m["role"] for m in messages], contents, generation_prompt)
+        given = {i for i, m in enumerate(messages) if m["role"] == "assistant" and not isinstance(m["content"], str)}
+        writer = Writer(self._text)
+        for place, part in enumerate(skeleton):
+            if isinstance(part, str):
+                # An answer's ids hold what stands around its text.
+                if place and skeleton[place - 1] in given:
                     part = part.removeprefix(self._trail)
-                if place + 1 < len(parts) and messages[int(parts[place + 1])]["role"] == "assistant":
+                if place + 1 < len(skeleton) and skeleton[place + 1] in given:
                     part = part.removesuffix(self.lead)
-                self._template_text(part, run, flush, add)
+                writer.template(part)
                 continue
-            message = messages[int(part)]
-            content = message["content"]
-            for item in [content] if isinstance(content, str) else content:
-                if not isinstance(item, str):
-                    flush()
-                    add(tuple(item), self._text)
-                elif message["role"] == "assistant":
-                    flush()
-                    add(self._answer_text(item, before), self._text)
-                else:
-                    run.append(item)
-        run.append(suffix)
-        flush()
-        return result
+            content = messages[part]["content"]
+            if isinstance(content, str):
+                writer.text(shown[part])
+                continue
+            ids = [item for item in content if not isinstance(item, str)]
+            first, *texts = shown[part].split(mark)
+            if len(texts) != len(ids):
+                raise InputError(f"{self.where}: the chat template leaves out a part of message {part}")
+            writer.text(first)
+            for item, text in zip(ids, texts):
+                writer.ids(item)
+                writer.text(text)
+        for text in suffix:
+            (writer.template if isinstance(text, Literal) else writer.text)(text)
+        return writer.finish()
 
-    def render(self, messages: Sequence[dict], *, generation_prompt: bool) -> str:
-        """The chat template's text with a numbered place-holder for each content."""
-        slots = [{**m, "content": _SLOT.format(i)} for i, m in enumerate(messages)]
+    @cached_property
+    def allows_system(self) -> bool:
+        """The template takes a system message, and shows it."""
+        return self._renders(("system", "user"))
+
+    # --- rendering --------------------------------------------------------------------------------------------------
+
+    def _rendered(
+        self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool
+    ) -> tuple[Skeleton, Sequence[str]]:
+        """The template's own texts, and the contents as the template shows them."""
+        skeleton = self._skeleton(tuple(roles), tuple(map(bool, contents)), generation_prompt)
+        whole = self._render(roles, contents, generation_prompt)
+        if _fill(skeleton, contents) == whole:
+            return skeleton, contents
+        # The template trims contents, or looks into them. What becomes of each is seen when all others are slots.
+        shown = [self._shown(i, roles, contents, generation_prompt, skeleton) for i in range(len(roles))]
+        for i, (text, content) in enumerate(zip(shown, contents)):
+            # More control tokens than the content spells must be the template's, but cannot be told apart from it.
+            if text is None or (text not in content and self._text.spells_control(text)):
+                raise self._changed(i, roles[i], content)
+        if _fill(skeleton, shown) != whole:
+            raise self._changed(len(roles) - 1, roles[-1], contents[-1])
+        return skeleton, shown
+
+    def _shown(
+        self, number: int, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool, skeleton: Skeleton
+    ) -> str | None:
+        """One content as the template shows it; None where the text around it is not as for any other content."""
+        content = contents[number]
+        if not content:
+            return content
+        slots = [_SLOT.format(i) if c else c for i, c in enumerate(contents)]
+        text = self._render(roles, [*slots[:number], content, *slots[number + 1 :]], generation_prompt)
+        at = skeleton.index(number)
+        start, end = _fill(skeleton[:at], slots), _fill(skeleton[at + 1 :], slots)
+        if number in skeleton[at + 1 :] or not (text.startswith(start) and text.endswith(end)):
+            return None
+        return text[len(start) : len(text) - len(end)] if len(text) >= len(start) + len(end) else None
+
+    def _skeleton(self, roles: tuple[str, ...], filled: tuple[bool, ...], generation_prompt: bool) -> Skeleton:
+        """A conversation rendered with a slot for each content. An empty content stays empty: templates ask for it."""
+        key = (roles, filled, generation_prompt)
+        if key not in self._skeletons:
+            slots = [_SLOT.format(i) if full else "" for i, full in enumerate(filled)]
+            parts = _SLOT_PATTERN.split(self._render(roles, slots, generation_prompt))
+            skeleton = tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+            if missing := [i for i, full in enumerate(filled) if full and i not in skeleton]:
+                raise InputError(
+                    f"{self.where}: the chat template leaves out the content of message {missing[0]} "
+                    f"({roles[missing[0]]})"
+                )
+            self._skeletons[key] = skeleton
+        return self._skeletons[key]
+
+    def _render(self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         try:
-            text = self.tokenizer.apply_chat_template(slots, tokenize=False, add_generation_prompt=generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._kwargs,
+            )
         except Exception as error:  # the template's own raise_exception, or a Jinja error
-            roles = ", ".join(str(m.get("role")) for m in messages)
-            raise InputError(f"{self.where}: the chat template refuses a conversation of ({roles}): {error}") from None
-        missing = [i for i in range(len(messages)) if _SLOT.format(i) not in text]
-        if missing:
-            raise InputError(f"{self.where}: the chat template leaves out the content of message {missing[0]}")
-        return text
+            reason = " ".join(str(error).split())
+        advice = "take out what it does not allow"
+        if roles[0] == "system" and self._renders(roles[1:]):
+            advice = "put the system text at the beginning of the first user message"
+        raise InputError(
+            f"{self.where}: the chat template refuses a conversation of ({', '.join(map(str, roles))}): {reason}; {advice}"
+        )
 
-    @cached_property
-    def _added_pattern(self) -> re.Pattern | None:
-        texts = sorted(self._added, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
+    def _renders(self, roles: Sequence[str]) -> bool:
+        try:
+            return bool(roles and self._skeleton(tuple(roles), (True,) * len(roles), True))
+        except InputError:
+            return False
 
-    @cached_property
-    def _control_starts(self) -> re.Pattern | None:
-        return re.compile(f"(?={self._added_pattern.pattern})") if self._added_pattern else None
+    def _changed(self, number: int, role: str, content: str) -> InputError:
+        start = content if len(content) < 40 else content[:40] + "..."
+        return InputError(
+            f"{self.where}: the chat template does not show message {number} ({role}, {start!r}) as it shows others; "
+            "take out of the message what the template looks for, or use a template that writes messages as they are"
+        )
 
-    def _template_text(self, text: str, run: list[str], flush, add) -> None:
-        strip_next = False
-        for part in self._added_pattern.split(text) if self._added_pattern else [text]:
-            if part in self._added:
-                index, token = self._added[part]
-                if token.lstrip and run:
-                    run[-1] = run[-1].rstrip()
-                flush()
-                add((index,), self._control)
-                strip_next = token.rstrip
-            elif part:
-                run.append(part.lstrip() if strip_next else part)
-                strip_next = False
+    # --- the assistant's turn ---------------------------------------------------------------------------------------
 
-    def _answer_text(self, text: str, before: str) -> Ids:
-        return self.encode_text(self.lead + text + self._trail, before=before)
-
-    def _around_answer(self) -> tuple[str, str, str]:
-        """White space that the template puts around an answer, and what the two stand behind.
+    def _around_answer(self) -> tuple[str, str, list[int]]:
+        """Template text before an answer (`lead`), white space behind it, and the control tokens behind it.
 
         Llama 2 and Mistral write "[/INST] answer </s>", but end the prompt at "[/INST]": the spaces are the model's to
         sample, so they belong to the answer.
         """
-        user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
-        prompt = self.render([user], generation_prompt=True)
-        whole = self.render([user, assistant], generation_prompt=False)
-        lead = trail = ""
-        if whole.startswith(prompt):
-            lead, _, rest = whole[len(prompt) :].partition(_SLOT.format(1))
-            trail, *closing = self._added_pattern.split(rest, maxsplit=1) if self._added_pattern else [rest]
-            lead = lead if lead.isspace() else ""
-            if not trail.isspace() or not closing or self._added[closing[0]][1].lstrip:
-                trail = ""
-        behind_control = self._added_pattern is not None and self._added_pattern.split(prompt)[-1] == ""
-        return lead, trail, self._control if behind_control else self._text
+        *before, header = self._skeleton(("user",), (True,), True)
+        whole = self._skeleton(("user", "assistant"), (True, True), False)
+        at = whole.index(1)
+        between, behind = whole[at - 1], self._text.split(whole[at + 1])
+        lead = None
+        if list(whole[: at - 1]) == before and between.startswith(header):
+            lead = between.removeprefix(header)
+        if self._skeleton(("user",), (True,), False) == (*before, header) and (lead is None or lead.strip()):
+            raise InputError(
+                f"{self.where}: the chat template writes no header for the assistant's answer (it ignores "
+                "add_generation_prompt); add one to the template, or use the one of the model's instruct version"
+            )
+        self._header = header
+        lead = lead or ""
+        for begin, end in THINKING:
+            if (header + lead).rfind(begin) > (header + lead).rfind(end):
+                lead += ("\n" if (header + lead).endswith("\n") else "\n\n") + end + "\n\n"
+        control = [self._text.added[part] for part in behind if part in self._text.added]
+        trail = behind[0] if behind and behind[0].isspace() and control and not control[0][1].lstrip else ""
+        return lead, trail, [index for index, _ in control if index in self.control_ids]
 
-    def _closing_stop(self, stops: Sequence[int]) -> int | None:
-        """The stop token that the template itself writes after an assistant's answer."""
-        pieces = self.pieces(
-            [{"role": "user", "content": [(-1,)]}, {"role": "assistant", "content": [(-2,)]}], generation_prompt=False
+    def _trimmed_answer(self, text: str) -> str:
+        """An answer as the template shows it in a conversation, but for its thinking."""
+        if text == text.strip():
+            return text
+        roles, contents = ("user", "assistant"), (_SLOT.format(0), text)
+        shown = self._shown(1, roles, contents, False, self._skeleton(roles, (True, True), False))
+        return shown if shown is not None and shown in text else text
+
+    def _checked(self, options: Mapping) -> dict:
+        taken = {"messages", "strftime_now", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        for name, value in options.items():
+            if not isinstance(value, (bool, str, int, float)):
+                raise InputError(f"chat_template_kwargs.{name}: must be true, false, a text or a number, not {value!r}")
+            if name in taken or not re.search(rf"\b{re.escape(name)}\b", self._source):
+                raise InputError(f"chat_template_kwargs.{name}: the chat template of {self.where} has no such option")
+        return dict(options)
+
+
+def _template_source(tokenizer, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: the tokenizer has no chat template; add chat_template.jinja (or the key chat_template of "
+            "tokenizer_config.json) from the model's instruct version"
         )
-        tail = self.flatten(pieces[pieces.index((-2,)) + 1 :])
-        return next((i for i in tail if i in stops), next((i for i in tail if i in self.control_ids), None))
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:  # several named ones, none of them the default
+        raise InputError(
+            f"{where}: the tokenizer has no default chat template: {' '.join(str(error).split())}"
+        ) from None
+    return _CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), source)
+
+
+def _fill(skeleton: Skeleton, contents: Sequence[str]) -> str:
+    return "".join(part if isinstance(part, str) else contents[part] for part in skeleton)
+
+
+def _unused(texts: Sequence[str]) -> str:
+    """A private-use character that none of the texts holds."""
+    return next(c for c in map(chr, range(0xE002, 0xF900)) if not any(c in text for text in texts))

@@ -16,9 +16,11 @@ from pathlib import Path
 import yaml
 
 from scir_jax.errors import InputError
-from scir_jax.text.chat import Chat, Ids
+from scir_jax.text.chat import THINKING, Chat, Ids, Literal
 
-_FIELD = re.compile(r"\{(prompt|response_a|response_b)\}")
+# {name} is a field, {{name}} the same in braces; all other braces are text as they stand.
+_FIELD = re.compile(r"\{\{([a-z_][a-z0-9_]*)\}\}|\{([a-z_][a-z0-9_]*)\}")
+_FIELDS = ("prompt", "response_a", "response_b")
 _NEEDED = {"standalone": {"prompt", "response_a", "response_b"}, "continuation": {"response_b"}}
 
 
@@ -28,9 +30,11 @@ class Template:
 
     Attributes:
       question: text with {prompt}, {response_a}, {response_b}; in the continuation layout response a is the
-        conversation's last answer and {response_a} may not occur.
-      answer_prefix: text of the judge's own turn before the verdict.
+        conversation's last answer and {response_a} may not occur. Plain text: it spells no control tokens.
+      answer_prefix: text of the judge's own turn before the verdict; it may spell control tokens. One with a thinking
+        block takes the place of the empty block that is written for a model that thinks.
       verdicts: the letters for "a is better" and "b is better".
+      system: who the judge is; a system message where that is possible, else at the beginning of the question.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Template:
     question: str
     answer_prefix: str
     verdicts: tuple[str, str]
+    system: str = ""
 
 
 def load_template(name: str) -> Template:
@@ -55,21 +60,54 @@ def load_template(name: str) -> Template:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         template = Template(name=name, **{**content, "verdicts": tuple(map(str, content["verdicts"]))})
-        if not all(isinstance(text, str) for text in (template.layout, template.question, template.answer_prefix)):
+        texts = (template.layout, template.question, template.answer_prefix, template.system)
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
-        keys = ", ".join(f.name for f in dataclasses.fields(Template)[1:])
-        raise InputError(f"judge template {name}: must be a YAML mapping with the keys {keys}") from None
+        keys = ", ".join(f.name for f in dataclasses.fields(Template)[1:-1])
+        raise InputError(
+            f"judge template {name}: must be a YAML mapping with the keys {keys} (and system, if wanted)"
+        ) from None
     if template.layout not in _NEEDED:
         raise InputError(f"judge template {name}: layout must be standalone or continuation, not {template.layout!r}")
     if len(template.verdicts) != 2 or template.verdicts[0] == template.verdicts[1]:
         raise InputError(f"judge template {name}: verdicts must be two different letters")
-    fields = set(_FIELD.findall(template.question))
+    fields = {piece for piece in split_fields(template.question) if isinstance(piece, Field)}
+    if unknown := fields - set(_FIELDS):
+        raise InputError(
+            f"judge template {name}: the question has the unknown field {{{min(unknown)}}}; the fields are "
+            f"{', '.join(f'{{{field}}}' for field in _FIELDS)}; write {{{{{min(unknown)}}}}} for the word in braces"
+        )
     if missing := _NEEDED[template.layout] - fields:
         raise InputError(f"judge template {name}: the question lacks {{{'}, {'.join(sorted(missing))}}}")
     if template.layout == "continuation" and "response_a" in fields:
         raise InputError(f"judge template {name}: response_a is the conversation's own answer, not a field")
+    for key in ("system", "answer_prefix"):
+        if found := [piece for piece in split_fields(getattr(template, key)) if isinstance(piece, Field)]:
+            raise InputError(
+                f"judge template {name}: {key} has the field {{{found[0]}}}, which only the question may have; "
+                f"write {{{{{found[0]}}}}} for the word in braces"
+            )
     return template
+
+
+class Field(str):
+    """The name of a field in a question."""
+
+
+def split_fields(text: str) -> list[str]:
+    """A template's text as constant texts and `Field`s in turn, with {{name}} written out as {name}."""
+    pieces: list[str] = [""]
+    end = 0
+    for match in _FIELD.finditer(text):
+        pieces[-1] += text[end : match.start()]
+        if match[2] is None:
+            pieces[-1] += f"{{{match[1]}}}"
+        else:
+            pieces += [Field(match[2]), ""]
+        end = match.end()
+    pieces[-1] += text[end:]
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -78,7 +116,8 @@ class Judge:
 
     Attributes:
       parts: constant ids and slots in turn; the last ids ask for the verdict.
-      answer_tokens: how many tokens at the end are the judge's own, the verdict included.
+      answer_tokens: how many tokens at the end are the template's answer_prefix and the verdict.
+      system: where the template's system text went: "message", "question" (folded in front of it), or "" without one.
     """
 
     template: Template
@@ -86,6 +125,7 @@ class Judge:
     verdict_ids: tuple[int, int]
     stop_ids: Ids
     answer_tokens: int
+    system: str = ""
 
     @property
     def fixed_tokens(self) -> int:
@@ -123,15 +163,28 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
         names.append(name)
         return (-len(names),)  # negative: no token has this id
 
-    pieces = _FIELD.split(template.question)
-    question = [slot(piece) if i % 2 else piece for i, piece in enumerate(pieces) if piece or i % 2]
+    question = [
+        slot(piece) if isinstance(piece, Field) else piece for piece in split_fields(template.question) if piece
+    ]
+    system = "".join(split_fields(template.system))
+    placed = ""
+    if system:
+        # A conversation's system message was written before its judge came.
+        placed = "message" if template.layout == "standalone" and chat.allows_system else "question"
+    if placed == "question":
+        question = [system + "\n\n", *question]
     messages: list[dict] = [{"role": "user", "content": question}]
     if template.layout == "continuation":
         messages = [{"role": "user", "content": [(-1001,)]}, {"role": "assistant", "content": [(-1002,)]}, *messages]
-    first, second = (
-        chat.flatten(chat.pieces(messages, generation_prompt=True, suffix=chat.lead + template.answer_prefix + verdict))
-        for verdict in template.verdicts
-    )
+    elif placed == "message":
+        messages = [{"role": "system", "content": system}, *messages]
+
+    def row(*suffix: str) -> Ids:
+        return chat.flatten(chat.pieces(messages, generation_prompt=True, suffix=(Literal(lead), *suffix)))
+
+    prefix = "".join(split_fields(template.answer_prefix))
+    lead = "" if chat.lead.strip() and any(mark in prefix for block in THINKING for mark in block) else chat.lead
+    first, second = (row(Literal(prefix), verdict) for verdict in template.verdicts)
     if len(first) != len(second) or first[:-1] != second[:-1] or first[-1] == second[-1]:
         a, b = template.verdicts
         raise InputError(
@@ -141,12 +194,16 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     for verdict, token in zip(template.verdicts, (first[-1], second[-1])):
         if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
             raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
-    answer_tokens = max(len(first) - len(chat.flatten(chat.pieces(messages, generation_prompt=True))), 1)
+    # Neither the space nor the empty thinking block before it is the answer's; but a space may be part of its first token.
+    before = row()
+    common = next((i for i, (x, y) in enumerate(zip(first, before)) if x != y), len(before))
+    answer_tokens = max(len(first) - common, 1)
     flat = first[:-1]
     if template.layout == "continuation":
         flat = flat[flat.index(-1002) + 1 :]
-        stop = next((i for i, token in enumerate(flat) if token in chat.stop_ids), None)
-        if stop is not None:
+        # `Judge.row` writes the end of the answer's turn.
+        stop = next((i for i, token in enumerate(flat) if token in chat.stop_ids or token < 0), 0)
+        if flat[stop] in chat.stop_ids and not chat.tokenizer.decode(flat[:stop]).strip():
             flat = flat[stop + 1 :]
     parts: list[Ids | str] = []
     constant: list[int] = []
@@ -157,4 +214,4 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
         else:
             constant.append(token)
     parts.append(tuple(constant))
-    return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids, answer_tokens)
+    return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids, answer_tokens, placed)
