@@ -205,7 +205,7 @@ class Chat:
         shown = [self._shown(i, roles, contents, generation_prompt, skeleton) for i in range(len(roles))]
         for i, (text, content) in enumerate(zip(shown, contents)):
             # More control tokens than the content spells must be the template's, but cannot be told apart from it.
-            if text is None or (text not in content and self._text.spells_control(text)):
+            if text is None or not self._text.spelled(text) <= self._text.spelled(content):
                 raise self._changed(i, roles[i], content)
         if _fill(skeleton, shown) != whole:
             raise self._changed(len(roles) - 1, roles[-1], contents[-1])

@@ -6,6 +6,7 @@ Who wrote a text decides what it can become: a template's author may spell contr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from functools import cached_property
@@ -101,8 +102,9 @@ class TextEncoder:
         firsts = sorted({text[0] for text in self.added})
         return re.compile("[" + "".join(map(re.escape, firsts)) + "]") if firsts else None
 
-    def spells_control(self, text: str) -> bool:
-        return bool(self._spellings(text))
+    def spelled(self, text: str) -> Counter[str]:
+        """How often a text spells each added token."""
+        return Counter(self._added_pattern.findall(text) if self._added_pattern else ())
 
     def _spellings(self, text: str) -> list[int]:
         """Places behind the first character of each control token that the text spells, overlapping ones too.
