@@ -197,7 +197,7 @@ class Chat:
         self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool
     ) -> tuple[Skeleton, Sequence[str]]:
         """The template's own texts, and the contents as the template shows them."""
-        skeleton = self._skeleton(tuple(roles), tuple(map(bool, contents)), generation_prompt)
+        skeleton = self._skeleton(tuple(roles), generation_prompt, contents)
         whole = self._render(roles, contents, generation_prompt)
         if _fill(skeleton, contents) == whole:
             return skeleton, contents
@@ -216,9 +216,9 @@ class Chat:
     ) -> str | None:
         """One content as the template shows it; None where the text around it is not as for any other content."""
         content = contents[number]
-        if not content:
+        if number not in skeleton:
             return content
-        slots = [_SLOT.format(i) if c else c for i, c in enumerate(contents)]
+        slots = _slots(contents)
         text = self._render(roles, [*slots[:number], content, *slots[number + 1 :]], generation_prompt)
         at = skeleton.index(number)
         start, end = _fill(skeleton[:at], slots), _fill(skeleton[at + 1 :], slots)
@@ -226,14 +226,17 @@ class Chat:
             return None
         return text[len(start) : len(text) - len(end)] if len(text) >= len(start) + len(end) else None
 
-    def _skeleton(self, roles: tuple[str, ...], filled: tuple[bool, ...], generation_prompt: bool) -> Skeleton:
-        """A conversation rendered with a slot for each content. An empty content stays empty: templates ask for it."""
-        key = (roles, filled, generation_prompt)
+    def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool, contents: Sequence[str] = ()) -> Skeleton:
+        """A conversation rendered with a slot for each content.
+
+        A blank content (none by default) stays as it is: templates ask whether there is one, and trim what is around.
+        """
+        slots = _slots(contents or roles)
+        key = (roles, generation_prompt, tuple(slots))
         if key not in self._skeletons:
-            slots = [_SLOT.format(i) if full else "" for i, full in enumerate(filled)]
             parts = _SLOT_PATTERN.split(self._render(roles, slots, generation_prompt))
             skeleton = tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
-            if missing := [i for i, full in enumerate(filled) if full and i not in skeleton]:
+            if missing := [i for i, slot in enumerate(slots) if slot.strip() and i not in skeleton]:
                 raise InputError(
                     f"{self.where}: the chat template leaves out the content of message {missing[0]} "
                     f"({roles[missing[0]]})"
@@ -262,7 +265,7 @@ class Chat:
 
     def _renders(self, roles: Sequence[str]) -> bool:
         try:
-            return bool(roles and self._skeleton(tuple(roles), (True,) * len(roles), True))
+            return bool(roles and self._skeleton(tuple(roles), True))
         except InputError:
             return False
 
@@ -281,14 +284,14 @@ class Chat:
         Llama 2 and Mistral write "[/INST] answer </s>", but end the prompt at "[/INST]": the spaces are the model's to
         sample, so they belong to the answer.
         """
-        *before, header = self._skeleton(("user",), (True,), True)
-        whole = self._skeleton(("user", "assistant"), (True, True), False)
+        *before, header = self._skeleton(("user",), True)
+        whole = self._skeleton(("user", "assistant"), False)
         at = whole.index(1)
         between, behind = whole[at - 1], self._text.split(whole[at + 1])
         lead = None
         if list(whole[: at - 1]) == before and between.startswith(header):
             lead = between.removeprefix(header)
-        if self._skeleton(("user",), (True,), False) == (*before, header) and (lead is None or lead.strip()):
+        if self._skeleton(("user",), False) == (*before, header) and (lead is None or lead.strip()):
             raise InputError(
                 f"{self.where}: the chat template writes no header for the assistant's answer (it ignores "
                 "add_generation_prompt); add one to the template, or use the one of the model's instruct version"
@@ -307,7 +310,7 @@ class Chat:
         if text == text.strip():
             return text
         roles, contents = ("user", "assistant"), (_SLOT.format(0), text)
-        shown = self._shown(1, roles, contents, False, self._skeleton(roles, (True, True), False))
+        shown = self._shown(1, roles, contents, False, self._skeleton(roles, False))
         return shown if shown is not None and shown in text else text
 
     def _checked(self, options: Mapping) -> dict:
@@ -333,6 +336,10 @@ def _template_source(tokenizer, where: str) -> str:
             f"{where}: the tokenizer has no default chat template: {' '.join(str(error).split())}"
         ) from None
     return _CLOCK.sub(lambda call: repr(DATE.strftime(call[2])), source)
+
+
+def _slots(contents: Sequence[str]) -> list[str]:
+    return [_SLOT.format(i) if content.strip() else content for i, content in enumerate(contents)]
 
 
 def _fill(skeleton: Skeleton, contents: Sequence[str]) -> str:
