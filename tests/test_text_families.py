@@ -11,7 +11,7 @@ from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat
 
 SYSTEMS = (None, "You are a helpful assistant.", "  Be brief. \n\n")
-CONTENTS = ("Hello there", " Name a colour.\n\n", "\n\n  And you?", "", "über 日本 🙂 naïve", "A\n\n\nB   C\n")
+CONTENTS = ("Hello there", " Name a colour.\n\n", "\n\n  And you?", "", "  ", "über 日本 🙂 naïve", "A\n\n\nB   C\n")
 KINDS = [
     (kind, template)
     for kind in TOKENIZERS

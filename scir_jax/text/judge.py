@@ -194,10 +194,9 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     for verdict, token in zip(template.verdicts, (first[-1], second[-1])):
         if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
             raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
-    # Neither the space nor the empty thinking block before it is the answer's; but a space may be part of its first token.
-    before = row()
-    common = next((i for i, (x, y) in enumerate(zip(first, before)) if x != y), len(before))
-    answer_tokens = max(len(first) - common, 1)
+    answer_tokens = 1
+    if prefix:  # from where the row departs from one without it: a space before it may be part of its first token
+        answer_tokens = len(first) - next((i for i, (x, y) in enumerate(zip(first, row())) if x != y), len(row()))
     flat = first[:-1]
     if template.layout == "continuation":
         flat = flat[flat.index(-1002) + 1 :]
