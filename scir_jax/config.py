@@ -7,7 +7,7 @@ A YAML file holds one mapping per section (``model:``, ``data:``, ...); a later 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class TextConfig:
     """with the stop token"""
     long_prompts: Literal["middle", "drop", "error"] = "middle"
     """an over-long prompt loses its middle, is left out, or stops the run"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """options of the model's chat template, true, false, texts or numbers: `{"enable_thinking": false}`"""
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,13 @@ def _with_values(argv: list[str], flags: set[str]) -> list[str]:
     return result
 
 
-def _known_keys(sections: Sequence[str]) -> set[str]:
+def _fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
     types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return {f"{s}.{f.name}" for s in sections for f in dataclasses.fields(types[s])}
+    return {f"{s}.{f.name}": f for s in sections for f in dataclasses.fields(types[s])}
+
+
+def _known_keys(sections: Sequence[str]) -> set[str]:
+    return set(_fields(sections))
 
 
 def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[str]:
@@ -154,6 +158,8 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
     allowed = known | set(sections) | {"config", "help", "print_config"}
     everything = [f.name for f in dataclasses.fields(Config)]
     in_files = known | set(everything) | _known_keys(everything)
+    # Keys of mappings are the user's own.
+    mappings = {k for k, field in _fields(everything).items() if field.default_factory is dict}
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
             continue
@@ -161,7 +167,7 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
         if name == "config":
             file = Path(value or (argv[position + 1] if position + 1 < len(argv) else ""))
             for key in _file_keys(file):
-                if key not in in_files:
+                if key not in in_files and key.rpartition(".")[0] not in mappings:
                     raise InputError(f"{file}: unknown key {key!r}{_nearest(key, known)}")
         elif name not in allowed:
             raise InputError(f"unknown option --{name}{_nearest(name, known)}")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from chat_templates import NO_SYSTEM, QWEN_2, TEMPLATES, TOKENIZERS, chat, reference, stops, tokenizer, turns
 
+from scir_jax import options
 from scir_jax.config import Config, TextConfig
 from scir_jax.data.encode import Encoder
 from scir_jax.errors import InputError
@@ -171,14 +172,50 @@ def test_a_template_is_told_one_date_unless_an_option_says_another():
     [
         ("enable_thinkng", False, "chat_template_kwargs.enable_thinkng: the chat template of x has no such option"),
         ("messages", "a", "chat_template_kwargs.messages: the chat template of x has no such option"),
-        ("add_generation_prompt", False, "add_generation_prompt: the chat template of x has no such option"),
-        ("enable_thinking", None, "enable_thinking: must be true, false, a text or a number, not None"),
-        ("enable_thinking", ["no"], "enable_thinking: must be true, false, a text or a number, not"),
+        (
+            "add_generation_prompt",
+            False,
+            "chat_template_kwargs.add_generation_prompt: the chat template of x has no such option",
+        ),
+        (
+            "enable_thinking",
+            None,
+            "chat_template_kwargs.enable_thinking: must be true, false, a text or a number, not None",
+        ),
+        (
+            "enable_thinking",
+            ["no"],
+            "chat_template_kwargs.enable_thinking: must be true, false, a text or a number, not",
+        ),
     ],
 )
 def test_options_with_mistakes(name, value, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match="text." + words):
         with_template(TEMPLATES["qwen-3"], **{name: value})
+
+
+@pytest.mark.parametrize(
+    "section", ["{enable_thinking: false}", "\n    enable_thinking: false\n    date_string: 1 Jan"]
+)
+def test_options_of_the_template_in_a_configuration(tmp_path, section):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"text:\n  max_prompt_tokens: 7\n  chat_template_kwargs: {section}\n", encoding="utf-8")
+    config, _ = options.parse("train", "", ["--config", str(file)])
+    assert config.text.chat_template_kwargs["enable_thinking"] is False
+    assert options.to_dict(config)["text"]["chat_template_kwargs"] == config.text.chat_template_kwargs
+    written = tmp_path / "written.yaml"
+    written.write_text(options.to_yaml(config), encoding="utf-8")
+    assert options.parse("train", "", ["--config", str(written)])[0] == config
+    config, _ = options.parse("train", "", ["--text.chat_template_kwargs", '{"enable_thinking": false}'])
+    assert config.text.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_configuration_without_options_of_the_template(tmp_path):
+    assert options.parse("train", "", ["--run.seed", "1"])[0].text.chat_template_kwargs == {}
+    file = tmp_path / "c.yaml"
+    file.write_text("text:\n  chat_template_kwarg: {enable_thinking: false}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="unknown key 'text.chat_template_kwarg.enable_thinking'; did you mean"):
+        options.parse("train", "", ["--config", str(file)])
 
 
 # --- roles --------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,12 @@ class Session:
         directory = Path(config.model.path)
         self.hf_config = weights.hf_config(directory)
         self.arch = Architecture.from_hf_config(self.hf_config, str(directory / "config.json"))
-        self.chat = Chat(load_tokenizer(directory), str(directory), stop_ids(directory, self.hf_config))
+        self.chat = Chat(
+            load_tokenizer(directory),
+            str(directory),
+            stop_ids(directory, self.hf_config),
+            config.text.chat_template_kwargs,
+        )
         self.templates = [load_template(name) for name in config.generative.templates]
         self.judges = [compile_judge(template, self.chat) for template in self.templates]
         self.encoder = Encoder(config, self.chat, self.judges, self.arch.max_positions)

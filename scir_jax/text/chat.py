@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from scir_jax.errors import InputError
 from scir_jax.text.tokens import Ids, TextEncoder, Writer
@@ -71,13 +72,13 @@ class Chat:
         tokenizer,
         where: str,
         stop_ids: Sequence[int] = (),
-        template_kwargs: Mapping[str, bool | str | int | float] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
         """
         Args:
           where: names the tokenizer in errors.
           stop_ids: end-of-sequence tokens beside the tokenizer's own.
-          template_kwargs: options of the chat template (`enable_thinking`, `date_string`).
+          template_kwargs: options of the chat template (`enable_thinking`, `date_string`): true, false, texts or numbers.
 
         Raises:
           InputError: no chat template, one that does not render or writes no header for an answer, an option that it
@@ -316,10 +317,11 @@ class Chat:
     def _checked(self, options: Mapping) -> dict:
         taken = {"messages", "strftime_now", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         for name, value in options.items():
+            where = f"text.chat_template_kwargs.{name}"
             if not isinstance(value, (bool, str, int, float)):
-                raise InputError(f"chat_template_kwargs.{name}: must be true, false, a text or a number, not {value!r}")
-            if name in taken or not re.search(rf"\b{re.escape(name)}\b", self._source):
-                raise InputError(f"chat_template_kwargs.{name}: the chat template of {self.where} has no such option")
+                raise InputError(f"{where}: must be true, false, a text or a number, not {value!r}")
+            if name in taken or not re.search(rf"\b{re.escape(str(name))}\b", self._source):
+                raise InputError(f"{where}: the chat template of {self.where} has no such option")
         return dict(options)
 
 
