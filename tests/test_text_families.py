@@ -295,6 +295,17 @@ def test_templates_that_look_into_contents_are_followed_or_refused(name):
             c.prompt(messages)
 
 
+def test_a_template_that_compares_contents_is_refused_where_it_matters():
+    """What becomes of a content when all others are slots is not always what becomes of it among them."""
+    same = "(loop.previtem['content'] if loop.first == false else none)"
+    shown = f"('(again)' if message['content'] == {same} else message['content'] | trim)"
+    c = with_template(QWEN_2.replace("message['content'] +", f"{shown} +"))
+    messages = turns(" Hello", "Hello", "Hello?")
+    assert list(c.prompt(messages)) == reference(c, messages)
+    with pytest.raises(InputError, match="does not show message 2"):
+        c.prompt(turns("Hello", "Blue", "Blue"))
+
+
 def test_contents_cannot_change_what_is_the_templates():
     """Place-holders and marks in a content are text like any other."""
     c = chat("gpt-2", "gemma-2")

@@ -9,10 +9,12 @@ from chat_templates import (
     TEMPLATES,
     TOKENIZERS,
     chat,
+    tokenizer,
     turns,
 )
 
 from scir_jax.errors import InputError
+from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Field, Template, compile_judge, load_template, split_fields
 
 BUILT_IN = ("standalone", "criteria", "continuation", "evaluator", "evaluator_continuation")
@@ -104,6 +106,21 @@ def test_a_continuation_row_is_the_next_turn_of_the_conversation(kind, template,
                 assert len(control(c, row)) == len(control(c, expected)) + 2
             else:
                 assert text_of(c, row) == text_of(c, expected) and control(c, row) == control(c, expected)
+
+
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_a_template_that_does_not_end_an_answer(end):
+    """What stands behind an answer stays, and a later end of turn is not taken for the answer's."""
+    source = """\
+{%- for message in messages %}
+    {{- message['content'] + ('END' if message['role'] == 'user' else '') + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '> ' }}{%- endif %}""".replace("END", end)
+    made = tokenizer("llama-2", "plain")
+    c = Chat(type(made)(tokenizer_object=made.backend_tokenizer, **made.special_tokens_map, chat_template=source), "x")
+    j = compile_judge(mine("continuation", "{response_b}?"), c)
+    row = text_of(c, row_of(c, j, turns("P"), "P", "Q", "R"))
+    assert row == f"P{end}\n> Q</s>\nR?{end}\n>"
 
 
 # --- system texts -------------------------------------------------------------------------------------------------------

@@ -223,9 +223,9 @@ class Chat:
         text = self._render(roles, [*slots[:number], content, *slots[number + 1 :]], generation_prompt)
         at = skeleton.index(number)
         start, end = _fill(skeleton[:at], slots), _fill(skeleton[at + 1 :], slots)
-        if number in skeleton[at + 1 :] or not (text.startswith(start) and text.endswith(end)):
+        if len(text) < len(start) + len(end) or not (text.startswith(start) and text.endswith(end)):
             return None
-        return text[len(start) : len(text) - len(end)] if len(text) >= len(start) + len(end) else None
+        return text[len(start) : len(text) - len(end)]
 
     def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool, contents: Sequence[str] = ()) -> Skeleton:
         """A conversation rendered with a slot for each content.

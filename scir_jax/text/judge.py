@@ -202,7 +202,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
         flat = flat[flat.index(-1002) + 1 :]
         # `Judge.row` writes the end of the answer's turn.
         stop = next((i for i, token in enumerate(flat) if token in chat.stop_ids or token < 0), 0)
-        if flat[stop] in chat.stop_ids and not chat.tokenizer.decode(flat[:stop]).strip():
+        if flat[stop] in chat.stop_ids:
             flat = flat[stop + 1 :]
     parts: list[Ids | str] = []
     constant: list[int] = []

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from tokenizers import pre_tokenizers
 
@@ -62,6 +62,7 @@ class TextEncoder:
         # the text's first token reaches into the context, and the next context is tried.
         self._contexts = {Before.NOTHING: ("",), Before.CONTROL: (control, ""), Before.TEXT: (control, "")}
         self._context_ids: dict[str, Ids] = {}
+        self._recent = lru_cache(1024)(self._written)  # a template's headers come again and again
         if any(t[0] in "▁Ġ" for t in tokenizer.convert_ids_to_tokens(self._encode("a", Before.CONTROL))[:1]):
             # This tokenizer puts a space before text behind a control token, but not before text behind text.
             texts = tuple(control + text for text in "\n.a0)é")
@@ -72,49 +73,54 @@ class TextEncoder:
 
         Raises InputError for a character that the tokenizer can only write as a control token.
         """
+        return self._recent(text, before)
+
+    def _written(self, text: str, before: Before) -> Ids:
         result: list[int] = []
         start = 0
-        for end in [*self._spellings(text), len(text)]:
+        # Broken behind its first character, the spelling of a control token is text like any other.
+        for end in [*(start + 1 for start, _ in self._found(text)), len(text)]:
             if start < end:
                 result += self._plain(text[start:end], Before.TEXT if start else before)
                 start = end
         return tuple(result)
 
     def split(self, text: str) -> list[str]:
-        """A template's text, its added tokens as parts of their own (members of `added`)."""
-        if text not in self._splits:
-            pattern = self._added_pattern
-            parts = re.split(f"({pattern.pattern})", text) if pattern else [text]
-            self._splits[text] = [part for part in parts if part]
-        return self._splits[text]
-
-    @cached_property
-    def _splits(self) -> dict[str, list[str]]:
-        return {}
-
-    @cached_property
-    def _added_pattern(self) -> re.Pattern | None:
-        texts = sorted(self.added, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-    @cached_property
-    def _first_characters(self) -> re.Pattern | None:
-        firsts = sorted({text[0] for text in self.added})
-        return re.compile("[" + "".join(map(re.escape, firsts)) + "]") if firsts else None
+        """A text, the added tokens that it spells as parts of their own (members of `added`)."""
+        parts: list[str] = []
+        end = 0
+        for start, token in self._found(text):
+            if start >= end:
+                parts += [text[end:start], token]
+                end = start + len(token)
+        return [part for part in (*parts, text[end:]) if part]
 
     def spelled(self, text: str) -> Counter[str]:
         """How often a text spells each added token."""
-        return Counter(self._added_pattern.findall(text) if self._added_pattern else ())
+        return Counter(part for part in self.split(text) if part in self.added)
 
-    def _spellings(self, text: str) -> list[int]:
-        """Places behind the first character of each control token that the text spells, overlapping ones too.
+    @cached_property
+    def _first_characters(self) -> re.Pattern:
+        firsts = "".join(sorted({re.escape(text[0]) for text in self.added}))
+        return re.compile(f"[{firsts}]" if firsts else r"(?!)")
 
-        Broken there, the spelling of a control token is text like any other.
+    @cached_property
+    def _lengths(self) -> dict[str, list[int]]:
+        """Of the added tokens that begin with a character, the longest first."""
+        firsts = {text[0] for text in self.added}
+        return {first: sorted({len(t) for t in self.added if t[0] == first}, reverse=True) for first in firsts}
+
+    def _found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Each place where the text spells an added token, overlapping ones too, with the longest one there.
+
+        Some tokenizers have thousands of added tokens: the text is not compared with each.
         """
-        if self._first_characters is None:
-            return []
-        starts = (match.start() for match in self._first_characters.finditer(text))
-        return [start + 1 for start in starts if self._added_pattern.match(text, start)]
+        for match in self._first_characters.finditer(text):
+            start = match.start()
+            for length in self._lengths[text[start]]:
+                if text[start : start + length] in self.added:
+                    yield start, text[start : start + length]
+                    break
 
     def _plain(self, text: str, before: Before) -> Ids:
         ids = self._encode(text, before)
