@@ -96,7 +96,7 @@ def _directory(config, reference: str | None) -> dict:
     )
     grader = evaluation.load_grader(config.evaluate.grader)
     session = Session(config)
-    pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
+    pairs, labels = evaluation.labelled_pairs(session.data.heldout_pairs)
     load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     values: dict = {"model": config.model.path}
     total = evaluation.response_batches(session)
@@ -111,7 +111,7 @@ def _directory(config, reference: str | None) -> dict:
                 advance=bar.advance,
             )
             values |= evaluation.pair_metrics(session, scores, labels)
-        if session.heldout_prompts:
+        if session.data.heldout_prompts:
             rows = evaluation.evaluate_responses(session, session.inference_params(), 0, stopper, bar)
             values |= evaluation.response_metrics(rows, grader, None)
     return evaluation.clean(values)

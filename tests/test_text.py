@@ -682,16 +682,16 @@ def test_long_prompts_lose_their_middle():
     whole, cut = chat("chatml").prompt(LONG), e.prompt(LONG)
     assert len(whole) > 100 and len(cut.conversation) == 24
     assert cut.conversation[:12] == whole[:12] and cut.conversation[-12:] == whole[-12:]
-    assert len(cut.text) == 24 and e.truncated_prompts == 1
-    assert e.prompt(turns("Hello")).conversation == chat("chatml").prompt(turns("Hello")) and e.truncated_prompts == 1
+    assert len(cut.text) == 24 and cut.cut
+    assert (
+        e.prompt(turns("Hello")).conversation == chat("chatml").prompt(turns("Hello"))
+        and not e.prompt(turns("Hello")).cut
+    )
 
 
 def test_long_prompts_are_left_out():
     e = encoder("chatml", max_prompt_tokens=24, long_prompts="drop")
-    assert e.prompt(LONG) is None and e.dropped_prompts == 1
-    assert [p.messages for p in e.prompts([LONG, turns("Hello")], "file")] == [turns("Hello")]
-    with pytest.raises(InputError, match="file: every prompt is longer than text.max_prompt_tokens=24"):
-        e.prompts([LONG], "file")
+    assert e.prompt(LONG) is None and e.prompt(turns("Hello")).messages == turns("Hello")
 
 
 def test_long_prompts_are_an_error():
@@ -750,7 +750,7 @@ def test_context_too_small():
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_rows_fit_their_shapes(name):
-    e = encoder(name, "continuation", "standalone", max_prompt_tokens=24, max_response_tokens=10)
+    e = encoder(name, "continuation", "standalone", max_prompt_tokens=40, max_response_tokens=10)
     prompts = [e.prompt(m) for m in (turns("a"), turns("abc " * 40))]
     shapes = e.shapes(prompts)
     for prompt in prompts:
@@ -798,22 +798,12 @@ def test_verdict_rows(layout):
     e, j = encoder("chatml", layout, max_response_tokens=16), judge("chatml", layout)
     for label, better in ((1.0, 0), (0.0, 1)):
         comparison = Comparison(turns("Name a colour."), "Blue", "fine", label)
-        (first, first_marks), (swapped, swapped_marks) = e.verdict_rows(j, comparison)
+        (first, first_marks), (swapped, swapped_marks) = e.verdict_rows(j, e.pair(comparison))
         assert first[-1] == j.verdict_ids[better] and swapped[-1] == j.verdict_ids[1 - better]
         for ids, marks in ((first, first_marks), (swapped, swapped_marks)):
             assert len(ids) == len(marks) and sum(marks) == 1 and marks[-1]
         prompt = e.prompt(comparison.messages)
         assert first[:-1] == e.judge_row(j, prompt, e.response("Blue"), e.response("fine")).ids
         assert swapped[:-1] == e.judge_row(j, prompt, e.response("fine"), e.response("Blue")).ids
-    assert e.verdict_rows(j, Comparison(turns("x"), "a", "b", 0.5)) == []
-    assert e.verdict_rows(j, Comparison(turns("x"), "a", "b", None)) == []
-
-
-def test_a_long_prompt_is_counted_once_however_often_it_is_encoded():
-    long = [{"role": "user", "content": "word " * 200}]
-    for rule, count in (("middle", "truncated_prompts"), ("drop", "dropped_prompts")):
-        config = Config(text=TextConfig(max_prompt_tokens=20, long_prompts=rule))
-        made = Encoder(config, chat("chatml"), [], 4096)
-        for _ in range(3):
-            made.prompt(long)
-        assert getattr(made, count) == 1
+    assert e.verdict_rows(j, e.pair(Comparison(turns("x"), "a", "b", 0.5))) == []
+    assert e.verdict_rows(j, e.pair(Comparison(turns("x"), "a", "b", None))) == []

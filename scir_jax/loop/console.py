@@ -61,6 +61,12 @@ def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
 
 
+def show(table: Table) -> None:
+    """A table on stderr, as wide as it was made where nobody watches."""
+    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, width=table.width)
+    console.print(table)
+
+
 _COLUMNS = {
     "model": ("model", "{}"),
     "quality": ("quality", "{:.3f}"),
