@@ -20,22 +20,33 @@ from scir_jax.text.judge import Judge
 class Prompt(NamedTuple):
     """A prompt in the ids that are sampled from, and as the text that a judge is shown.
 
-    `where` names its row, `cut` says that it lost its middle.
+    `where` names its row; `tokens` is the conversation's length before it lost its middle.
     """
 
     messages: Messages
     conversation: Ids
     text: Ids
     where: str = ""
-    cut: bool = False
+    tokens: int = 0
+
+    @property
+    def cut(self) -> bool:
+        return len(self.conversation) < self.tokens
 
 
 class Response(NamedTuple):
-    """A response: ids as sampled (with the stop token unless cut), and as the text that a judge is shown."""
+    """A response: ids as sampled (with the stop token unless cut), and as the text that a judge is shown.
+
+    `tokens` is the ids' number before they were cut.
+    """
 
     ids: Ids
     text: Ids
-    cut: bool = False
+    tokens: int = 0
+
+    @property
+    def cut(self) -> bool:
+        return len(self.ids) < self.tokens
 
 
 class EncodedPair(NamedTuple):
@@ -96,11 +107,11 @@ class Encoder:
         """
         limit = self.config.max_prompt_tokens
         conversation = self.chat.prompt(messages)
-        cut = len(conversation) > limit
-        if cut:
+        tokens = len(conversation)
+        if tokens > limit:
             if self.config.long_prompts == "error":
                 raise PromptTooLong(
-                    f"the prompt {prompt_text(messages)[:40]!r}... has {len(conversation)} tokens, "
+                    f"the prompt {prompt_text(messages)[:40]!r}... has {tokens} tokens, "
                     f"text.max_prompt_tokens is {limit}; raise it, or set text.long_prompts to middle or drop"
                 )
             if self.config.long_prompts == "drop":
@@ -113,13 +124,13 @@ class Encoder:
                 )
             conversation = middle_cut(conversation, limit, behind + 1)
         text = middle_cut(self.chat.encode_text(prompt_text(messages)), limit)
-        return Prompt(messages, conversation, text, where, cut)
+        return Prompt(messages, conversation, text, where, tokens)
 
     def response(self, text: str) -> Response:
         """A given answer. One that is too long is cut, and a cut answer gets no stop token."""
         limit = self.config.max_response_tokens
         ids = self.chat.answer(text)
-        return Response(ids[:limit], self.chat.encode_text(text)[:limit], len(ids) > limit)
+        return Response(ids[:limit], self.chat.encode_text(text)[:limit], len(ids))
 
     def pair(self, comparison: Comparison) -> EncodedPair | None:
         """None where the prompt is left out for its length."""
@@ -130,7 +141,7 @@ class Encoder:
 
     def sampled(self, ids: Sequence[int]) -> Response:
         text = self.chat.encode_text(self.chat.decode(ids))
-        return Response(tuple(ids), text[: self.config.max_response_tokens])
+        return Response(tuple(ids), text[: self.config.max_response_tokens], len(ids))
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -163,8 +174,8 @@ class Encoder:
         judged = [tuple(self.judge_row(j, prompt, *order) for order in orders) for j in self.separate_judges]
         return responses, judged
 
-    def conversation_row(self, messages: Messages, limit: int) -> tuple[Ids, tuple[bool, ...]]:
-        """A conversation with its assistants' turns (and stop tokens) marked; a row that is too long loses its end."""
+    def conversation_row(self, messages: Messages) -> tuple[Ids, tuple[bool, ...]]:
+        """A conversation, of any length, with its assistants' turns (and stop tokens) marked."""
         ids: list[int] = []
         marks: list[bool] = []
         for i, message in enumerate(messages):
@@ -173,7 +184,7 @@ class Encoder:
                 answer = self.chat.answer(message["content"])
                 # What stands before a turn is what sampling would stand on at that turn.
                 ids, marks = [*prefix, *answer], [*_aligned(marks, ids, prefix), *[True] * len(answer)]
-        return tuple(ids[:limit]), tuple(marks[:limit])
+        return tuple(ids), tuple(marks)
 
     def verdict_rows(self, judge: Judge, pair: EncodedPair) -> list[tuple[Ids, tuple[bool, ...]]]:
         """The judge's question in both orders with the right verdict; [] where neither answer is said to be better."""

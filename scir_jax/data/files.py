@@ -190,7 +190,10 @@ def table_rows(batches: Iterable, name: str) -> Places:
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            yield f"{name}:row {number}", {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            yield (
+                f"{name}:row {number}",
+                {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()},
+            )
 
 
 def plain_columns(schema, name: str) -> list[str]:

@@ -13,8 +13,6 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-# A lone surrogate is no text; the private-use characters mark the places of contents in a rendered chat template.
-_NO_TEXT = re.compile("[\ud800-\udfff\ue000\ue001]")
 
 
 def prompt_text(messages: Messages) -> str:
@@ -111,6 +109,13 @@ def _check_order(messages: Messages, where: str) -> None:
 
 
 def _text(value: str, where: str) -> str:
-    if _NO_TEXT.search(value):
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+        clean = "\ue000" not in value and "\ue001" not in value  # they mark contents in a rendered chat template
+    except UnicodeEncodeError:
+        clean = False
+    if not clean:
         raise InputError(f"{where}: holds a lone surrogate or a private-use character; clean the text")
     return value

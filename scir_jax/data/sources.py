@@ -109,9 +109,8 @@ def _choose(splits: list[str], split: str | None, source: str) -> str:
     chosen = split or "train"
     if chosen not in splits:
         names = ", ".join(sorted(splits)) or "none"
-        raise InputError(
-            f"{source}: {f'has no split {split!r}' if split else 'which split?'} Give {source}:SPLIT, of {names}"
-        )
+        what = f"has no split {split!r}; give" if split else "which split? Give"
+        raise InputError(f"{source}: {what} {source}:SPLIT with one of {names}")
     return chosen
 
 

@@ -21,8 +21,8 @@ class FileStatistics:
     """One data file in tokens.
 
     Attributes:
-      prompts, answers: tokens of each prompt and of each answer.
-      prompts_cut, answers_cut: how many of them lost tokens to the limits.
+      prompts, answers: tokens of each prompt and of each answer, before the limits cut them.
+      prompts_cut, answers_cut: how many of them the limits cut.
       rows: tokens of each row as it is padded.
       row_tokens: the static length that these rows are padded to; 0 where none is.
     """
@@ -58,7 +58,9 @@ class FileStatistics:
 
 def table(files: dict[str, FileStatistics]) -> Table:
     """A row a file, at most 100 columns wide."""
-    result = Table(title="data, in tokens (p50/p90/p99/max)", box=SIMPLE_HEAD, padding=(0, 1), width=WIDTH)
+    result = Table(
+        title="data, in tokens (p50/p90/p99/max)", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, width=WIDTH
+    )
     result.add_column("file", no_wrap=True)
     for name in ("rows", "used", "prompts", "cut", "answers", "cut", "row", "padding"):
         result.add_column(name, justify="right", no_wrap=True)

@@ -33,7 +33,7 @@ class Inputs:
         self.encoder = encoder
         self.tallies: dict[str, Tally] = {}
         self._shapes: Shapes | None = None
-        self._cut_conversations = 0
+        self._conversations: list[tuple[int, int]] = []  # tokens and answers' tokens of each, before the cut
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -67,10 +67,10 @@ class Inputs:
         rows = []
         for where, messages in _watched("ift", records.read_conversations(path, self.config.data.columns, tally)):
             with tally.row(where):
-                ids, marks = self.encoder.conversation_row(messages, context + 1)
+                ids, marks = self.encoder.conversation_row(messages)
                 if any(marks[:context]):
                     rows.append((ids[:context], marks[:context]))
-                    self._cut_conversations += len(ids) > context
+                    self._conversations.append((len(ids), sum(marks)))
                 else:
                     tally.leave_out(f"no answer begins within the model's context of {context}")
         tally.finish(len(rows))
@@ -126,15 +126,16 @@ class Inputs:
     def statistics(self) -> dict[str, FileStatistics]:
         """Of every file, by key of the configuration; reads those that were not read yet."""
         shapes = self.shapes
-        answers = [sum(marks) for _, marks in self.ift_rows]
+        context = self.encoder.context
+        ift_rows = self.ift_rows
         files = {
             "prompts": _of_prompts(self.prompts, shapes.prompt),
             "ift": {
-                "prompts": [len(ids) - n for (ids, _), n in zip(self.ift_rows, answers, strict=True)],
-                "answers": answers,
+                "prompts": [tokens - answers for tokens, answers in self._conversations],
+                "answers": [answers for _, answers in self._conversations],
                 "prompts_cut": 0,
-                "answers_cut": self._cut_conversations,
-                "rows": [len(ids) for ids, _ in self.ift_rows],
+                "answers_cut": sum(tokens > context for tokens, _ in self._conversations),
+                "rows": [len(ids) for ids, _ in ift_rows],
                 "row_tokens": shapes.ift,
             },
             "eft": _of_pairs(self.eft, shapes.eft) | {"rows": [len(ids) for ids, _ in self.eft_rows]},
@@ -185,13 +186,12 @@ class Inputs:
 
 
 def _of_prompts(prompts: Sequence[Prompt], row_tokens: int) -> dict[str, Any]:
-    lengths = [len(p.conversation) for p in prompts]
     return {
-        "prompts": lengths,
+        "prompts": [p.tokens for p in prompts],
         "answers": [],
         "prompts_cut": sum(p.cut for p in prompts),
         "answers_cut": 0,
-        "rows": lengths,
+        "rows": [len(p.conversation) for p in prompts],
         "row_tokens": row_tokens,
     }
 
@@ -199,7 +199,7 @@ def _of_prompts(prompts: Sequence[Prompt], row_tokens: int) -> dict[str, Any]:
 def _of_pairs(pairs: Sequence[EncodedPair], row_tokens: int) -> dict[str, Any]:
     answers = [y for pair in pairs for y in (pair.a, pair.b)]
     return _of_prompts([pair.prompt for pair in pairs], row_tokens) | {
-        "answers": [len(y.ids) for y in answers],
+        "answers": [y.tokens for y in answers],
         "answers_cut": sum(y.cut for y in answers),
         "rows": [len(pair.prompt.conversation) + len(y.ids) for pair in pairs for y in (pair.a, pair.b)],
     }
