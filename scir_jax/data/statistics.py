@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from scir_jax.data.tally import Tally
@@ -58,11 +57,10 @@ class FileStatistics:
 
 def table(files: dict[str, FileStatistics]) -> Table:
     """A row a file, at most 100 columns wide."""
-    result = Table(
-        title="data, in tokens (p50/p90/p99/max)", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, width=WIDTH
-    )
+    title = "data, in tokens (p50/p90/p99/max)"
+    result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False, width=WIDTH)
     result.add_column("file", no_wrap=True)
-    for name in ("rows", "used", "prompts", "cut", "answers", "cut", "row", "padding"):
+    for name in ("rows", "used", "prompts", "cut", "answers", "cut", "row", "pad"):
         result.add_column(name, justify="right", no_wrap=True)
     for key, file in files.items():
         values = file.to_dict()
