@@ -101,6 +101,7 @@ def _directory(config, reference: str | None) -> dict:
     values: dict = {"model": config.model.path}
     total = evaluation.response_batches(session)
     total += scoring.score_batches(session, len(pairs), with_reference=reference is not None)
+    session.data.tell_left_out()
     with console.Stopper() as stopper, console.stage("evaluate", total) as bar:
         if pairs:
             scores = scoring.score_pairs(

@@ -114,7 +114,7 @@ def test_missing_sources(tmp_path):
     refused(tmp_path, ": is a directory without files of rows (.jsonl, ")
 
 
-# --- Parquet and Arrow --------------------------------------------------------------------------------------------------
+# --- Parquet and Arrow ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_arrow(tmp_path, pa, footer):
     refused(path, ": not a readable Arrow file: ")
 
 
-# --- directories --------------------------------------------------------------------------------------------------------
+# --- directories ------------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_of_files(tmp_path):
@@ -283,7 +283,7 @@ def test_what_datasets_saves(tmp_path):
         assert [row for _, row in sources.rows(tmp_path / name)] == rows
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

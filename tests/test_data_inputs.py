@@ -48,7 +48,7 @@ def refused(make, message, **sections):
     assert str(error.value).startswith(message) and "\n" not in str(error.value), error.value
 
 
-# --- bad rows -----------------------------------------------------------------------------------------------------------
+# --- bad rows ---------------------------------------------------------------------------------------------------------
 
 GOOD = [{"prompt": f"copy {'ab' * i}="} for i in range(1, 9)]
 # The tiny model's chat template takes no system message, which is found where the row is encoded.
@@ -163,7 +163,7 @@ def test_commands_tell_what_they_leave_out(command, world_dir, tmp_path):
     assert all(row["prompt"] == 3 and 0 < row["p_generative"] < 1 for row in written)
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 def percentiles(lengths):
@@ -282,7 +282,7 @@ def test_many_rows_have_a_progress_bar(make, monkeypatch, capsys):
     assert session.data.heldout_prompts and "tokens of" not in capsys.readouterr().err
 
 
-# --- limits of length -----------------------------------------------------------------------------------------------------
+# --- limits of length -------------------------------------------------------------------------------------------------
 
 
 def test_middle_cut_keeps_the_end():
@@ -362,7 +362,7 @@ def test_both_answers_of_a_pair_are_cut_alike(make, world_dir):
         assert counts[0] == counts[1] < 60 and len(ids) + 1 <= 256
 
 
-# --- several turns --------------------------------------------------------------------------------------------------------
+# --- several turns ----------------------------------------------------------------------------------------------------
 
 CONVERSATION = turns("copy ab=", "ab", "reverse ab=")
 
@@ -449,7 +449,7 @@ def test_a_run_on_conversations_of_several_turns(command, write_config, world_di
     assert len(read_rows(folder / "decisions.jsonl")) == len(pairs)
 
 
-# --- sources of a run -----------------------------------------------------------------------------------------------------
+# --- sources of a run -------------------------------------------------------------------------------------------------
 
 
 def test_labels_of_given_pairs_have_the_name_that_columns_say(make, tmp_path):

@@ -43,7 +43,7 @@ def comparison_of(tmp_path, row, **columns):
     return c.messages, c.a, c.b, c.label
 
 
-# --- formats ------------------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------------
 
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 
@@ -111,7 +111,7 @@ def test_texts_of_prompts_are_taken_as_they_are(tmp_path):
     assert prompt_of(tmp_path, {"prompt": text}) == [{"role": "user", "content": text}]
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
 def test_columns(tmp_path):
@@ -170,7 +170,7 @@ def test_columns_are_written_as_they_are_read(tmp_path):
     assert options.parse("train", "", ["--config", str(file)])[0] == config
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 NO_TOOLS = "tool calls and tools' answers are not supported; leave such conversations out"
 UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected (or response_a, response_b, label)"
@@ -180,47 +180,142 @@ ALL = ("prompts", "conversations", "comparisons")
 @pytest.mark.parametrize(
     "kind, row, message",
     [
-        ("prompts", {"text": "x"}, "lacks the key 'prompt'; has 'text'; a plain text has no turns: convert it to 'messages', or to"),
+        (
+            "prompts",
+            {"text": "x"},
+            "lacks the key 'prompt'; has 'text'; a plain text has no turns: convert it to 'messages', or to",
+        ),
         ("comparisons", {"text": "x"}, "lacks the key 'chosen'; has 'text'; a plain text has no turns"),
-        ("prompts", {"messages": [USER]}, "lacks the key 'prompt'; has 'messages'; name the column of the prompts in data.columns.prompt"),
-        ("prompts", {f"c{i}": i for i in range(30)}, "lacks the key 'prompt'; has 'c0', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6', 'c7', ...;"),
-        ("prompts", {"prompt": [USER, ASSISTANT]}, "prompt: must end with a user's message, ends with assistant's; a prompt is what the model answers: leave the last turn out"),
+        (
+            "prompts",
+            {"messages": [USER]},
+            "lacks the key 'prompt'; has 'messages'; name the column of the prompts in data.columns.prompt",
+        ),
+        (
+            "prompts",
+            {f"c{i}": i for i in range(30)},
+            "lacks the key 'prompt'; has 'c0', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6', 'c7', ...;",
+        ),
+        (
+            "prompts",
+            {"prompt": [USER, ASSISTANT]},
+            "prompt: must end with a user's message, ends with assistant's; a prompt is what the model answers: leave the last",
+        ),
         ("prompts", {"prompt": [USER, {**TOOL}, USER]}, f"prompt[1]: {NO_TOOLS}"),
         ("prompts", {"prompt": [USER, {"role": "function", "content": "7"}, USER]}, f"prompt[1]: {NO_TOOLS}"),
-        ("prompts", {"prompt": [USER], "tools": [{"name": "f"}]}, "has 'tools', which are not supported; leave such rows out"),
-        ("conversations", {"messages": [USER, ASSISTANT], "tools": '[{"name": "f"}]'}, "has 'tools', which are not supported"),
-        ("conversations", {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, f"messages[1]: {NO_TOOLS}"),
-        ("conversations", {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]}, f"conversations[1]: {NO_TOOLS}"),
-        ("conversations", {"conversations": [HUMAN, {"from": "bing", "value": "x"}]}, "conversations[1]: role must be one of system, user, assistant, not 'bing'"),
-        ("conversations", {"conversations": [HUMAN, {"from": ["gpt"], "value": "x"}]}, "conversations[1]: role must be one of system, user, assistant, not ['gpt']"),
-        ("conversations", {"conversations": [HUMAN, {"from": "gpt"}]}, "conversations[1]: expected an object with the texts"),
-        ("prompts", {"prompt": [{"role": "developer", "content": "x"}, USER]}, "prompt[0]: role must be one of system, user, assistant, not 'developer'; call it system"),
-        ("prompts", {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}, "prompt[0]: content is a list of parts; only text"),
+        (
+            "prompts",
+            {"prompt": [USER], "tools": [{"name": "f"}]},
+            "has 'tools', which are not supported; leave such rows out",
+        ),
+        (
+            "conversations",
+            {"messages": [USER, ASSISTANT], "tools": '[{"name": "f"}]'},
+            "has 'tools', which are not supported",
+        ),
+        (
+            "conversations",
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            f"messages[1]: {NO_TOOLS}",
+        ),
+        (
+            "conversations",
+            {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]},
+            f"conversations[1]: {NO_TOOLS}",
+        ),
+        (
+            "conversations",
+            {"conversations": [HUMAN, {"from": "bing", "value": "x"}]},
+            "conversations[1]: role must be one of system, user, assistant, not 'bing'",
+        ),
+        (
+            "conversations",
+            {"conversations": [HUMAN, {"from": ["gpt"], "value": "x"}]},
+            "conversations[1]: role must be one of system, user, assistant, not ['gpt']",
+        ),
+        (
+            "conversations",
+            {"conversations": [HUMAN, {"from": "gpt"}]},
+            "conversations[1]: expected an object with the texts",
+        ),
+        (
+            "prompts",
+            {"prompt": [{"role": "developer", "content": "x"}, USER]},
+            "prompt[0]: role must be one of system, user, assistant, not 'developer'; call it system",
+        ),
+        (
+            "prompts",
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+            "prompt[0]: content is a list of parts; only text",
+        ),
         ("prompts", {"prompt": [USER, USER]}, "prompt[1]: roles must alternate: user follows user; join the two turns"),
         ("prompts", {"instruction": ""}, "instruction: is empty"),
         ("conversations", {"instruction": "x"}, "lacks the key 'output'; has 'instruction'"),
-        ("conversations", {"prompt": "q", "completion": "a", "label": True}, f"is an unpaired preference row (an answer with a true/false label), {UNPAIRED}"),
-        ("comparisons", {"prompt": "q", "completion": "a", "label": False}, f"is an unpaired preference row (one answer and its label), {UNPAIRED}"),
-        ("comparisons", {"chosen": "good", "rejected": "bad"}, "lacks the key 'prompt'; has 'chosen', 'rejected'; it may be left out where chosen and rejected are messages, or texts of turns"),
+        (
+            "conversations",
+            {"prompt": "q", "completion": "a", "label": True},
+            f"is an unpaired preference row (an answer with a true/false label), {UNPAIRED}",
+        ),
+        (
+            "comparisons",
+            {"prompt": "q", "completion": "a", "label": False},
+            f"is an unpaired preference row (one answer and its label), {UNPAIRED}",
+        ),
+        (
+            "comparisons",
+            {"chosen": "good", "rejected": "bad"},
+            "lacks the key 'prompt'; has 'chosen', 'rejected'; it may be left out where chosen and rejected are messages,",
+        ),
         ("comparisons", {"chosen": HH.format("x"), "rejected": "bad"}, "lacks the key 'prompt'"),
-        ("comparisons", {"chosen": "Once " + HH.format("x"), "rejected": "Once " + HH.format("y")}, "lacks the key 'prompt'"),
-        ("comparisons", {"chosen": HH.format("x"), "rejected": "\n\nHuman: z\n\nAssistant: y"}, "chosen and rejected must share all messages but the last"),
-        ("comparisons", {"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}, "chosen and rejected must share all"),
-        ("comparisons", {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: y"}, "chosen[1]: roles must alternate"),
-        ("comparisons", {"chosen": "\n\nHuman: q\n\nHuman: r", "rejected": "\n\nHuman: q\n\nHuman: s"}, "chosen: expected a text or one assistant's message"),
-        ("comparisons", {"prompt": [USER, ASSISTANT], "chosen": "x", "rejected": "y"}, "prompt: must end with a user's message"),
-        ("comparisons", {"prompt": [USER], "chosen": [USER, BETTER], "rejected": [SYSTEM, USER, WORSE]}, "rejected does not begin with the prompt"),
+        (
+            "comparisons",
+            {"chosen": "Once " + HH.format("x"), "rejected": "Once " + HH.format("y")},
+            "lacks the key 'prompt'",
+        ),
+        (
+            "comparisons",
+            {"chosen": HH.format("x"), "rejected": "\n\nHuman: z\n\nAssistant: y"},
+            "chosen and rejected must share all messages but the last",
+        ),
+        (
+            "comparisons",
+            {"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"},
+            "chosen and rejected must share all",
+        ),
+        (
+            "comparisons",
+            {
+                "chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: x",
+                "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: y",
+            },
+            "chosen[1]: roles must alternate",
+        ),
+        (
+            "comparisons",
+            {"chosen": "\n\nHuman: q\n\nHuman: r", "rejected": "\n\nHuman: q\n\nHuman: s"},
+            "chosen: expected a text or one assistant's message",
+        ),
+        (
+            "comparisons",
+            {"prompt": [USER, ASSISTANT], "chosen": "x", "rejected": "y"},
+            "prompt: must end with a user's message",
+        ),
+        (
+            "comparisons",
+            {"prompt": [USER], "chosen": [USER, BETTER], "rejected": [SYSTEM, USER, WORSE]},
+            "rejected does not begin with the prompt",
+        ),
         ("comparisons", {"prompt": "q", "chosen": "x", "rejected": "y", "tools": [1]}, "has 'tools'"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) and value not in ALL else None,
-)  # fmt: skip
+)
 def test_refusals(tmp_path, kind, row, message):
     read = getattr(records, f"read_{kind}")
     good = {"prompt": "q", "response": "a", "chosen": "x", "rejected": "y"}
     assert refused(read, write(tmp_path, good, row)).startswith(f":2: {message}")
 
 
-# --- bad rows -----------------------------------------------------------------------------------------------------------
+# --- bad rows ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_rows_are_skipped_and_counted(tmp_path):
@@ -267,7 +362,8 @@ def test_too_many_bad_rows(tmp_path, share, rows, allowed):
             read(allowed + 1)
         message = str(error.value).replace(str(tmp_path), "")
         assert message == (
-            f"/rows.jsonl: {allowed + 1} of {rows} rows are bad, data.max_bad_rows={share:g} allows {allowed}; the first: "
+            f"/rows.jsonl: {allowed + 1} of {rows} rows are bad, data.max_bad_rows={share:g} allows {allowed}; "
+            "the first: "
             "/rows.jsonl:1: prompt: is empty; /rows.jsonl:2: prompt: is empty; /rows.jsonl:3: prompt: is empty"
         )
 

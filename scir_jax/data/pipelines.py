@@ -104,8 +104,8 @@ def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_lab
     label = external_label(row, need_label or ("label",), where)
     if need_label and label is None:
         raise InputError(
-            f"{where}: lacks the external label {need_label[0]!r} (1 where response_a is better, 0 where response_b is); "
-            "add it to every row and run the same command again"
+            f"{where}: lacks the external label {need_label[0]!r} (1 where response_a is better, 0 where response_b is)"
+            "; add it to every row and run the same command again"
         )
     lengths = np.array([len(a.ids), len(b.ids)], np.float32)
     frozen = row.get("frozen_logits")

@@ -54,17 +54,13 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
 
 
 def show(table: Table) -> None:
-    stderr.print(table, width=None if stderr.is_terminal else 100)
+    """A table on stderr, 100 columns wide where nobody watches."""
+    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, width=100)
+    console.print(table)
 
 
 def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
-
-
-def show(table: Table) -> None:
-    """A table on stderr, as wide as it was made where nobody watches."""
-    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, width=table.width)
-    console.print(table)
 
 
 _COLUMNS = {

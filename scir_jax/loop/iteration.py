@@ -249,8 +249,9 @@ def check_inputs(session: Session) -> dict[str, Any]:
             f"{config.data.pairs}: {len(data.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
         )
     if config.preference.labels == "external" and not config.data.pairs:
+        name = config.data.columns.label[0]
         console.say(
-            f"labels come from the column {config.data.columns.label[0]!r} that you add to each iteration's pairs.jsonl; "
+            f"labels come from the column {name!r} that you add to each iteration's pairs.jsonl; "
             "the run stops there until it is present"
         )
     console.show(statistics.table(data.statistics()))
