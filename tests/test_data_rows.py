@@ -199,7 +199,7 @@ ALL = ("prompts", "conversations", "comparisons")
         (
             "prompts",
             {"prompt": [USER, ASSISTANT]},
-            "prompt: must end with a user's message, ends with assistant's; a prompt is what the model answers: leave the last",
+            "prompt: must end with a user's message, ends with assistant's; a prompt is what the model answers:",
         ),
         ("prompts", {"prompt": [USER, {**TOOL}, USER]}, f"prompt[1]: {NO_TOOLS}"),
         ("prompts", {"prompt": [USER, {"role": "function", "content": "7"}, USER]}, f"prompt[1]: {NO_TOOLS}"),
@@ -264,7 +264,7 @@ ALL = ("prompts", "conversations", "comparisons")
         (
             "comparisons",
             {"chosen": "good", "rejected": "bad"},
-            "lacks the key 'prompt'; has 'chosen', 'rejected'; it may be left out where chosen and rejected are messages,",
+            "lacks the key 'prompt'; has 'chosen', 'rejected'; it may be left out where chosen and rejected are",
         ),
         ("comparisons", {"chosen": HH.format("x"), "rejected": "bad"}, "lacks the key 'prompt'"),
         (

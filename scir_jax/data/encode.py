@@ -215,8 +215,8 @@ class Encoder:
         least = response if judge.template.layout == "continuation" else 1
         if room < least:
             raise InputError(
-                f"{at}judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the answers "
-                f"in the model's context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
+                f"{at}judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the "
+                f"answers in the model's context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
             )
         return min(room, response)
 
@@ -233,8 +233,8 @@ class Encoder:
         response = self.config.max_response_tokens
         if conversation + response > self.context:
             raise InputError(
-                f"{_at(longest)}a prompt of {conversation} and a response of {response} tokens exceed the model's context "
-                f"of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
+                f"{_at(longest)}a prompt of {conversation} and a response of {response} tokens exceed the model's "
+                f"context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
             )
         lengths = []
         for judge in self.judges:
