@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import shutil
 import sys
 import types
 
@@ -263,6 +264,10 @@ def test_saved_splits(tmp_path, pa):
     (directory / "dataset_dict.json").write_text('{"splits": ["test", "validation"]}')
     refused(directory, f": which split? Give {directory}:SPLIT with one of test, validation")
     assert read(f"{directory}:test")[0][1] == {"prompt": "test"}
+    shutil.rmtree(directory / "validation")
+    assert read(directory)[0][1] == {"prompt": "test"}, "the only one"
+    with pytest.raises(InputError, match="has no split 'train'; give .*:SPLIT with one of test$"):
+        read(f"{directory}:train")
     save_to_disk(pa, directory / "train", [{"prompt": "train"}])
     assert read(directory)[0][1] == {"prompt": "train"}
 

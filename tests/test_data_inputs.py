@@ -480,3 +480,13 @@ def test_the_manifest_knows_the_files_of_a_directory(tiny_config, world_dir, tmp
     with (directory / "train-1.jsonl").open("a") as file:
         file.write("\n")
     assert manifest(config, {})["sha256"]["data.prompts"] != before
+
+
+def test_another_engines_responses_are_named_by_their_rows(make, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    write(path, {"prompt": "copy a=", "response": "a"}, {"prompt": turns("copy a=", system="x"), "response": "a"})
+    with pytest.raises(InputError, match=f"^{path}:2: .* refuses a conversation of"):
+        pairing.read_answers(make(), path)
+    write(path, {"prompt": "copy a=", "response": "a"}, {"messages": CONVERSATION, "prompt": "x", "response": "a"})
+    answers = pairing.read_answers(make(text=dict(max_prompt_tokens=64)), path)
+    assert [answer.prompt.messages for answer in answers] == [turns("copy a="), CONVERSATION]

@@ -216,7 +216,8 @@ class Encoder:
         if room < least:
             raise InputError(
                 f"{at}judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the "
-                f"answers in the model's context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
+                f"answers in the model's context of {self.context}; lower text.max_prompt_tokens or "
+                "text.max_response_tokens"
             )
         return min(room, response)
 

@@ -17,6 +17,7 @@ from scir_jax.data import records
 from scir_jax.data.encode import Prompt, Response
 from scir_jax.data.files import read_rows
 from scir_jax.data.messages import answer_text, prompt_messages, prompt_text
+from scir_jax.data.tally import Tally
 from scir_jax.errors import InputError
 from scir_jax.loop import console, scoring
 from scir_jax.loop.models import Models
@@ -49,11 +50,13 @@ def read_answers(session: Session, path: Path) -> list[Answer]:
     """Responses of an iteration's file, our own or another engine's (then `prompt` and `response` are enough)."""
     answers = []
     prompts: dict[str, Prompt | None] = {}
+    tally = Tally(str(path))
     for where, row in read_rows(path):
         given = row.get("messages", records.need(row, "prompt", where))
         name = str(given)
         if name not in prompts:
-            prompts[name] = session.encoder.prompt(prompt_messages(given, f"{where}: prompt"))
+            with tally.row(where):
+                prompts[name] = session.encoder.prompt(prompt_messages(given, f"{where}: prompt"), where)
         prompt = prompts[name]
         if prompt is None:
             continue
