@@ -304,7 +304,7 @@ def train_batch(session, rows, *, size=8, longer=0) -> TrainBatch:
         session.encoder,
         wider,
         rewards=len(objective.reward_names(session.config)),
-        need_label="label" if session.config.preference.labels == "external" else None,
+        need_label=("label",) if session.config.preference.labels == "external" else None,
         batch_size=size,
         epochs=1,
         seed=0,
