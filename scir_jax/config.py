@@ -6,7 +6,7 @@ A YAML file holds one mapping per section (``model:``, ``data:``, ...); a later 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -93,11 +93,40 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of columns in the data files, one or several: then the first that a row has."""
+
+    prompt: tuple[str, ...] | str = ("prompt",)
+    """a text or a list of messages"""
+    messages: tuple[str, ...] | str = ("messages", "conversations")
+    """a conversation, `role` and `content` or ShareGPT's `from` and `value`"""
+    response: tuple[str, ...] | str = ("response", "completion")
+    """the answer beside a prompt"""
+    chosen: tuple[str, ...] | str = ("chosen",)
+    """the better answer, alone or as the end of a conversation"""
+    rejected: tuple[str, ...] | str = ("rejected",)
+    """the other one"""
+    response_a: tuple[str, ...] | str = ("response_a",)
+    """an answer of a pair with a label, or without"""
+    response_b: tuple[str, ...] | str = ("response_b",)
+    """the other one"""
+    label: tuple[str, ...] | str = ("label",)
+    """of response_a and response_b: 1 response_a is better, 0 response_b, or a probability; also the column that
+    external labels have in an iteration's pairs.jsonl"""
+
+    def __post_init__(self) -> None:
+        for column in fields(self):
+            names = getattr(self, column.name)
+            if isinstance(names, str):
+                object.__setattr__(self, column.name, (names,))
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """The user's files, JSONL."""
+    """The user's data: JSON Lines, JSON, Parquet, a directory, or OWNER/NAME:CONFIG:SPLIT of the Hugging Face hub."""
 
     prompts: str | None = None
-    """rows with `prompt`: a string or a list of messages"""
+    """rows with `prompt`: a text or a list of messages"""
     ift: str | None = None
     """instruction fine-tuning rows: `messages`, or `prompt` and `response` (or `completion`)"""
     eft: str | None = None
@@ -108,10 +137,12 @@ class DataConfig:
     """labelled pairs for evaluation only: `prompt`, `chosen`, `rejected`"""
     pairs: str | None = None
     """pairs made elsewhere, used instead of sampling: `prompt`, `response_a`, `response_b`, or chosen/rejected"""
-    prompt_key: str = "prompt"
-    """name of the prompt column"""
-    label_key: str = "label"
-    """column of `pairs` with the external label: 1 response_a is better, 0 response_b, or a probability"""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """other names of columns"""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """a row that cannot be understood stops the run, or is left out and counted"""
+    max_bad_rows: float = 0.01
+    """with skip: more bad rows than this share of a file stop the run all the same; 10 rows are always allowed"""
 
 
 @dataclass(frozen=True)

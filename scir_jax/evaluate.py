@@ -96,11 +96,12 @@ def _directory(config, reference: str | None) -> dict:
     )
     grader = evaluation.load_grader(config.evaluate.grader)
     session = Session(config)
-    pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
+    pairs, labels = evaluation.labelled_pairs(session.data.heldout_pairs)
     load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     values: dict = {"model": config.model.path}
     total = evaluation.response_batches(session)
     total += scoring.score_batches(session, len(pairs), with_reference=reference is not None)
+    session.data.tell_left_out()
     with console.Stopper() as stopper, console.stage("evaluate", total) as bar:
         if pairs:
             scores = scoring.score_pairs(
@@ -111,7 +112,7 @@ def _directory(config, reference: str | None) -> dict:
                 advance=bar.advance,
             )
             values |= evaluation.pair_metrics(session, scores, labels)
-        if session.heldout_prompts:
+        if session.data.heldout_prompts:
             rows = evaluation.evaluate_responses(session, session.inference_params(), 0, stopper, bar)
             values |= evaluation.response_metrics(rows, grader, None)
     return evaluation.clean(values)

@@ -37,19 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve(config)
     check_positive(config, "text", "generative", "evaluate")
     output = options.output_file(own["output"])
-    comparisons = records.read_comparisons(own["input"], label_key=config.data.label_key)
-    rows = [row for _, row in records.read_rows(own["input"])]
     session = Session(config)
-    prompts = [session.encoder.prompt(c.messages) for c in comparisons]
-    kept = [i for i, p in enumerate(prompts) if p is not None]
-    if len(kept) < len(rows):
-        console.say(f"{len(rows) - len(kept)} rows left out: prompt longer than text.max_prompt_tokens")
-    rows, comparisons, prompts = ([x[i] for i in kept] for x in (rows, comparisons, prompts))
-    session.shapes_for(prompts)
-    pairs = [
-        (p, session.encoder.response(c.a), session.encoder.response(c.b))
-        for p, c in zip(prompts, comparisons, strict=True)
-    ]
+    tally = session.data.tally("input", own["input"])
+    given = records.read_comparisons_with_rows(own["input"], config.data.columns, tally)
+    encoded = session.data.encode_pairs("input", [comparison for comparison, _ in given])
+    session.data.tell_left_out()
+    row_at = {comparison.where: row for comparison, row in given}
+    rows = [row_at[pair.comparison.where] for pair in encoded]
+    session.data.shapes_for([pair.prompt for pair in encoded])
+    pairs = [(pair.prompt, pair.a, pair.b) for pair in encoded]
     reference = own["reference"]
     load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     with console.stage("judge", scoring.score_batches(session, len(pairs), with_reference=bool(reference))) as bar:
@@ -76,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["judge_rows"] = _judge_rows(session, pairs[i], scores.judged.verdicts[i])
     records.write_rows(output, rows)
 
-    labels = np.array([np.nan if c.label is None else c.label for c in comparisons])
+    labels = np.array([np.nan if p.comparison.label is None else p.comparison.label for p in encoded])
     known = ~np.isnan(labels) & (labels != 0.5)
     summary = {"pairs": len(rows), "slot_bias": judged["slot_bias"].mean(), "verdict_mass": scores.judged.mass.mean()}
     summary["flip_rate"] = judged["flip"].mean()

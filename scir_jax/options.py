@@ -72,10 +72,9 @@ def parse(
     config = Config(**{name: parsed[name] for name in names})
     for name in names:
         for field in dataclasses.fields(types[name]):
-            if getattr(parsed[name], field.name) is None and field.default is not None:
-                raise InputError(
-                    f"{name}.{field.name} must not be null; leave it out for its default, {field.default!r}"
-                )
+            default = getattr(types[name](), field.name)
+            if getattr(parsed[name], field.name) is None and default is not None:
+                raise InputError(f"{name}.{field.name} must not be null; leave it out for its default, {default!r}")
     return config, {name: parsed[name] for name in options}
 
 
@@ -95,11 +94,13 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(config: Config) -> str:
-    plain = {
-        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        for section, values in dataclasses.asdict(config).items()
-    }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def main(run: Callable[[], int | None]) -> None:
@@ -145,8 +146,18 @@ def _with_values(argv: list[str], flags: set[str]) -> list[str]:
 
 
 def _fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
+    """The fields of sections, and of the sections within them, by dotted key."""
+
+    def fields(kind: type, prefix: str) -> dict[str, dataclasses.Field]:
+        result = {}
+        for field in dataclasses.fields(kind):
+            result[f"{prefix}.{field.name}"] = field
+            if dataclasses.is_dataclass(field.default_factory):
+                result |= fields(field.default_factory, f"{prefix}.{field.name}")
+        return result
+
     types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return {f"{s}.{f.name}": f for s in sections for f in dataclasses.fields(types[s])}
+    return {key: field for section in sections for key, field in fields(types[section], section).items()}
 
 
 def _known_keys(sections: Sequence[str]) -> set[str]:
@@ -201,10 +212,17 @@ def _file_keys(file: Path) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a mapping of sections, found {type(content).__name__}")
-    for section in (f.name for f in dataclasses.fields(Config)):
-        values = content.get(section)
-        if values is not None and not isinstance(values, dict):
-            raise InputError(f"{file}: {section!r} must be a mapping of keys, found {type(values).__name__}")
+    for section in dataclasses.fields(Config):
+        values = content.get(section.name)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise InputError(f"{file}: {section.name!r} must be a mapping of keys, found {type(values).__name__}")
+        for field in dataclasses.fields(section.default_factory):
+            inner = values.get(field.name, {})
+            if dataclasses.is_dataclass(field.default_factory) and not isinstance(inner, dict):
+                name = f"{section.name}.{field.name}"
+                raise InputError(f"{file}: {name!r} must be a mapping of keys, found {type(inner).__name__}")
     return _dotted(content)
 
 

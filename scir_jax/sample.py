@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Left by an interrupted command, perhaps of other settings.
     output.with_name(output.name + ".partial").unlink(missing_ok=True)
     session = Session(config)
-    prompts = session.prompts[: config.sample.prompts]
-    session.shapes_for(prompts)
+    prompts = session.data.prompts[: config.sample.prompts]
+    session.data.shapes_for(prompts)
+    session.data.tell_left_out()
     params = session.inference_params()
     with console.Stopper() as stopper:
         sampling.sample_file(

@@ -45,8 +45,9 @@ def train(config: Config) -> list[dict]:
                 f"{session.arch.parameter_count():,} parameters, {config.model.dtype}, "
                 f"{session.mesh.size} {jax.default_backend()} device(s)"
             )
-            check_inputs(session)
+            data = check_inputs(session)
             directory.check_manifest(manifest(config, {t.name: t.question for t in session.templates}))
+            write_json(directory.path / "data.json", data)
             metrics = Metrics(
                 directory.path,
                 tensorboard=config.run.tensorboard,

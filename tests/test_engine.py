@@ -46,7 +46,8 @@ def pair_rows(session):
     """20 rows of pairs.jsonl with made-up cached log-probabilities, some agreeing with the judge and some not."""
     rng = np.random.default_rng(0)
     rows = []
-    for comparison in [*session.eft, *session.heldout_pairs]:
+    for pair in [*session.data.eft, *session.data.heldout_pairs]:
+        comparison = pair.comparison
         ids = [session.chat.answer(text)[:12] for text in (comparison.a, comparison.b)]
         logps = np.array([-4.0 * len(i) for i in ids])
         rows.append(
@@ -76,7 +77,7 @@ def make_dataset(session, change=None):
         epochs=2,
         seed=3,
         ift=None,
-        eft=pipelines.targets_dataset(session.eft_rows, session.shapes.eft, 8, pad_id, 2),
+        eft=pipelines.targets_dataset(session.data.eft_rows, session.shapes.eft, 8, pad_id, 2),
     )
     assert len(dataset) == STEPS
     if change is None:
@@ -102,13 +103,12 @@ def assert_same_bytes(a, b):
 def everything(session):
     """What a mesh must not change: name -> array."""
     params = fresh_params(session)
-    items = [(session.encoder.prompt(c.messages), c) for c in session.heldout_pairs]
-    pairs = [(p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in items]
+    pairs = [(pair.prompt, pair.a, pair.b) for pair in session.data.heldout_pairs]
     judged = scoring.judge_pairs(session, params, pairs)
     rows = sampling.sample_rows(
         session,
         params,
-        list(enumerate(session.prompts))[:7],
+        list(enumerate(session.data.prompts))[:7],
         responses=2,
         sampling=Sampling.of(1.0),
         key=stream_key(0, "responses", 1),

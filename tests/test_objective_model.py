@@ -294,8 +294,8 @@ def train_batch(session, rows, *, size=8, longer=0) -> TrainBatch:
     ift, eft = (
         targets_dataset(marked, tokens + longer, batch, session.chat.pad_id, seed=1)
         for marked, tokens, batch in (
-            (session.ift_rows, shapes.ift, replay.ift_batch_size),
-            (session.eft_rows, shapes.eft, replay.eft_batch_size),
+            (session.data.ift_rows, shapes.ift, replay.ift_batch_size),
+            (session.data.eft_rows, shapes.eft, replay.eft_batch_size),
         )
     )
     wider = dataclasses.replace(shapes, row=shapes.row + longer, judges=tuple(t + longer for t in shapes.judges))
@@ -304,7 +304,7 @@ def train_batch(session, rows, *, size=8, longer=0) -> TrainBatch:
         session.encoder,
         wider,
         rewards=len(objective.reward_names(session.config)),
-        need_label="label" if session.config.preference.labels == "external" else None,
+        need_label=("label",) if session.config.preference.labels == "external" else None,
         batch_size=size,
         epochs=1,
         seed=0,

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from scir_jax.config import Config, TextConfig
-from scir_jax.data import records
+from scir_jax.config import ColumnsConfig, Config, TextConfig
+from scir_jax.data import files, records
 from scir_jax.data.encode import Encoder
+from scir_jax.data.messages import prompt_text
 from scir_jax.data.pipelines import (
     iterator,
     pairs_dataset,
@@ -41,8 +42,8 @@ def refused(read, path, **arguments):
 
 
 def test_missing_file_and_directory(tmp_path):
-    assert refused(records.read_rows, tmp_path / "no.jsonl") == ": no such file"
-    assert refused(records.read_rows, tmp_path) == ": is a directory, expected a JSONL file"
+    assert refused(files.read_rows, tmp_path / "no.jsonl") == ": no such file"
+    assert refused(files.read_rows, tmp_path) == ": is a directory, expected a JSONL file"
 
 
 GOOD = b'{"prompt": "a"}\n'
@@ -80,7 +81,7 @@ GOOD = b'{"prompt": "a"}\n'
 def test_files_that_are_no_jsonl(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    assert refused(records.read_rows, path).startswith(message)
+    assert refused(files.read_rows, path).startswith(message)
 
 
 def test_rows_and_their_places(tmp_path):
@@ -89,7 +90,7 @@ def test_rows_and_their_places(tmp_path):
     texts = ["a", "b\u2028c\x85d", "ü🙂\t\\n"]
     lines = [json.dumps({"prompt": t}, ensure_ascii=False) for t in texts]
     path.write_bytes("\n\n".join(lines).encode() + b"\r\n")
-    assert records.read_rows(path) == [(f"{path}:{2 * i + 1}", {"prompt": t}) for i, t in enumerate(texts)]
+    assert files.read_rows(path) == [(f"{path}:{2 * i + 1}", {"prompt": t}) for i, t in enumerate(texts)]
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------------
@@ -102,10 +103,10 @@ def test_prompts(tmp_path):
     path = write(
         tmp_path, {"prompt": "q"}, {"prompt": [SYSTEM, USER]}, {"prompt": [{**USER, "name": "x"}, ASSISTANT, USER]}
     )
-    assert records.read_prompts(path) == [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER]]
-    assert records.read_prompts(write(tmp_path, {"question": "q"}), "question") == [[USER]]
-    assert records.prompt_text([USER]) == "q"
-    assert records.prompt_text([SYSTEM, USER]) == "system: s\n\nuser: q"
+    prompts = [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER]]
+    assert records.read_prompts(path) == [(f"{path}:{i + 1}", prompt) for i, prompt in enumerate(prompts)]
+    assert prompt_text([USER]) == "q"
+    assert prompt_text([SYSTEM, USER]) == "system: s\n\nuser: q"
 
 
 BAD_CONTENT = ": expected an object with the texts 'role' and 'content'"
@@ -125,7 +126,10 @@ BAD_CONTENT = ": expected an object with the texts 'role' and 'content'"
         ({"prompt": ["q"]}, ":2: prompt[0]" + BAD_CONTENT),
         ({"prompt": [USER, {"role": "user"}]}, ":2: prompt[1]" + BAD_CONTENT),
         ({"prompt": [{"role": "user", "content": None}]}, ":2: prompt[0]" + BAD_CONTENT),
-        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, ":2: prompt[0]" + BAD_CONTENT),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+            ":2: prompt[0]: content is a list of parts; only text is supported, give it as one string",
+        ),
         ({"prompt": [{"content": "q"}]}, ":2: prompt[0]: role must be one of system, user, assistant, not None"),
         (
             {"prompt": [{"role": "human", "content": "q"}]},
@@ -166,7 +170,7 @@ def test_conversations(tmp_path):
         {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
         {"prompt": "q", "completion": ""},
     )
-    assert records.read_conversations(path) == [
+    assert [messages for _, messages in records.read_conversations(path)] == [
         [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
         [USER, ASSISTANT, USER],
         [USER, ASSISTANT],
@@ -178,8 +182,11 @@ def test_conversations(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "x"}, ":1: lacks the key 'messages' (or 'prompt' and 'response'); has 'text'"),
-        ({"prompt": "q"}, ":1: lacks the key 'response'; has 'prompt'"),
+        (
+            {"text": "x"},
+            ":1: lacks the key 'messages' (or 'conversations'); has 'text'; a plain text has no turns: convert it",
+        ),
+        ({"prompt": "q"}, ":1: lacks the key 'response' (or 'completion'); has 'prompt'"),
         ({"prompt": "q", "response": 3}, ":1: response: expected a text or a list of messages, found int"),
         ({"prompt": "q", "completion": [USER]}, ":1: completion: expected a text or one assistant's message"),
         (
@@ -222,7 +229,9 @@ BETTER, WORSE = {"role": "assistant", "content": "good"}, {"role": "assistant", 
 )
 def test_comparison_formats(tmp_path, row):
     path = write(tmp_path, row)
-    assert records.read_comparisons(path, need_label=True) == [records.Comparison([USER], "good", "bad", 1.0)]
+    assert records.read_comparisons(path, need_label=True) == [
+        records.Comparison([USER], "good", "bad", 1.0, f"{path}:1")
+    ]
 
 
 def test_labels(tmp_path):
@@ -230,8 +239,9 @@ def test_labels(tmp_path):
     path = write(tmp_path, pair, {**pair, "label": None}, {**pair, "label": 0}, {**pair, "label": 0.25})
     assert [c.label for c in records.read_comparisons(path)] == [None, None, 0.0, 0.25]
     path = write(tmp_path, {**pair, "label": 0, "teacher": 1}, pair)
-    assert records.read_comparisons(path, label_key="teacher")[0].label == 1.0
-    message = refused(records.read_comparisons, path, label_key="teacher", need_label=True)
+    columns = ColumnsConfig(label="teacher")
+    assert records.read_comparisons(path, columns)[0].label == 1.0
+    message = refused(records.read_comparisons, path, columns=columns, need_label=True)
     assert message == ":2: lacks the label 'teacher': 1 where response_a is better, 0 where response_b is"
 
 
@@ -240,7 +250,10 @@ def test_labels(tmp_path):
     [
         ({"prompt": "q"}, ":1: lacks the key 'chosen'; has 'prompt'"),
         ({"prompt": "q", "chosen": "a"}, ":1: lacks the key 'rejected'"),
-        ({"chosen": "a", "rejected": "b"}, ":1: lacks the key 'prompt' (it may be left out only where"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            ":1: lacks the key 'prompt'; has 'chosen', 'rejected'; it may be left out where chosen",
+        ),
         ({"response_a": "a", "response_b": "b"}, ":1: lacks the key 'prompt'"),
         ({"prompt": "q", "response_a": "a"}, ":1: lacks the key 'response_b'"),
         ({"prompt": "q", "response_a": "a", "response_b": 1}, ":1: response_b: expected a text or a list"),
@@ -289,7 +302,7 @@ def test_written_rows_read_back(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "ü🙂\u2028\n\r"}, {"text": "lone \ud800"}, {"ids": [1, 2]}]
     records.write_rows(path, iter(rows))
-    assert [row for _, row in records.read_rows(path)] == rows
+    assert [row for _, row in files.read_rows(path)] == rows
     assert "🙂" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -338,7 +351,7 @@ def test_nothing_is_seen_before_all_is_written(tmp_path):
             yield {"i": i}
 
     records.write_rows(path, rows())
-    assert len(records.read_rows(path)) == 3
+    assert len(files.read_rows(path)) == 3
 
 
 def test_batched():
@@ -527,8 +540,8 @@ def test_batches_hold_the_rows_of_their_pairs(layouts):
 def test_pairs_without_labels_and_with_wrong_ones():
     assert next(iterator(pairs(batch_size=12))).pairs.external.tolist() == [0.5] * 12
     with pytest.raises(InputError, match="pairs.jsonl:1: lacks the external label 'teacher'"):
-        pairs(need_label="teacher")
-    assert set(next(iterator(pairs(pair_rows(teacher=1), need_label="teacher"))).pairs.external) == {1.0}
+        pairs(need_label=("teacher",))
+    assert set(next(iterator(pairs(pair_rows(teacher=1), need_label=("teacher",)))).pairs.external) == {1.0}
     with pytest.raises(InputError, match="pairs.jsonl:1: frozen_logits has 3 values for 2 reward models"):
         pairs(pair_rows(frozen_logits=[1, 2, 3]))
 

@@ -179,7 +179,7 @@ def check_iterations(run: Path, iterations: int = 1) -> SimpleNamespace:
 def test_files_of_a_run(whole):
     names = {p.name for p in whole.path.iterdir()} - {".lock"}
     folders = {f"iteration_{t:02d}" for t in range(ITERATIONS + 1)}
-    single = {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html"}
+    single = {"config.yaml", "manifest.json", "metrics.jsonl", "data.json", "summary.json", "report.html"}
     assert names == single | folders | {"checkpoints", "export", "tensorboard"}
     assert {p.name for p in (whole.path / "checkpoints").iterdir()} == {f"M{n}" for n in range(ITERATIONS + 2)}
     evaluated = {"evaluation.json", "heldout_responses.jsonl", "seconds.json"}

@@ -183,7 +183,7 @@ def test_temperature_zero_is_the_argmax(small):
 def test_greedy_is_that_of_transformers(world_dir, tiny_config):
     session = Session(tiny_config(world_dir))
     params = session.import_params(world_dir / "model")
-    prompts = list(enumerate(session.prompts))[:8]
+    prompts = list(enumerate(session.data.prompts))[:8]
     rows = sampling.sample_rows(session, params, prompts, responses=1, sampling=Sampling.of(0.0), key=jax.random.key(0))
     model = transformers.AutoModelForCausalLM.from_pretrained(world_dir / "model").eval()
     settings = transformers.GenerationConfig(
@@ -317,7 +317,7 @@ def stage(world_dir, tiny_config):
     """write(path, stopper) runs the stage over 20 prompts in batches of 8 and returns the number of batches sampled."""
     session = Session(tiny_config(world_dir))
     params = session.import_params(world_dir / "model")
-    prompts = list(enumerate(session.prompts))[:20]
+    prompts = list(enumerate(session.data.prompts))[:20]
     compiled = session.sampler(2)
     calls = []
 

@@ -4,29 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from scir_jax.config import Config
-from scir_jax.data import records
+from scir_jax.data.messages import Messages, prompt_text
+from scir_jax.data.records import Comparison
 from scir_jax.data.rows import Row, round_up
+from scir_jax.data.tally import PromptTooLong
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat, Ids
 from scir_jax.text.judge import Judge
 
 
 class Prompt(NamedTuple):
-    """A prompt in the ids that are sampled from, and as the text that a judge is shown."""
+    """A prompt in the ids that are sampled from, and as the text that a judge is shown.
 
-    messages: records.Messages
+    `where` names its row; `tokens` is the conversation's length before it lost its middle.
+    """
+
+    messages: Messages
     conversation: Ids
     text: Ids
+    where: str = ""
+    tokens: int = 0
+
+    @property
+    def cut(self) -> bool:
+        return len(self.conversation) < self.tokens
 
 
 class Response(NamedTuple):
-    """A response: ids as sampled (with the stop token unless cut), and as the text that a judge is shown."""
+    """A response: ids as sampled (with the stop token unless cut), and as the text that a judge is shown.
+
+    `tokens` is the ids' number before they were cut.
+    """
 
     ids: Ids
     text: Ids
+    tokens: int = 0
+
+    @property
+    def cut(self) -> bool:
+        return len(self.ids) < self.tokens
+
+
+class EncodedPair(NamedTuple):
+    """A comparison with its prompt and answers in ids."""
+
+    comparison: Comparison
+    prompt: Prompt
+    a: Response
+    b: Response
 
 
 @dataclass(frozen=True)
@@ -50,19 +79,6 @@ class Encoder:
         self.chat = chat
         self.judges = tuple(judges)
         self.context = context
-        # Of conversations, not of calls: the same prompt is encoded for several purposes.
-        self._truncated: set[Ids] = set()
-        self._dropped: set[Ids] = set()
-
-    @property
-    def truncated_prompts(self) -> int:
-        """Different prompts that lost their middle."""
-        return len(self._truncated)
-
-    @property
-    def dropped_prompts(self) -> int:
-        """Different prompts that were left out for their length."""
-        return len(self._dropped)
 
     @property
     def continued(self) -> bool:
@@ -75,41 +91,57 @@ class Encoder:
 
     # --- prompts and responses ---------------------------------------------------------------------------------------
 
-    def prompt(self, messages: records.Messages) -> Prompt | None:
-        """None where an over-long prompt is left out. Raises InputError where the configuration says so."""
+    @cached_property
+    def _around_prompt(self) -> tuple[int, int]:
+        """Tokens that the chat template writes before and behind a single message."""
+        slot = (-1,)
+        ids = self.chat.flatten(self.chat.pieces([{"role": "user", "content": [slot]}], generation_prompt=True))
+        return ids.index(-1), len(ids) - ids.index(-1) - 1
+
+    def prompt(self, messages: Messages, where: str = "") -> Prompt | None:
+        """None where an over-long prompt is left out.
+
+        Raises:
+          PromptTooLong: text.long_prompts is error.
+          InputError: the chat template refuses the conversation, or leaves no room within text.max_prompt_tokens.
+        """
         limit = self.config.max_prompt_tokens
         conversation = self.chat.prompt(messages)
-        if len(conversation) > limit:
+        tokens = len(conversation)
+        if tokens > limit:
             if self.config.long_prompts == "error":
-                start = records.prompt_text(messages)[:40]
-                raise InputError(
-                    f"the prompt {start!r}... has {len(conversation)} tokens, text.max_prompt_tokens is {limit}; "
-                    "raise it, or set text.long_prompts to middle or drop"
+                raise PromptTooLong(
+                    f"the prompt {prompt_text(messages)[:40]!r}... has {tokens} tokens, "
+                    f"text.max_prompt_tokens is {limit}; raise it, or set text.long_prompts to middle or drop"
                 )
             if self.config.long_prompts == "drop":
-                self._dropped.add(conversation)
                 return None
-            self._truncated.add(conversation)
-            conversation = middle_cut(conversation, limit)
-        text = middle_cut(self.chat.encode_text(records.prompt_text(messages)), limit)
-        return Prompt(messages, conversation, text)
-
-    def prompts(self, conversations: Sequence[records.Messages], where: str) -> list[Prompt]:
-        kept = [p for m in conversations if (p := self.prompt(m)) is not None]
-        if not kept:
-            raise InputError(
-                f"{where}: every prompt is longer than text.max_prompt_tokens={self.config.max_prompt_tokens}"
-            )
-        return kept
+            before, behind = self._around_prompt
+            if limit < before + behind + 2:
+                raise InputError(
+                    f"text.max_prompt_tokens={limit} leaves no room beside the chat template's own {before + behind} "
+                    "tokens; raise it"
+                )
+            conversation = middle_cut(conversation, limit, behind + 1)
+        text = middle_cut(self.chat.encode_text(prompt_text(messages)), limit)
+        return Prompt(messages, conversation, text, where, tokens)
 
     def response(self, text: str) -> Response:
         """A given answer. One that is too long is cut, and a cut answer gets no stop token."""
-        ids = self.chat.answer(text)[: self.config.max_response_tokens]
-        return Response(ids, self.chat.encode_text(text)[: self.config.max_response_tokens])
+        limit = self.config.max_response_tokens
+        ids = self.chat.answer(text)
+        return Response(ids[:limit], self.chat.encode_text(text)[:limit], len(ids))
+
+    def pair(self, comparison: Comparison) -> EncodedPair | None:
+        """None where the prompt is left out for its length."""
+        prompt = self.prompt(comparison.messages, comparison.where)
+        if prompt is None:
+            return None
+        return EncodedPair(comparison, prompt, self.response(comparison.a), self.response(comparison.b))
 
     def sampled(self, ids: Sequence[int]) -> Response:
         text = self.chat.encode_text(self.chat.decode(ids))
-        return Response(tuple(ids), text[: self.config.max_response_tokens])
+        return Response(tuple(ids), text[: self.config.max_response_tokens], len(ids))
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +151,7 @@ class Encoder:
 
     def judge_row(self, judge: Judge, prompt: Prompt, a: Response, b: Response) -> Row:
         """The judge's question with a shown first; both answers are cut alike where they do not fit."""
-        quote = self.quote_tokens(judge, len(prompt.conversation), len(prompt.text))
+        quote = self.quote_tokens(judge, len(prompt.conversation), len(prompt.text), _at(prompt))
         ids = judge.row(
             conversation=prompt.conversation,
             prompt=prompt.text,
@@ -142,8 +174,8 @@ class Encoder:
         judged = [tuple(self.judge_row(j, prompt, *order) for order in orders) for j in self.separate_judges]
         return responses, judged
 
-    def conversation_row(self, messages: records.Messages, limit: int) -> tuple[Ids, tuple[bool, ...]]:
-        """A conversation with its assistants' turns (and stop tokens) marked; a row that is too long loses its end."""
+    def conversation_row(self, messages: Messages) -> tuple[Ids, tuple[bool, ...]]:
+        """A conversation, of any length, with its assistants' turns (and stop tokens) marked."""
         ids: list[int] = []
         marks: list[bool] = []
         for i, message in enumerate(messages):
@@ -152,18 +184,17 @@ class Encoder:
                 answer = self.chat.answer(message["content"])
                 # What stands before a turn is what sampling would stand on at that turn.
                 ids, marks = [*prefix, *answer], [*_aligned(marks, ids, prefix), *[True] * len(answer)]
-        return tuple(ids[:limit]), tuple(marks[:limit])
+        return tuple(ids), tuple(marks)
 
-    def verdict_rows(self, judge: Judge, comparison: records.Comparison) -> list[tuple[Ids, tuple[bool, ...]]]:
-        """The judge's question in both orders with the right verdict; [] where the prompt is left out."""
-        prompt = self.prompt(comparison.messages)
-        if prompt is None or comparison.label in (None, 0.5):
+    def verdict_rows(self, judge: Judge, pair: EncodedPair) -> list[tuple[Ids, tuple[bool, ...]]]:
+        """The judge's question in both orders with the right verdict; [] where neither answer is said to be better."""
+        comparison = pair.comparison
+        if comparison.label in (None, 0.5):
             return []
-        answers = self.response(comparison.a), self.response(comparison.b)
         rows = []
         for swapped in (False, True):
-            a, b = answers[::-1] if swapped else answers
-            question = self.judge_row(judge, prompt, a, b).ids
+            a, b = (pair.b, pair.a) if swapped else (pair.a, pair.b)
+            question = self.judge_row(judge, pair.prompt, a, b).ids
             first_is_better = (comparison.label > 0.5) != swapped
             verdict = judge.verdict_ids[0 if first_is_better else 1]
             # The stop token behind it is not learned here: that would halve the verdict's share of the loss.
@@ -173,8 +204,8 @@ class Encoder:
 
     # --- budget -----------------------------------------------------------------------------------------------------
 
-    def quote_tokens(self, judge: Judge, conversation: int, prompt: int) -> int:
-        """Tokens of each quoted answer that fit into the context; InputError if none do."""
+    def quote_tokens(self, judge: Judge, conversation: int, prompt: int, at: str = "") -> int:
+        """Tokens of each quoted answer that fit into the context; InputError, beginning with `at`, if none do."""
         response = self.config.max_response_tokens
         fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 1  # the verdict
         if judge.template.layout == "continuation":
@@ -184,8 +215,9 @@ class Encoder:
         least = response if judge.template.layout == "continuation" else 1
         if room < least:
             raise InputError(
-                f"judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the answers in "
-                f"the model's context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
+                f"{at}judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the "
+                f"answers in the model's context of {self.context}; lower text.max_prompt_tokens or "
+                "text.max_response_tokens"
             )
         return min(room, response)
 
@@ -196,17 +228,18 @@ class Encoder:
         """
         if not prompts:
             raise InputError("no prompt is left: every one is longer than text.max_prompt_tokens")
-        conversation = max(len(p.conversation) for p in prompts)
-        text = max(len(p.text) for p in prompts)
+        longest = max(prompts, key=lambda p: len(p.conversation))
+        longest_text = max(prompts, key=lambda p: len(p.text))
+        conversation, text = len(longest.conversation), len(longest_text.text)
         response = self.config.max_response_tokens
         if conversation + response > self.context:
             raise InputError(
-                f"a prompt of {conversation} and a response of {response} tokens exceed the model's context of "
-                f"{self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
+                f"{_at(longest)}a prompt of {conversation} and a response of {response} tokens exceed the model's "
+                f"context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
             )
         lengths = []
         for judge in self.judges:
-            quote = self.quote_tokens(judge, conversation, text)
+            quote = self.quote_tokens(judge, conversation, text, _at(longest_text))
             length = judge.fixed_tokens + judge.slots("prompt") * text
             length += (judge.slots("response_a") + judge.slots("response_b")) * quote
             if judge.template.layout == "continuation":
@@ -227,12 +260,20 @@ class Encoder:
         )
 
 
-def middle_cut(ids: Ids, limit: int) -> Ids:
-    """Keeps the beginning (system text, the task) and the end (the question, the assistant's header)."""
+def middle_cut(ids: Ids, limit: int, least_end: int = 0) -> Ids:
+    """Keeps the beginning (system text, the task) and the end (the question, the assistant's header).
+
+    Args:
+      least_end: how many tokens of the end are kept where half of `limit` is less.
+    """
     if len(ids) <= limit:
         return ids
-    head = limit // 2
-    return ids[:head] + ids[len(ids) - (limit - head) :]
+    end = min(max(limit - limit // 2, least_end), limit)
+    return ids[: limit - end] + ids[len(ids) - end :]
+
+
+def _at(prompt: Prompt) -> str:
+    return f"{prompt.where}: " if prompt.where else ""
 
 
 def _aligned(marks: list[bool], before: list[int], prefix: Ids) -> list[bool]:

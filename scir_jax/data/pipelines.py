@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from scir_jax.data import records
 from scir_jax.data.encode import Encoder, Shapes
+from scir_jax.data.messages import prompt_messages
+from scir_jax.data.records import external_label
 from scir_jax.data.rows import (
     PairBatch,
     Targets,
@@ -53,7 +54,7 @@ def pairs_dataset(
     shapes: Shapes,
     *,
     rewards: int,
-    need_label: str | None,
+    need_label: tuple[str, ...] | None,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -65,7 +66,7 @@ def pairs_dataset(
     Args:
       rows: (where, row) of pairs.jsonl.
       rewards: R, the number of reward models.
-      need_label: the column that must hold an external label, or None.
+      need_label: the column that must hold an external label (of several the first that a row has), or None.
     """
     examples = [_pair_source(row, where, encoder, rewards, need_label) for where, row in rows]
 
@@ -97,14 +98,14 @@ def iterator(dataset: grain.MapDataset, state: dict | None = None):
     return result
 
 
-def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_label: str | None):
-    prompt = encoder.prompt(records.prompt_messages(row["messages"], f"{where}: messages"))
+def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_label: tuple[str, ...] | None):
+    prompt = encoder.prompt(prompt_messages(row["messages"], f"{where}: messages"))
     a, b = (encoder.sampled(row[f"response_{side}_ids"]) for side in "ab")
-    label = row.get(need_label or "label")
+    label = external_label(row, need_label or ("label",), where)
     if need_label and label is None:
         raise InputError(
-            f"{where}: lacks the external label {need_label!r} (1 where response_a is better, 0 where response_b is); "
-            "add it to every row and run the same command again"
+            f"{where}: lacks the external label {need_label[0]!r} (1 where response_a is better, 0 where response_b is)"
+            "; add it to every row and run the same command again"
         )
     lengths = np.array([len(a.ids), len(b.ids)], np.float32)
     frozen = row.get("frozen_logits")

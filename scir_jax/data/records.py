@@ -1,8 +1,7 @@
-"""JSONL files of prompts, conversations and labelled pairs, read strictly: a bad row is named by file and line."""
+"""What the rows of data files mean: prompts, conversations, pairs of answers. And the run's own JSON files."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scir_jax.config import ColumnsConfig
+from scir_jax.data import sources
+from scir_jax.data.messages import Messages, answer_text, check_messages, hh_messages, prompt_messages
+from scir_jax.data.tally import Tally
 from scir_jax.errors import InputError
 
-Messages = list[dict[str, str]]
-ROLES = ("system", "user", "assistant")
+COLUMNS = ColumnsConfig()
 
 
 @dataclass(frozen=True)
@@ -24,70 +26,37 @@ class Comparison:
     a: str
     b: str
     label: float | None
+    where: str = ""
 
 
-def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line of a JSONL file; `where` is file:line.
+def read_prompts(
+    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
+) -> list[tuple[str, Messages]]:
+    """(where, conversation that ends with a user's turn) of each row.
 
-    Raises InputError for a file that is missing or empty, and for the first line that is not UTF-8 or not a JSON
-    object.
+    Args:
+      columns: names of columns in the files.
+      tally: counts the rows, and decides on bad ones; by default the first one is raised.
+
+    Raises InputError for a source that is missing or empty, and for bad rows as `tally` says.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory, expected a JSONL file' if path.is_dir() else 'no such file'}")
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{path}:1: starts with a byte-order mark; save the file as UTF-8 without BOM")
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); convert the file") from None
-        except ValueError as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise InputError(f"{where}: broken JSON{column}: {reason}") from None
-        except RecursionError:
-            raise InputError(f"{where}: JSON nested too deeply") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        rows.append((where, row))
-    if not rows:
-        raise InputError(f"{path}: the file has no rows")
-    return rows
+    return _read(source, columns, tally, _prompt)
 
 
-def read_prompts(path: str | Path, key: str = "prompt") -> list[Messages]:
-    """Conversations that end with a user's turn, one a row."""
-    return [prompt_messages(need(row, key, where), f"{where}: {key}") for where, row in read_rows(path)]
+def read_conversations(
+    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
+) -> list[tuple[str, Messages]]:
+    """(where, conversation with at least one assistant's turn): `messages`, or `prompt` and `response`; see columns."""
+    return _read(source, columns, tally, _conversation)
 
 
-def read_conversations(path: str | Path) -> list[Messages]:
-    """Conversations with at least one assistant's turn: `messages`, or `prompt` and `response` or `completion`."""
-    result = []
-    for where, row in read_rows(path):
-        if "messages" in row:
-            messages = _in_order(check_messages(row["messages"], f"{where}: messages"), f"{where}: messages")
-        elif "prompt" in row:
-            prompt = prompt_messages(row["prompt"], f"{where}: prompt")
-            key = "completion" if "completion" in row else "response"
-            messages = [
-                *prompt,
-                {"role": "assistant", "content": answer_text(need(row, key, where), f"{where}: {key}")},
-            ]
-        else:
-            raise InputError(f"{where}: lacks the key 'messages' (or 'prompt' and 'response'); has {_keys(row)}")
-        if not any(m["role"] == "assistant" for m in messages):
-            raise InputError(f"{where}: the conversation has no assistant's turn to learn from")
-        result.append(messages)
-    return result
-
-
-def read_comparisons(path: str | Path, *, label_key: str = "label", need_label: bool = False) -> list[Comparison]:
+def read_comparisons(
+    source: str | Path,
+    columns: ColumnsConfig = COLUMNS,
+    tally: Tally | None = None,
+    *,
+    need_label: bool = False,
+) -> list[Comparison]:
     """Pairs of answers: `prompt`, `response_a`, `response_b` with an optional label, or TRL's `chosen`, `rejected`.
 
     chosen/rejected are texts or lists of messages; without `prompt` the conversations' common beginning is the prompt.
@@ -95,71 +64,177 @@ def read_comparisons(path: str | Path, *, label_key: str = "label", need_label: 
     Args:
       need_label: refuse rows of which neither a label nor chosen/rejected says who is better.
     """
+    return [c for c, _ in read_comparisons_with_rows(source, columns, tally, need_label=need_label)]
+
+
+def read_comparisons_with_rows(
+    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None, *, need_label: bool = False
+) -> list[tuple[Comparison, dict[str, Any]]]:
+    """As `read_comparisons`, each with the row that it was read from."""
+
+    def parse(row: dict, columns: ColumnsConfig, where: str) -> tuple[Comparison, dict[str, Any]]:
+        return _comparison(row, columns, where, need_label), row
+
+    return [item for _, item in _read(source, columns, tally, parse)]
+
+
+def _read(source, columns: ColumnsConfig, tally: Tally | None, parse) -> list[tuple[str, Any]]:
+    tally = tally or Tally(str(source))
     result = []
-    for where, row in read_rows(path):
-        if "response_a" in row or "response_b" in row:
-            messages = prompt_messages(need(row, "prompt", where), f"{where}: prompt")
-            a, b = (answer_text(need(row, k, where), f"{where}: {k}") for k in ("response_a", "response_b"))
-            label = _label(row.get(label_key), f"{where}: {label_key}")
-        else:
-            messages, a, b = _chosen_rejected(row, where)
-            label = 1.0
-        if need_label and label is None:
-            raise InputError(
-                f"{where}: lacks the label {label_key!r}: 1 where response_a is better, 0 where response_b is"
-            )
-        result.append(Comparison(messages, a, b, label))
+    for where, row in sources.rows(source):
+        tally.rows += 1
+        with tally.row(where):
+            if isinstance(row, InputError):
+                raise row
+            _refuse_tools(row, where)
+            result.append((where, parse(row, columns, where)))
+    if not tally.rows:
+        raise InputError(f"{source}: the file has no rows")
+    tally.check()
     return result
 
 
-def prompt_text(messages: Messages) -> str:
-    """A prompt as one text, for a judge's question: the user's words, or the turns with their roles."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def prompt_messages(value: Any, where: str) -> Messages:
-    """Checks a prompt, a text or a list of messages that ends with a user's turn."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError(f"{where}: is empty")
-        _text(value, where)
-        return [{"role": "user", "content": value}]
-    messages = _in_order(check_messages(value, where), where)
-    if messages[-1]["role"] != "user":
-        raise InputError(f"{where}: must end with a user's message, ends with {messages[-1]['role']}'s")
-    if not messages[-1]["content"].strip():
-        raise InputError(f"{where}: is empty")
+def _prompt(row: dict, columns: ColumnsConfig, where: str) -> Messages:
+    key = _find(row, columns.prompt)
+    if key is None and "instruction" in row:
+        return _alpaca_prompt(row, where)
+    if key is None:
+        raise _lacks(row, columns.prompt, where, "name the column of the prompts in data.columns.prompt")
+    return prompt_messages(row[key], f"{where}: {key}")
+
+
+def _conversation(row: dict, columns: ColumnsConfig, where: str) -> Messages:
+    key = _find(row, columns.messages)
+    if key is not None and (row[key] is not None or _find(row, columns.prompt) is None):
+        messages = check_messages(row[key], f"{where}: {key}")
+    elif _find(row, columns.prompt) is not None or "instruction" in row:
+        prompt = _prompt(row, columns, where)
+        names = columns.response if _find(row, columns.prompt) is not None else ("output",)
+        key = _find(row, names)
+        if key is None:
+            raise _lacks(row, names, where)
+        if any(isinstance(row.get(name), bool) for name in columns.label):
+            raise InputError(f"{where}: is an unpaired preference row (an answer with a true/false label), {_UNPAIRED}")
+        messages = [*prompt, {"role": "assistant", "content": answer_text(row[key], f"{where}: {key}")}]
+    else:
+        raise _lacks(row, columns.messages, where, "or give 'prompt' and 'response'")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise InputError(f"{where}: the conversation has no assistant's turn to learn from")
     return messages
 
 
-def check_messages(value: Any, where: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: expected a text or a list of messages, found {_type(value)}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise InputError(f"{where}[{i}]: expected an object with the texts 'role' and 'content'")
-        if message.get("role") not in ROLES:
-            raise InputError(f"{where}[{i}]: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
-        _text(message["content"], f"{where}[{i}].content")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+def _comparison(row: dict, columns: ColumnsConfig, where: str, need_label: bool) -> Comparison:
+    answers = [_find(row, names) for names in (columns.response_a, columns.response_b)]
+    if answers == [None, None]:
+        return Comparison(*_chosen_rejected(row, columns, where), 1.0, where)
+    messages = _prompt(row, columns, where)
+    for key, names in zip(answers, (columns.response_a, columns.response_b)):
+        if key is None:
+            raise _lacks(row, names, where)
+    a, b = (answer_text(row[key], f"{where}: {key}") for key in answers)
+    label = external_label(row, columns.label, where)
+    if need_label and label is None:
+        raise InputError(
+            f"{where}: lacks the label {columns.label[0]!r}: 1 where response_a is better, 0 where response_b is"
+        )
+    return Comparison(messages, a, b, label, where)
 
 
-def answer_text(value: Any, where: str) -> str:
-    """Checks an answer: a text, or a list with one assistant's message."""
-    if isinstance(value, str):
-        return _text(value, where)
-    messages = check_messages(value, where)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise InputError(f"{where}: expected a text or one assistant's message")
-    return messages[0]["content"]
+def _chosen_rejected(row: dict, columns: ColumnsConfig, where: str) -> tuple[Messages, str, str]:
+    keys = [_find(row, names) for names in (columns.chosen, columns.rejected)]
+    if keys == [None, None] and _find(row, columns.response) and _find(row, columns.label):
+        raise InputError(f"{where}: is an unpaired preference row (one answer and its label), {_UNPAIRED}")
+    for key, names in zip(keys, (columns.chosen, columns.rejected)):
+        if key is None:
+            raise _lacks(row, names, where)
+    places = [f"{where}: {key}" for key in keys]
+    sides = [row[key] for key in keys]
+    if _find(row, columns.prompt) is not None or "instruction" in row:
+        messages = _prompt(row, columns, where)
+        texts = []
+        for side, place in zip(sides, places):
+            if isinstance(side, list) and len(side) > 1:  # the whole conversation
+                checked = check_messages(side, place)
+                if checked[:-1] != messages:
+                    raise InputError(f"{place} does not begin with the prompt")
+                side = checked[-1:]
+            texts.append(answer_text(side, place))
+        return messages, *texts
+    if all(isinstance(side, str) for side in sides):
+        sides = [hh_messages(side) for side in sides]
+    if not all(isinstance(side, list) for side in sides):
+        raise _lacks(
+            row,
+            columns.prompt,
+            where,
+            "it may be left out where chosen and rejected are messages, or texts of turns '\\n\\nHuman: ' and "
+            "'\\n\\nAssistant: '",
+        )
+    chosen, rejected = (check_messages(side, place, ordered=False) for side, place in zip(sides, places))
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise InputError(f"{where}: chosen and rejected must share all messages but the last")
+    messages = prompt_messages(chosen[:-1], places[0])
+    return messages, *(answer_text(side[-1:], place) for side, place in zip((chosen, rejected), places))
+
+
+_UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected (or response_a, response_b, label)"
+
+
+def _alpaca_prompt(row: dict, where: str) -> Messages:
+    """Alpaca's `instruction` with its `input`, where there is one, below."""
+    (message,) = prompt_messages(row["instruction"], f"{where}: instruction")
+    if row.get("input"):
+        (more,) = prompt_messages(row["input"], f"{where}: input")
+        message = {"role": "user", "content": f"{message['content']}\n\n{more['content']}"}
+    return [message]
+
+
+def _refuse_tools(row: dict, where: str) -> None:
+    if row.get("tools") not in (None, "", "[]", "null", []):
+        raise InputError(f"{where}: has 'tools', which are not supported; leave such rows out")
+
+
+def _find(row: dict, names: tuple[str, ...]) -> str | None:
+    """The first of the names whose column has a value here, else the first that is there; None if none is."""
+    present = [name for name in names if name in row]
+    # A table has every column in every row.
+    return next((name for name in present if row[name] is not None), present[0] if present else None)
+
+
+def _lacks(row: dict, names: tuple[str, ...], where: str, advice: str = "") -> InputError:
+    first, *others = map(repr, names)
+    either = f" (or {', '.join(others)})" if others else ""
+    if "text" in row:
+        advice = "a plain text has no turns: convert it to 'messages', or to 'prompt' and 'response'"
+    return InputError(f"{where}: lacks the key {first}{either}; has {_keys(row)}{f'; {advice}' if advice else ''}")
+
+
+def external_label(row: dict, names: tuple[str, ...], where: str) -> float | None:
+    """The probability that response_a is better; None where the row does not say."""
+    key = _find(row, names)
+    value = row[key] if key is not None else None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InputError(f"{where}: {key}: must be a number from 0 to 1, not {value!r}")
+    return float(value)
 
 
 def need(row: dict, key: str, where: str) -> Any:
     if key not in row:
         raise InputError(f"{where}: lacks the key {key!r}; has {_keys(row)}")
     return row[key]
+
+
+def _keys(row: Sequence[str] | dict) -> str:
+    names = [repr(name) for name in row]
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"
+
+
+# --- the run's own files ----------------------------------------------------------------------------------------------
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
@@ -193,71 +268,6 @@ def line(row: dict) -> str:
     except UnicodeEncodeError:
         text = json.dumps(row, allow_nan=False)
     return text + "\n"
-
-
-def _chosen_rejected(row: dict, where: str) -> tuple[Messages, str, str]:
-    sides = [need(row, k, where) for k in ("chosen", "rejected")]
-    if "prompt" in row:
-        messages = prompt_messages(row["prompt"], f"{where}: prompt")
-        texts = []
-        for key, side in zip(("chosen", "rejected"), sides):
-            if isinstance(side, list) and len(side) > 1:  # the whole conversation
-                checked = check_messages(side, f"{where}: {key}")
-                if checked[:-1] != messages:
-                    raise InputError(f"{where}: {key} does not begin with the prompt")
-                side = checked[-1:]
-            texts.append(answer_text(side, f"{where}: {key}"))
-        return messages, *texts
-    if not all(isinstance(side, list) for side in sides):
-        raise InputError(
-            f"{where}: lacks the key 'prompt' (it may be left out only where chosen and rejected are messages)"
-        )
-    chosen, rejected = (check_messages(s, f"{where}: {k}") for k, s in zip(("chosen", "rejected"), sides))
-    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise InputError(f"{where}: chosen and rejected must share all messages but the last")
-    messages = prompt_messages(chosen[:-1], f"{where}: chosen")
-    return messages, answer_text(chosen[-1:], f"{where}: chosen"), answer_text(rejected[-1:], f"{where}: rejected")
-
-
-def _in_order(messages: Messages, where: str) -> Messages:
-    """Checks that the roles come as chat templates expect them: a system message first if any, then turn by turn."""
-    previous = "system"
-    for i, message in enumerate(messages):
-        role = message["role"]
-        if role == "system" and i:
-            raise InputError(f"{where}[{i}]: a system message may only come first")
-        if role == "assistant" and previous == "system":
-            raise InputError(f"{where}[{i}]: the first turn must be a user's")
-        if role == previous and i:
-            raise InputError(f"{where}[{i}]: roles must alternate: {role} follows {previous}")
-        previous = role
-    return messages
-
-
-def _label(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InputError(f"{where}: must be a number from 0 to 1, not {value!r}")
-    return float(value)
-
-
-def _text(value: str, where: str) -> str:
-    if any("\ud800" <= c <= "\udfff" or c in "\ue000\ue001" for c in value):
-        raise InputError(f"{where}: holds a lone surrogate or a private-use character; clean the text")
-    return value
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
-
-
-def _keys(row: Sequence[str] | dict) -> str:
-    return ", ".join(map(repr, row)) or "none"
-
-
-def _type(value: Any) -> str:
-    return "an empty list" if value == [] else type(value).__name__
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -63,12 +63,13 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     )
     standalone, continuation = session.judges
     # Mostly the layout of the quickstart, and enough of the other that SFT can teach it.
-    judged = [(standalone, session.eft), (continuation, session.eft[: len(session.eft) // 4])]
+    eft = session.data.eft
+    judged = [(standalone, eft), (continuation, eft[: len(eft) // 4])]
     judge_rows = [row for judge, pairs in judged for pair in pairs for row in session.encoder.verdict_rows(judge, pair)]
     seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])
     pad_id = session.chat.pad_id
     dataset = pipelines.sft_dataset(
-        pipelines.targets_dataset(session.ift_rows, session.shapes.ift, world.documents, pad_id, seed),
+        pipelines.targets_dataset(session.data.ift_rows, session.shapes.ift, world.documents, pad_id, seed),
         pipelines.targets_dataset(judge_rows, session.shapes.eft, world.comparisons, pad_id, seed + 1),
         world.steps,
     )

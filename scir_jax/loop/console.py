@@ -54,7 +54,9 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
 
 
 def show(table: Table) -> None:
-    stderr.print(table, width=None if stderr.is_terminal else 100)
+    """A table on stderr, 100 columns wide where nobody watches."""
+    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, width=100)
+    console.print(table)
 
 
 def say(message: str) -> None:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from scir_jax import options
 from scir_jax.config import Config
+from scir_jax.data import sources
 from scir_jax.data.records import write_json
 from scir_jax.errors import InputError
 
@@ -76,6 +77,8 @@ class RunDirectory:
                 "config.yaml",
                 "manifest.json",
                 "manifest.json.partial",
+                "data.json",
+                "data.json.partial",
                 "checkpoints",
                 "metrics.jsonl",
                 "tensorboard",
@@ -139,7 +142,7 @@ def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
     hashes = {f"model.path/{name}": sha256(path) for name, path in files.items()}
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
-            hashes[f"data.{key}"] = sha256(Path(name))
+            hashes[f"data.{key}"] = sources.sha256(name)
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from scir_jax.data import records
+from scir_jax.data.encode import EncodedPair
+from scir_jax.data.files import read_rows
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.errors import InputError
 from scir_jax.loop import console, scoring
@@ -40,7 +42,7 @@ def load_grader(name: str | None) -> Grader | None:
 def evaluate_responses(session: Session, params, iteration: int, stopper: console.Stopper, bar) -> list[dict[str, Any]]:
     """Sampled (and one greedy) responses to the held-out prompts; a row a response, `greedy` says which."""
     config = session.config
-    prompts = list(enumerate(session.heldout_prompts))
+    prompts = list(enumerate(session.data.heldout_prompts))
     key = stream_key(config.run.seed, "evaluation", 0)  # the same noise for every model: fewer chances in a comparison
     kinds = [
         (
@@ -96,7 +98,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
 def response_batches(session: Session) -> int:
     """How often `evaluate_responses` advances its bar."""
     kinds = 2 if session.config.evaluate.greedy else 1
-    return kinds * scoring.batches_of(len(session.heldout_prompts), session.config.sample.batch_size)
+    return kinds * scoring.batches_of(len(session.data.heldout_prompts), session.config.sample.batch_size)
 
 
 def pair_metrics(session: Session, scores: scoring.PairScores, labels: np.ndarray) -> dict[str, float]:
@@ -149,8 +151,8 @@ def accuracy(logits: np.ndarray, right: np.ndarray) -> float | None:
 
 def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]:
     """Share of pairs selected during the iteration, and the accuracy of their labels against the grader."""
-    pairs = [row for _, row in records.read_rows(directory / "pairs.jsonl")]
-    decisions = [row for _, row in records.read_rows(directory / "decisions.jsonl")]
+    pairs = [row for _, row in read_rows(directory / "pairs.jsonl")]
+    decisions = [row for _, row in read_rows(directory / "decisions.jsonl")]
     result = {
         "selected": float(np.mean([d["selected"] for d in decisions])),
         "train_agreement": float(np.mean([d["agreed"] for d in decisions])),
@@ -167,17 +169,15 @@ def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]
 
 
 def labelled_pairs(
-    session: Session, comparisons: Sequence[records.Comparison]
+    given: Sequence[EncodedPair],
 ) -> tuple[list[scoring.Pair], np.ndarray]:
-    """Encoded pairs and their labels. The labelled-better answer is moved to either side in turn.
+    """Pairs and their labels. The labelled-better answer is moved to either side in turn.
 
     Files of chosen and rejected name the better answer first; a reward model must not profit from that.
     """
     pairs, labels = [], []
-    for i, c in enumerate(comparisons):
-        prompt = session.encoder.prompt(c.messages)
-        a, b = session.encoder.response(c.a), session.encoder.response(c.b)
-        label = 0.5 if c.label is None else c.label
+    for i, (comparison, prompt, a, b) in enumerate(given):
+        label = 0.5 if comparison.label is None else comparison.label
         pairs.append((prompt, a, b) if i % 2 == 0 else (prompt, b, a))
         labels.append(label if i % 2 == 0 else 1 - label)
     return pairs, np.array(labels)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scir_jax.data import pipelines, records
+from scir_jax.config import Config
+from scir_jax.data import pipelines, records, statistics
+from scir_jax.data.files import read_rows
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.metrics import AppendOnly, Metrics
 from scir_jax.errors import InputError
@@ -78,8 +81,8 @@ class Run:
         lengths = [
             len(rows) / size
             for rows, size, part in (
-                (session.ift_rows, config.ift_batch_size, ift),
-                (session.eft_rows, config.eft_batch_size, eft),
+                (session.data.ift_rows, config.ift_batch_size, ift),
+                (session.data.eft_rows, config.eft_batch_size, eft),
             )
             if part is not None
         ]
@@ -112,11 +115,11 @@ class Run:
         if replay.weight:
             ift, eft = self._replay_parts(replay.ift_batch_size, replay.eft_batch_size, stream=10 + t)
         dataset = pipelines.pairs_dataset(
-            records.read_rows(folder / "pairs.jsonl"),
+            read_rows(folder / "pairs.jsonl"),
             session.encoder,
             session.shapes,
             rewards=len(reward_names(config)),
-            need_label=config.data.label_key if config.preference.labels == "external" else None,
+            need_label=_label_columns(config),
             batch_size=config.optimise.batch_size,
             epochs=config.optimise.epochs,
             seed=self._seed(100 + t),
@@ -148,7 +151,7 @@ class Run:
         reference = self.models.implicit_reference(t)
         # A model that is its own reference has an implicit reward of 1/2 everywhere.
         load_reference = (lambda: self.models.load(reference)) if reference != number else None
-        pairs, labels = evaluation.labelled_pairs(session, session.heldout_pairs)
+        pairs, labels = evaluation.labelled_pairs(session.data.heldout_pairs)
         total = evaluation.response_batches(session)
         total += scoring.score_batches(session, len(pairs), with_reference=load_reference is not None)
         values: dict = {"model": f"M{number}"}
@@ -167,12 +170,12 @@ class Run:
                     advance=advance,
                 )
                 values |= evaluation.pair_metrics(session, scores, labels)
-            if session.heldout_prompts:
+            if session.data.heldout_prompts:
                 rows = evaluation.evaluate_responses(session, self.models.load(number), t, self.stopper, bar)
                 against = None
                 if t:
                     path = self.directory.iteration(0) / "heldout_responses.jsonl"
-                    against = [row for _, row in records.read_rows(path)]
+                    against = [row for _, row in read_rows(path)]
                 values |= evaluation.response_metrics(rows, self.grader, against)
                 records.write_rows(folder / "heldout_responses.jsonl", rows)
         if t:
@@ -210,9 +213,9 @@ class Run:
     def _replay_parts(self, ift_size: int, eft_size: int, stream: int):
         session = self.session
         pad_id = session.chat.pad_id
-        ift = pipelines.targets_dataset(session.ift_rows, session.shapes.ift, ift_size, pad_id, self._seed(stream))
+        ift = pipelines.targets_dataset(session.data.ift_rows, session.shapes.ift, ift_size, pad_id, self._seed(stream))
         eft = pipelines.targets_dataset(
-            session.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000)
+            session.data.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000)
         )
         return ift, eft
 
@@ -225,25 +228,32 @@ def stage_name(iteration: int) -> str:
     return f"iteration_{iteration:02d}" if iteration else "sft"
 
 
-def check_inputs(session: Session) -> None:
-    """Reads and checks everything that the run will need, before anything is computed."""
-    config = session.config
-    if config.run.iterations and not session.prompts and not session.given_pairs:
+def _label_columns(config: Config) -> tuple[str, ...] | None:
+    """The columns of pairs.jsonl of which one must hold an external label."""
+    if config.preference.labels != "external":
+        return None
+    return ("label",) if config.data.pairs else config.data.columns.label  # the labels of data.pairs are copied there
+
+
+def check_inputs(session: Session) -> dict[str, Any]:
+    """Reads and checks everything that the run will need, before anything is computed, and shows what it holds.
+
+    Returns:
+      The content of data.json.
+    """
+    config, data = session.config, session.data
+    if config.run.iterations and not data.prompts and not data.given_pairs:
         raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
-    if config.data.pairs and len(session.given_pairs) < config.run.iterations:
+    if config.data.pairs and len(data.given_pairs) < config.run.iterations:
         raise InputError(
-            f"{config.data.pairs}: {len(session.given_pairs)} pairs are too few for "
-            f"run.iterations={config.run.iterations}"
+            f"{config.data.pairs}: {len(data.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
         )
     if config.preference.labels == "external" and not config.data.pairs:
+        name = config.data.columns.label[0]
         console.say(
-            f"labels come from the column {config.data.label_key!r} that you add to each iteration's pairs.jsonl; "
+            f"labels come from the column {name!r} that you add to each iteration's pairs.jsonl; "
             "the run stops there until it is present"
         )
-    _ = session.shapes, session.ift_rows, session.eft_rows
-    dropped, cut = session.encoder.dropped_prompts, session.encoder.truncated_prompts
-    if dropped or cut:
-        console.say(
-            f"prompts longer than text.max_prompt_tokens={config.text.max_prompt_tokens}: "
-            f"{dropped} left out, {cut} lost their middle"
-        )
+    console.show(statistics.table(data.statistics()))
+    data.tell_left_out()
+    return data.to_dict()

@@ -15,6 +15,9 @@ import numpy as np
 from scir_jax.config import Config
 from scir_jax.data import records
 from scir_jax.data.encode import Prompt, Response
+from scir_jax.data.files import read_rows
+from scir_jax.data.messages import answer_text, prompt_messages, prompt_text
+from scir_jax.data.tally import Tally
 from scir_jax.errors import InputError
 from scir_jax.loop import console, scoring
 from scir_jax.loop.models import Models
@@ -47,11 +50,13 @@ def read_answers(session: Session, path: Path) -> list[Answer]:
     """Responses of an iteration's file, our own or another engine's (then `prompt` and `response` are enough)."""
     answers = []
     prompts: dict[str, Prompt | None] = {}
-    for where, row in records.read_rows(path):
+    tally = Tally(str(path))
+    for where, row in read_rows(path):
         given = row.get("messages", records.need(row, "prompt", where))
         name = str(given)
         if name not in prompts:
-            prompts[name] = session.encoder.prompt(records.prompt_messages(given, f"{where}: prompt"))
+            with tally.row(where):
+                prompts[name] = session.encoder.prompt(prompt_messages(given, f"{where}: prompt"), where)
         prompt = prompts[name]
         if prompt is None:
             continue
@@ -59,20 +64,18 @@ def read_answers(session: Session, path: Path) -> list[Answer]:
         if "response_ids" in row:
             response = session.encoder.sampled(_ids(session, row["response_ids"], where))
         else:
-            response = session.encoder.response(records.answer_text(text, f"{where}: response"))
+            response = session.encoder.response(answer_text(text, f"{where}: response"))
         answers.append(Answer(prompt, response, text, {}))
     return answers
 
 
 def given_answers(session: Session, iteration: int) -> tuple[list[Answer], list[PairRecord]]:
     """The iteration's even share of the pairs in data.pairs, in the file's order."""
-    given, iterations = session.given_pairs, session.config.run.iterations
+    given, iterations = session.data.given_pairs, session.config.run.iterations
     first, last = (len(given) * t // iterations for t in (iteration - 1, iteration))
     answers, pairs = [], []
-    for comparison in given[first:last]:
-        prompt = session.encoder.prompt(comparison.messages)
-        for text in (comparison.a, comparison.b):
-            answers.append(Answer(prompt, session.encoder.response(text), text, {}))
+    for comparison, prompt, a, b in given[first:last]:
+        answers += [Answer(prompt, a, comparison.a, {}), Answer(prompt, b, comparison.b, {})]
         pairs.append(PairRecord(len(answers) - 2, len(answers) - 1, comparison.label))
     return answers, pairs
 
@@ -270,7 +273,7 @@ def _row(number: int, pair: PairRecord, answers: Sequence[Answer], alpha: float)
     a, b = answers[pair.a], answers[pair.b]
     row: dict[str, Any] = {
         "pair": number,
-        "prompt": records.prompt_text(a.prompt.messages),
+        "prompt": prompt_text(a.prompt.messages),
         "messages": a.prompt.messages,
         "response_a": a.text,
         "response_b": b.text,

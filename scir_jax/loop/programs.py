@@ -40,11 +40,11 @@ def programs(session: Session, *, train: bool = True) -> Iterator[Program]:
     inference = join(session.abstract_inference, session.abstract_frozen)
     weights = Memory(weights=memory.device_bytes(inference))
     counts = {config.sample.responses} if config.run.iterations and not config.data.pairs else set()
-    if session.heldout_prompts:
+    if session.data.heldout_prompts:
         counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
     for count in sorted(counts):
         yield _sampler(session, inference, weights, count)
-    if config.run.iterations or session.heldout_pairs:
+    if config.run.iterations or session.data.heldout_pairs:
         size = 2 * config.evaluate.batch_size
         yield Program("score responses", session.scorer, (inference, _rows((size,), session.shapes.scored)), weights)
         rows = tuple(_rows((config.evaluate.batch_size, 2), tokens) for tokens in session.shapes.judges)
@@ -117,8 +117,8 @@ def _steps(session: Session) -> Iterator[Program]:
 
     def replay(section: Any) -> dict[str, Targets | None]:
         return {
-            "ift": targets(session.ift_rows, section.ift_batch_size, session.shapes.ift),
-            "eft": targets(session.eft_rows, section.eft_batch_size, session.shapes.eft),
+            "ift": targets(session.data.ift_rows, section.ift_batch_size, session.shapes.ift),
+            "eft": targets(session.data.eft_rows, section.eft_batch_size, session.shapes.eft),
         }
 
     supervised = replay(config.sft)

@@ -10,6 +10,7 @@ import numpy as np
 
 from scir_jax.data import records
 from scir_jax.data.encode import Prompt
+from scir_jax.data.messages import prompt_text
 from scir_jax.data.rows import fill, pad
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.metrics import AppendOnly
@@ -41,7 +42,7 @@ def sample_rows(
                 {
                     "prompt_number": number,
                     "sample": n,
-                    "prompt": records.prompt_text(prompt.messages),
+                    "prompt": prompt_text(prompt.messages),
                     "messages": prompt.messages,
                     "response": session.chat.decode(response),
                     "prompt_ids": list(prompt.conversation),
@@ -100,7 +101,7 @@ def sample_file(
 
 def iteration_prompts(session: Session, iteration: int) -> list[tuple[int, Prompt]]:
     """The prompts of an iteration: consecutive parts of one seeded permutation, round again where it ends."""
-    prompts = session.prompts
+    prompts = session.data.prompts
     config = session.config
     count = config.sample.prompts or max(len(prompts) // max(config.run.iterations, 1), 1)
     order = np.random.default_rng(np.random.SeedSequence([config.run.seed, 0])).permutation(len(prompts))

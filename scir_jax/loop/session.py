@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from scir_jax.config import Config, LoraConfig
-from scir_jax.data import records
-from scir_jax.data.encode import Encoder, Prompt, Shapes
+from scir_jax.data.encode import Encoder, Shapes
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine import sampler, steps
 from scir_jax.engine.checkpoint import abstract_params
 from scir_jax.errors import InputError
+from scir_jax.loop.inputs import Inputs
 from scir_jax.model import adapters, decoder, lora, weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import Chat, load_tokenizer
@@ -165,71 +165,13 @@ class Session:
         self.abstract_inference = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, config.model.dtype, sharding=s.sharding), self.abstract_trained
         )
-        self._shapes: Shapes | None = None
+        self.data = Inputs(config, self.encoder)
         self._check_batches()
-
-    # --- data -------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        return self._prompts("prompts")
-
-    @cached_property
-    def heldout_prompts(self) -> list[Prompt]:
-        return self._prompts("heldout_prompts")
-
-    @cached_property
-    def heldout_pairs(self) -> list[records.Comparison]:
-        path = self.config.data.heldout_pairs
-        return self._fitting(records.read_comparisons(path, need_label=True)) if path else []
-
-    @cached_property
-    def given_pairs(self) -> list[records.Comparison]:
-        path = self.config.data.pairs
-        need = self.config.preference.labels == "external"
-        return (
-            self._fitting(records.read_comparisons(path, label_key=self.config.data.label_key, need_label=need))
-            if path
-            else []
-        )
-
-    @cached_property
-    def ift(self) -> list[records.Messages]:
-        return records.read_conversations(self.config.data.ift) if self.config.data.ift else []
-
-    @cached_property
-    def eft(self) -> list[records.Comparison]:
-        return (
-            self._fitting(records.read_comparisons(self.config.data.eft, need_label=True))
-            if self.config.data.eft
-            else []
-        )
-
-    @cached_property
-    def ift_rows(self) -> list[tuple[Ids, tuple[bool, ...]]]:
-        return [self.encoder.conversation_row(messages, self.arch.max_positions) for messages in self.ift]
-
-    @cached_property
-    def eft_rows(self) -> list[tuple[Ids, tuple[bool, ...]]]:
-        """The judging examples under every template, both orders next to each other."""
-        return [row for judge in self.judges for c in self.eft for row in self.encoder.verdict_rows(judge, c)]
 
     @property
     def shapes(self) -> Shapes:
-        """The run's static lengths, from all of its files; computed once."""
-        if self._shapes is None:
-            conversations = [c.messages for source in (self.heldout_pairs, self.given_pairs, self.eft) for c in source]
-            others = [p for m in conversations if (p := self.encoder.prompt(m)) is not None]
-            prompts = [*self.prompts, *self.heldout_prompts, *others]
-            if not prompts:
-                raise InputError("no prompts: set data.prompts (or data.pairs)")
-            longest = (max((len(ids) for ids, _ in rows), default=0) for rows in (self.ift_rows, self.eft_rows))
-            self._shapes = self.encoder.shapes(prompts, *longest)
-        return self._shapes
-
-    def shapes_for(self, prompts: list[Prompt]) -> None:
-        """Fixes the static lengths for a command that has prompts of its own."""
-        self._shapes = self.encoder.shapes(prompts)
+        """The static lengths, from all data files unless a command fixed them."""
+        return self.data.shapes
 
     # --- compiled programs ------------------------------------------------------------------------------------------
 
@@ -330,18 +272,6 @@ class Session:
         return jax.jit(fresh, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(key)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
-
-    def _prompts(self, key: str) -> list[Prompt]:
-        path = getattr(self.config.data, key)
-        if not path:
-            return []
-        return self.encoder.prompts(records.read_prompts(path, self.config.data.prompt_key), path)
-
-    def _fitting(self, comparisons: list[records.Comparison]) -> list[records.Comparison]:
-        """Without those whose prompt is left out for its length."""
-        if self.config.text.long_prompts != "drop":
-            return comparisons
-        return [c for c in comparisons if self.encoder.prompt(c.messages) is not None]
 
     def _check_batches(self) -> None:
         if self.chat.tokenizer.vocab_size and len(self.chat.tokenizer) > self.arch.vocab_size:
