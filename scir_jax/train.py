@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def train(config: Config) -> list[dict]:
                 f"{session.mesh.size} {jax.default_backend()} device(s)"
             )
             data = check_inputs(session)
-            directory.check_manifest(manifest(config, {t.name: t.question for t in session.templates}))
+            directory.check_manifest(manifest(config, {t.name: dataclasses.asdict(t) for t in session.templates}))
             write_json(directory.path / "data.json", data)
             metrics = Metrics(
                 directory.path,

@@ -315,8 +315,13 @@ def test_prompts_longer_than_the_limit_and_the_context(command, sampling, tmp_pa
     file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "copy abc="}, {"prompt": "copy " + "a" * 400 + "="}])
     run = (sample.main, *sampling, "--data.prompts", file, "--output", tmp_path / "out.jsonl", "--sample.responses", 1)
     refused(command(*run, "--text.max_prompt_tokens", 1000), f"{file}:2: a prompt of", "the model's context of 256")
-    refused(command(*run, "--text.long_prompts", "error"), f"{file}:2: the prompt 'copy aaa", "text.max_prompt_tokens is 32")
-    refused(command(*run, "--text.long_prompts", "drop", "--text.max_prompt_tokens", 2), "no row is left of 2: 2 x prompt longer than text.max_prompt_tokens=2")
+    refused(
+        command(*run, "--text.long_prompts", "error"), f"{file}:2: the prompt 'copy aaa", "text.max_prompt_tokens is 32"
+    )
+    refused(
+        command(*run, "--text.long_prompts", "drop", "--text.max_prompt_tokens", 2),
+        "no row is left of 2: 2 x prompt longer than text.max_prompt_tokens=2",
+    )
     assert command(*run).code == 0
     rows = read_lines(tmp_path / "out.jsonl")
     assert [len(row["prompt_ids"]) for row in rows] == [9, 32]

@@ -342,7 +342,7 @@ def test_conversations_end_with_the_models_context(make, tmp_path):
     session = make(data=dict(ift=path))
     content = check_inputs(session)
     ((ids, marks),) = session.data.ift_rows
-    whole = session.encoder.conversation_row(messages)
+    (whole,) = session.encoder.conversation_rows(messages)
     assert len(whole[0]) > 300 and (ids, marks) == (whole[0][:256], whole[1][:256])
     ift = content["files"]["ift"]
     assert ift["left_out"] == {"no answer begins within the model's context of 256": 1} and ift["answers_cut"] == 1.0

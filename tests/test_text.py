@@ -773,7 +773,7 @@ def test_conversation_rows_mark_the_assistants_tokens(name):
     )
     messages = turns(*contents)
     c = chat(name)
-    ids, marks = encoder(name).conversation_row(messages)
+    ((ids, marks),) = encoder(name).conversation_rows(messages)
     whole = reference(name, messages, False)
     assert list(ids) == whole[: len(ids)] and not control(name, whole[len(ids) :])
     first = len(c.prompt(messages[:1]))
@@ -787,9 +787,8 @@ def test_conversation_rows_mark_the_assistants_tokens(name):
 def test_a_last_turn_without_an_answer_is_left_out():
     messages = turns("Hello", "Blue", "And you?", "fine")
     e = encoder("chatml")
-    ids, marks = e.conversation_row(messages)
     # What the user says last is nobody's prompt.
-    assert e.conversation_row([*messages, *turns("bye")]) == (ids, marks)
+    assert e.conversation_rows([*messages, *turns("bye")]) == e.conversation_rows(messages)
 
 
 @pytest.mark.parametrize("layout", ["standalone", "continuation"])

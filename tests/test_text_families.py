@@ -322,20 +322,25 @@ def test_contents_cannot_change_what_is_the_templates():
 
 @each
 def test_supervised_rows_of_many_turns(kind, template):
-    """What stands before a turn is what the template shows there, and each answer is marked where it is shown as is."""
+    """Every answer is learned once, behind what the template shows before it."""
     c = chat(kind, template)
     e = Encoder(Config(text=TextConfig()), c, [], 4096)
     messages = turns("Hello", "Blue, of course!", "And you?", "I am fine.")
-    ids, marks = e.conversation_row(messages, 4096)
-    prompt, answer = c.prompt(messages[:3]), c.answer("I am fine.")
-    assert ids == prompt + answer and marks[len(prompt) :] == (True,) * len(answer)
-    assert list(prompt) == reference(c, messages[:3])
-    first = c.prompt(messages[:1]) + c.answer("Blue, of course!")
-    assert any(marks[: len(prompt)]) == (prompt[: len(first)] == first)
+    rows = e.conversation_rows(messages)
+    prompts = [c.prompt(messages[:1]), c.prompt(messages[:3])]
+    answers = [c.answer("Blue, of course!"), c.answer("I am fine.")]
+    assert list(prompts[1]) == reference(c, messages[:3])
+    assert rows[-1][0] == prompts[1] + answers[1]
+    learned = [tuple(i for i, mark in zip(*row, strict=True) if mark) for row in rows]
+    assert sum(learned, ()) == answers[0] + answers[1]
+    together = prompts[1][: len(prompts[0] + answers[0])] == prompts[0] + answers[0]
+    assert len(rows) == (1 if together else 2)
+    if not together:
+        assert rows[0][0] == prompts[0] + answers[0] and learned[1] == answers[1]
     if template in ("qwen-3", "qwq"):  # an empty or opened thinking block is shown behind the last user turn alone
-        assert prompt[: len(first)] != first
+        assert not together
     elif not joins(kind, template):
-        assert prompt[: len(first)] == first
+        assert together
 
 
 def test_a_dataset_is_rendered_once_for_each_message_at_most(monkeypatch):

@@ -174,17 +174,25 @@ class Encoder:
         judged = [tuple(self.judge_row(j, prompt, *order) for order in orders) for j in self.separate_judges]
         return responses, judged
 
-    def conversation_row(self, messages: Messages) -> tuple[Ids, tuple[bool, ...]]:
-        """A conversation, of any length, with its assistants' turns (and stop tokens) marked."""
-        ids: list[int] = []
-        marks: list[bool] = []
+    def conversation_rows(self, messages: Messages) -> list[tuple[Ids, tuple[bool, ...]]]:
+        """A conversation, of any length, with its assistants' turns (and stop tokens) marked.
+
+        One row, unless the template shows an earlier answer otherwise than it was sampled (without its thinking, say):
+        then a row for each such beginning, so that every answer is learned once, behind what it is sampled behind.
+        """
+        rows = []
+        ids: Ids = ()
+        marks: tuple[bool, ...] = ()
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prefix = self.chat.prompt(messages[:i])
                 answer = self.chat.answer(message["content"])
-                # What stands before a turn is what sampling would stand on at that turn.
-                ids, marks = [*prefix, *answer], [*_aligned(marks, ids, prefix), *[True] * len(answer)]
-        return tuple(ids), tuple(marks)
+                if prefix[: len(ids)] != ids:
+                    rows.append((ids, marks))
+                    ids, marks = (), ()
+                marks += (False,) * (len(prefix) - len(ids)) + (True,) * len(answer)
+                ids = prefix + answer
+        return [*rows, (ids, marks)] if ids else rows
 
     def verdict_rows(self, judge: Judge, pair: EncodedPair) -> list[tuple[Ids, tuple[bool, ...]]]:
         """The judge's question in both orders with the right verdict; [] where neither answer is said to be better."""
@@ -274,10 +282,3 @@ def middle_cut(ids: Ids, limit: int, least_end: int = 0) -> Ids:
 
 def _at(prompt: Prompt) -> str:
     return f"{prompt.where}: " if prompt.where else ""
-
-
-def _aligned(marks: list[bool], before: list[int], prefix: Ids) -> list[bool]:
-    """Marks of earlier turns, where the longer conversation still begins with them; else unmarked."""
-    if tuple(before) == prefix[: len(before)]:
-        return marks + [False] * (len(prefix) - len(before))
-    return [False] * len(prefix)

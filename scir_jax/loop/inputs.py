@@ -67,13 +67,15 @@ class Inputs:
         rows = []
         for where, messages in _watched("ift", records.read_conversations(path, self.config.data.columns, tally)):
             with tally.row(where):
-                ids, marks = self.encoder.conversation_row(messages)
-                if any(marks[:context]):
-                    rows.append((ids[:context], marks[:context]))
-                    self._conversations.append((len(ids), sum(marks)))
+                found = self.encoder.conversation_rows(messages)
+                kept = [(ids[:context], marks[:context]) for ids, marks in found if any(marks[:context])]
+                if kept:
+                    rows += kept
+                    answers = sum(sum(marks) for _, marks in found)
+                    self._conversations.append((max(len(ids) for ids, _ in found), answers))
                 else:
                     tally.leave_out(f"no answer begins within the model's context of {context}")
-        tally.finish(len(rows))
+        tally.finish(len(self._conversations))
         return rows
 
     @cached_property

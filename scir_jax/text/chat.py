@@ -78,7 +78,7 @@ class Chat:
         Args:
           where: names the tokenizer in errors.
           stop_ids: end-of-sequence tokens beside the tokenizer's own.
-          template_kwargs: options of the chat template (`enable_thinking`, `date_string`): true, false, texts or numbers.
+          template_kwargs: options of the chat template (`enable_thinking`, `date_string`): flags, texts, numbers.
 
         Raises:
           InputError: no chat template, one that does not render or writes no header for an answer, an option that it
@@ -261,7 +261,8 @@ class Chat:
         if roles[0] == "system" and self._renders(roles[1:]):
             advice = "put the system text at the beginning of the first user message"
         raise InputError(
-            f"{self.where}: the chat template refuses a conversation of ({', '.join(map(str, roles))}): {reason}; {advice}"
+            f"{self.where}: the chat template refuses a conversation of ({', '.join(map(str, roles))}): {reason}; "
+            f"{advice}"
         )
 
     def _renders(self, roles: Sequence[str]) -> bool:
