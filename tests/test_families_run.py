@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from scir_jax import judge, sample, train
-from scir_jax.data.records import read_rows
+from scir_jax.data.files import read_rows
 from scir_jax.model import decoder, weights
 from tests import small_model
 
