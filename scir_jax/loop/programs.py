@@ -214,16 +214,18 @@ def _advice(session: Session, need: Memory = Memory()) -> str:
 
 
 def _print(result: list[tuple[str, Memory]], limit: int) -> None:
-    table = Table(title=f"memory a device, GiB (of {_gib(limit)})", title_justify="left")
+    unit, name_of_unit = (GIB, "GiB") if max(need.total for _, need in result) > GIB else (2**20, "MiB")
+    title = f"memory a device, {name_of_unit} (of {limit / GIB:.1f} GiB)"
+    table = Table(title=title, title_justify="left")
     table.add_column("program", no_wrap=True)
     kinds = [field.name for field in dataclasses.fields(Memory)]
     for kind in (*kinds, "total"):
         table.add_column(kind, justify="right", no_wrap=True)
     for name, need in result:
         values = [getattr(need, kind) for kind in kinds]
-        table.add_row(name, *(_gib(value) if value else "-" for value in values), _gib(need.total))
+        table.add_row(name, *(f"{value / unit:.1f}" if value else "-" for value in (*values, need.total)))
     console.show(table)
 
 
 def _gib(value: int) -> str:
-    return f"{value / GIB:.2f}" if value >= GIB / 100 else f"{value / GIB:.4f}"
+    return f"{value / GIB:.2f}" if value >= GIB / 100 else f"{value / GIB:.1e}"
