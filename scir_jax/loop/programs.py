@@ -214,7 +214,8 @@ def _advice(session: Session, need: Memory = Memory()) -> str:
 
 
 def _print(result: list[tuple[str, Memory]], limit: int) -> None:
-    unit, name_of_unit = (GIB, "GiB") if max(need.total for _, need in result) > GIB else (2**20, "MiB")
+    largest = max((need.total for _, need in result), default=0)
+    unit, name_of_unit = (GIB, "GiB") if largest > GIB else (2**20, "MiB")
     title = f"memory a device, {name_of_unit} (of {limit / GIB:.1f} GiB)"
     table = Table(title=title, title_justify="left")
     table.add_column("program", no_wrap=True)
