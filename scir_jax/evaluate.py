@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scir_jax import options
 
-SECTIONS = ("world", "model", "mesh", "data", "text", "sample", "generative", "implicit", "evaluate")
+SECTIONS = ("world", "model", "lora", "mesh", "data", "text", "sample", "generative", "implicit", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -453,7 +453,8 @@ class Stage:
                 title="optimise",
                 dataset=self.dataset,
                 peak=1e-3,
-                params=lambda: fresh_params(self.session),
+                params=self.session.initial_params,
+                frozen=lambda: self.session.frozen,
                 decisions=AppendOnly(self.decisions),
                 frozen=dict,
                 save=lambda params: self.store.save(2, params),
@@ -475,7 +476,7 @@ class Stage:
         return sorted(rows, key=lambda row: row["step"])
 
     def params(self):
-        return host(self.store.load(2, self.session.abstract_params))
+        return host(self.store.load(2, self.session.abstract_trained))
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     if config.kind == "adamw":
         scale = [optax.scale_by_adam(config.b1, config.b2, mu_dtype=config.moment_dtype)]
-    else:  # Adafactor (arXiv 1804.04235) without its own learning rate: the update's norm a matrix is at most 1
+    else:  # Adafactor (arXiv 1804.04235) without its own learning rate; an update's RMS over a parameter is at most 1
         scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     return optax.chain(
         optax.clip_by_global_norm(config.clip),

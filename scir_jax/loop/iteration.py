@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scir_jax import options
 from scir_jax.config import Config
 from scir_jax.data import pipelines, records, statistics
 from scir_jax.data.files import read_rows
@@ -18,7 +19,7 @@ from scir_jax.errors import InputError
 from scir_jax.loop import console, evaluation, pairing, sampling, scoring
 from scir_jax.loop.directory import RunDirectory
 from scir_jax.loop.models import Models
-from scir_jax.loop.session import Session
+from scir_jax.loop.session import Session, adapters_of
 from scir_jax.loop.training import train_stage
 from scir_jax.method.objective import reward_names
 
@@ -67,6 +68,17 @@ class Run:
         return self.rows()
 
     def _start_from(self, other: Path) -> None:
+        if self.store.exists(0) and self.store.exists(1):
+            return
+        if (other / "config.yaml").is_file():
+            recorded, _ = options.parse("train", "", ["--config", str(other / "config.yaml")])
+            theirs, ours = adapters_of(recorded.lora), self.session.model.lora
+            # Their dropout need not be ours: it is no part of a model.
+            if (theirs and theirs.computes) != (ours and ours.computes):
+                raise InputError(
+                    f"run.start_from {other}: its models have {theirs or 'no adapters'}, this run's have "
+                    f"{ours or 'none'}; set lora as it is there"
+                )
         for number in (0, 1):
             source = ModelStore(RunDirectory(other).checkpoints)
             if not source.exists(number):

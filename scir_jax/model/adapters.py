@@ -17,25 +17,35 @@ from scir_jax.model.lora import Lora, Params
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SIDES = {"lora_A": "lora_a", "lora_B": "lora_b"}
-# Variants of LoRA that change what an adapter computes, and the values under which they do not.
-_VARIANTS = {
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "lora_bias": (False,),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-}
+# What is read, and what changes nothing in what an adapter computes. Any other setting is a variant of LoRA, known or
+# yet to come, that must be off.
+_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
+_HARMLESS = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    # the tensors say which layers are adapted
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_config",
+    "megatron_core",
+    # of ways to begin; init_lora_weights says which one
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+)
+_OFF = (None, False, "none", [], {})
+# Other ways to begin change the model's own weights, to which the adapter then belongs.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_config(directory: Path) -> Lora:
@@ -51,22 +61,37 @@ def read_config(directory: Path) -> Lora:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable JSON ({error})") from None
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    for key, off in _VARIANTS.items():
-        if key in config and config[key] not in off:
-            raise InputError(f"{path}: {key} is {config[key]!r}, which is not supported")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise InputError(f"{path}: r must be an integer and lora_alpha a number, not {rank!r} and {alpha!r}")
-    targets = sorted({name for name, _, _ in map(_parse, _tensors(directory)) if name in LINEARS}, key=[*LINEARS].index)
-    if not targets:
+    for key, value in config.items():
+        if key not in (*_READ, *_HARMLESS) and value not in _OFF:
+            raise InputError(f"{path}: {key} is {value!r}, which is not supported")
+    if (beginning := config.get("init_lora_weights")) not in _BEGINNINGS:
+        raise InputError(
+            f"{path}: init_lora_weights is {beginning!r}, which changes the model's own weights; save the adapter with "
+            "peft's path_initial_model_for_weight_conversion"
+        )
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0
+    if isinstance(rank, bool) or not isinstance(rank, int) or not _number(alpha) or not _number(dropout):
+        raise InputError(
+            f"{path}: r must be an integer, lora_alpha and lora_dropout numbers, not {rank!r}, {alpha!r} and "
+            f"{dropout!r}"
+        )
+    rslora = config.get("use_rslora") or False
+    if rslora is not True and rslora is not False:
+        raise InputError(f"{path}: use_rslora must be true or false, not {rslora!r}")
+    found = {linear for linear, _, _ in map(_parse, _tensors(directory))}
+    if not found & LINEARS.keys():
         raise InputError(
             f"{Path(directory) / _WEIGHTS}: no tensor adapts a layer of this decoder; there are {', '.join(LINEARS)}"
         )
-    return Lora(rank, float(alpha), tuple(targets), bool(config.get("use_rslora")), float(dropout or 0))
+    targets = tuple(name for name in LINEARS if name in found)
+    try:
+        return Lora(rank, float(alpha), targets, rslora, float(dropout))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def load(directory: Path, arch: Architecture, lora: Lora) -> Params:
@@ -115,6 +140,9 @@ def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, bas
     Args:
       params: anything that holds the adapters' arrays in their places; the rest of a model is ignored.
       base_model: name or directory of the base model, for peft's information.
+
+    Raises:
+      InputError: if `directory` is a file.
     """
     tensors = {}
     for linear in lora.targets:
@@ -142,7 +170,10 @@ def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, bas
         "inference_mode": True,
     }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{directory}: is a file, or below one; give a directory to write the adapter to") from None
     partial = directory / (_WEIGHTS + ".partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -150,6 +181,10 @@ def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, bas
         partial.replace(directory / _WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _tensors(directory: Path) -> dict[str, np.ndarray]:

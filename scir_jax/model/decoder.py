@@ -150,7 +150,9 @@ class Model:
         return nnx.merge(_definitions(self).block, cast)
 
     def _final_norm(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-        return nnx.merge(_definitions(self).norm, params["norm"])(x_BTD)
+        # Cast as a block's are: a float32 scale and one that was stored in the computation's dtype give the same.
+        cast = jax.tree.map(lambda p: p.astype(self.compute_dtype), params["norm"])
+        return nnx.merge(_definitions(self).norm, cast)(x_BTD)
 
     def _constrain(self, x_BTD: jax.Array) -> jax.Array:
         if self.activations is None:

@@ -7,10 +7,10 @@ model without adapters trains all it has. Everything else takes the joined param
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from scir_jax.errors import InputError
 from scir_jax.model.architecture import LINEARS
@@ -42,7 +42,7 @@ class Lora:
             raise InputError(
                 f"lora: no layer is called {', '.join(map(repr, unknown)) or 'nothing'}; there are {', '.join(LINEARS)}"
             )
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise InputError(
                 f"lora: rank must be at least 1, alpha positive and dropout in [0, 1), not {self.rank}, {self.alpha} "
                 f"and {self.dropout}"
@@ -51,6 +51,14 @@ class Lora:
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def computes(self) -> tuple[int, float, frozenset[str]]:
+        """What a model with these adapters computes, and the shapes of its parameters, depend on this alone."""
+        return self.rank, self.scale, frozenset(self.targets)
+
+    def __str__(self) -> str:
+        return f"adapters of rank {self.rank}, scale {self.scale:g}, on {', '.join(self.targets)}"
 
 
 def split(params: Params, lora: Lora | None) -> tuple[Params, Params]:
@@ -79,18 +87,17 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def merge(params: Params, lora: Lora | None) -> Params:
-    """Parameters without adapters that compute the same: W + scale B A, summed in float32, in W's dtype."""
+    """Parameters without adapters that compute the same: W + scale B A, summed in float32, in W's dtype.
+
+    NumPy on the host, a layer at a time: no device needs to hold a second model.
+    """
     if lora is None:
         return params
     if "lora_a" not in params:
         return {name: merge(value, lora) if isinstance(value, dict) else value for name, value in params.items()}
-    weight, a, b = params["weight"], params["lora_a"], params["lora_b"]
-    layers, rank = a.shape[:2]
-    delta = jnp.einsum(
-        "lor,lri->loi",
-        jnp.asarray(b, jnp.float32).reshape(layers, -1, rank),
-        jnp.asarray(a, jnp.float32).reshape(layers, rank, -1),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    merged = (jnp.asarray(weight, jnp.float32) + lora.scale * delta.reshape(weight.shape)).astype(weight.dtype)
-    return {"weight": merged, **({"bias": params["bias"]} if "bias" in params else {})}
+    weight = np.array(params["weight"])
+    for layer, a, b in zip(weight, params["lora_a"], params["lora_b"], strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        delta = b.reshape(-1, lora.rank) @ a.reshape(lora.rank, -1)
+        layer[...] = layer.astype(np.float32) + np.float32(lora.scale) * delta.reshape(layer.shape)
+    return {"weight": weight, **({"bias": params["bias"]} if "bias" in params else {})}
