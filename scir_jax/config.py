@@ -182,7 +182,7 @@ class OptimizerConfig:
     final: float = 0.1
     """see schedule"""
     accumulate: int = 1
-    """micro-batches a step; changes memory, not the result"""
+    """micro-batches a step; changes memory, not the result (but for which inputs lora.dropout leaves out)"""
     max_skipped: int = 5
     """consecutive steps with a non-finite loss or gradient after which the run stops"""
 

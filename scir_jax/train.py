@@ -43,7 +43,8 @@ def train(config: Config) -> list[dict]:
             session = Session(config)
             console.say(
                 f"{'resuming' if resumed else 'starting'} {directory.path}: "
-                f"{session.arch.parameter_count():,} parameters, {config.model.dtype}, "
+                f"{session.arch.parameter_count():,} parameters, "
+                f"{f'{session.model.lora}, ' if session.model.lora else ''}{config.model.dtype}, "
                 f"{session.mesh.size} {jax.default_backend()} device(s)"
             )
             data = check_inputs(session)

@@ -45,7 +45,7 @@ FAMILIES = {
 ALL = tuple(LINEARS)
 ADAPTERS = {
     "llama": lora.Lora(3, 7.0, ALL),
-    "qwen2": lora.Lora(4, 2.0, ("k_proj", "v_proj", "down_proj"), rslora=True),
+    "qwen2": lora.Lora(4, 3.0, ("k_proj", "v_proj", "down_proj"), rslora=True),
     "gemma2": lora.Lora(2, 3.0, ("q_proj", "o_proj", "gate_proj", "up_proj")),
     "mistral": lora.Lora(1, 0.5, ALL, rslora=True, dropout=0.25),
 }
