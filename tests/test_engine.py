@@ -456,7 +456,6 @@ class Stage:
                 params=self.session.initial_params,
                 frozen=lambda: self.session.frozen,
                 decisions=AppendOnly(self.decisions),
-                frozen=dict,
                 save=lambda params: self.store.save(2, params),
             )
         finally:
