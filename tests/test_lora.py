@@ -217,12 +217,11 @@ def test_layers_drop_out_on_their_own():
 def test_scoring_judging_and_sampling_never_drop_out(dropping, session):
     def everything(session):
         params = session.inference_params()
-        pairs = [(session.encoder.prompt(c.messages), c) for c in session.heldout_pairs]
-        pairs = [(p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in pairs]
+        pairs = [(pair.prompt, pair.a, pair.b) for pair in session.data.heldout_pairs]
         rows = sampling.sample_rows(
             session,
             params,
-            list(enumerate(session.prompts))[:4],
+            list(enumerate(session.data.prompts))[:4],
             responses=2,
             sampling=Sampling.of(1.0),
             key=stream_key(0, "responses", 1),
@@ -299,8 +298,7 @@ def test_models_loaded_in_bfloat16_score_as_float32_masters(world_dir, tiny_conf
     session = make_session(in_bfloat16(tiny_config(world_dir)))
     store = ModelStore(tmp_path)
     store.save(0, jax.tree.map(lambda p: p * 1.01, session.initial_params()))  # nothing is a bfloat16 number any more
-    pairs = [(session.encoder.prompt(c.messages), c) for c in session.heldout_pairs]
-    pairs = [(p, session.encoder.response(c.a), session.encoder.response(c.b)) for p, c in pairs]
+    pairs = [(pair.prompt, pair.a, pair.b) for pair in session.data.heldout_pairs]
     found = []
     for abstract in (session.abstract_trained, session.abstract_inference):
         params = store.load(0, abstract)

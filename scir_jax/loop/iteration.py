@@ -70,15 +70,6 @@ class Run:
     def _start_from(self, other: Path) -> None:
         if self.store.exists(0) and self.store.exists(1):
             return
-        if (other / "config.yaml").is_file():
-            recorded, _ = options.parse("train", "", ["--config", str(other / "config.yaml")])
-            theirs, ours = adapters_of(recorded.lora), self.session.model.lora
-            # Their dropout need not be ours: it is no part of a model.
-            if (theirs and theirs.computes) != (ours and ours.computes):
-                raise InputError(
-                    f"run.start_from {other}: its models have {theirs or 'no adapters'}, this run's have "
-                    f"{ours or 'none'}; set lora as it is there"
-                )
         for number in (0, 1):
             source = ModelStore(RunDirectory(other).checkpoints)
             if not source.exists(number):
@@ -266,6 +257,27 @@ def check_inputs(session: Session) -> dict[str, Any]:
             f"labels come from the column {name!r} that you add to each iteration's pairs.jsonl; "
             "the run stops there until it is present"
         )
+    _check_start(session)
     console.show(statistics.table(data.statistics()))
     data.tell_left_out()
     return data.to_dict()
+
+
+def _check_start(session: Session) -> None:
+    """Refuses to start from models with other adapters, whose parameters may well have the shapes of this run's."""
+    config = session.config.run
+    recorded = Path(config.start_from or "") / "config.yaml"
+    if (
+        not config.start_from
+        or not recorded.is_file()
+        or ModelStore(RunDirectory(config.directory).checkpoints).exists(1)
+    ):
+        return
+    other, _ = options.parse("train", "", ["--config", str(recorded)])
+    theirs, ours = adapters_of(other.lora), session.model.lora
+    # Their dropout need not be ours: it is no part of a model.
+    if (theirs and theirs.computes) != (ours and ours.computes):
+        raise InputError(
+            f"run.start_from {config.start_from}: its models have {theirs or 'no adapters'}, this run's have "
+            f"{ours or 'none'}; set lora as it is there"
+        )
