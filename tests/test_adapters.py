@@ -441,6 +441,6 @@ def test_a_configuration_with_an_adapter(adapted):
     found = adapted("qwen2")
     assert adapters_of(LoraConfig()) is None
     for rank in (0, found.model.lora.rank):
-        assert adapters_of(LoraConfig(rank=rank, alpha=3.0, adapter=str(found.directory))) == found.model.lora
+        assert adapters_of(LoraConfig(rank=rank, alpha=9.0, adapter=str(found.directory))) == found.model.lora
     with pytest.raises(InputError, match="lora.rank is 5, but the adapter .* has rank 4"):
         adapters_of(LoraConfig(rank=5, adapter=str(found.directory)))
