@@ -30,12 +30,8 @@ class Program(NamedTuple):
     known: Memory
 
 
-def programs(session: Session, *, train: bool = True) -> Iterator[Program]:
-    """The programs of a run. InputError, as everywhere, where its data do not fit its settings.
-
-    Args:
-      train: also the training steps, not those alone that sample and score.
-    """
+def programs(session: Session) -> Iterator[Program]:
+    """The programs of a run. InputError, as everywhere, where its data do not fit its settings."""
     config = session.config
     inference = join(session.abstract_inference, session.abstract_frozen)
     weights = Memory(weights=memory.device_bytes(inference))
@@ -49,11 +45,10 @@ def programs(session: Session, *, train: bool = True) -> Iterator[Program]:
         yield Program("score responses", session.scorer, (inference, _rows((size,), session.shapes.scored)), weights)
         rows = tuple(_rows((config.evaluate.batch_size, 2), tokens) for tokens in session.shapes.judges)
         yield Program("judge pairs", session.judge, (inference, rows), weights)
-    if train:
-        yield from _steps(session)
+    yield from _steps(session)
 
 
-def check_memory(session: Session, *, train: bool = True) -> list[tuple[str, Memory]]:
+def check_memory(session: Session) -> list[tuple[str, Memory]]:
     """Compiles a run's programs and prints the memory of each; the compiled programs are those that the run uses.
 
     What cannot fit whatever the compiler does is refused before compiling.
@@ -62,7 +57,7 @@ def check_memory(session: Session, *, train: bool = True) -> list[tuple[str, Mem
       InputError: where a program needs more than a device has.
     """
     limit = memory.limit()
-    found = list(programs(session, train=train))
+    found = list(programs(session))
     for program in found:
         _fits(program.name, program.known, limit, session)
     result = []
