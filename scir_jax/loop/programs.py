@@ -58,8 +58,7 @@ def check_memory(session: Session) -> list[tuple[str, Memory]]:
     """
     limit = memory.limit()
     found = list(programs(session))
-    for program in found:
-        _fits(program.name, program.known, limit, session)
+    _fits([(program.name, program.known) for program in found], limit, session)
     result = []
     with console.stage("compile", len(found)) as bar:
         for program in found:
@@ -75,8 +74,7 @@ def check_memory(session: Session) -> list[tuple[str, Memory]]:
             result.append((program.name, dataclasses.replace(program.known, other=other)))
             bar.advance(program.name)
     _print(result, limit)
-    for name, need in result:
-        _fits(name, need, limit, session)
+    _fits(result, limit, session)
     return result
 
 
@@ -178,7 +176,9 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
-def _fits(name: str, need: Memory, limit: int, session: Session) -> None:
+def _fits(needs: list[tuple[str, Memory]], limit: int, session: Session) -> None:
+    """InputError about the largest program where it is larger than the limit."""
+    name, need = max(needs, key=lambda item: item[1].total, default=("", Memory()))
     if need.total > limit:
         kinds = {kind: value for kind, value in dataclasses.asdict(need).items() if value}
         largest = ", ".join(f"{kind} {_gib(value)}" for kind, value in sorted(kinds.items(), key=lambda x: -x[1]))
@@ -189,17 +189,19 @@ def _fits(name: str, need: Memory, limit: int, session: Session) -> None:
 
 
 def _advice(session: Session, need: Memory = Memory()) -> str:
-    """What would make a run smaller, the most effective first, without what is set already."""
+    """What would make a program smaller, without what is set already."""
     config = session.config
+    training = bool(need.optimiser) or need == Memory()
     ways = []
-    kept = need.weights + need.optimiser + need.gradients
     if config.model.dtype == "float32":
         ways.append("model.dtype bfloat16")
-    if need.other + need.cache > kept:
-        ways += ["model.remat full"] if config.model.remat != "full" else []
-        ways += ["a larger optimizer.accumulate", "smaller batches (optimise, sft, sample, evaluate)"]
+    if need.other + need.cache > need.weights + need.optimiser + need.gradients:
+        if training:
+            ways += ["model.remat full"] if config.model.remat != "full" else []
+            ways += ["a larger optimizer.accumulate"]
+        ways.append(f"smaller batches ({'optimise, sft' if training else 'sample, evaluate'})")
         ways.append("smaller text.max_prompt_tokens and text.max_response_tokens")
-    if session.model.lora is None:
+    if training and session.model.lora is None:
         ways += ["adapters (lora.rank 16)"]
         ways += ["optimizer.kind adafactor"] if config.optimizer.kind == "adamw" else []
     ways.append("more devices (mesh.fsdp)")
