@@ -28,6 +28,7 @@ def train(config: Config) -> list[dict]:
     from scir_jax.loop.iteration import Run, check_inputs
     from scir_jax.loop.programs import check_memory
     from scir_jax.loop.session import Session, check, resolve
+    from scir_jax.model import adapters
     from scir_jax.report import write_report
 
     config = resolve(config)
@@ -66,7 +67,7 @@ def train(config: Config) -> list[dict]:
             write_json(directory.path / "summary.json", {"rows": rows})
             if not (directory.path / "export").exists():
                 export_model(session, directory, config.run.iterations + 1, directory.path / "export")
-            if session.model.lora and not (directory.path / "adapter").exists():
+            if session.model.lora and not (directory.path / "adapter" / adapters.WEIGHTS).exists():
                 export_adapter(session, directory, config.run.iterations + 1, directory.path / "adapter")
             report = write_report(directory.path)
     finally:

@@ -156,6 +156,14 @@ def test_export_and_adapter_are_the_last_model(whole, world_dir, tmp_path):
     )
 
 
+def test_an_adapter_that_was_not_written_to_its_end_is_written_again(whole, command):
+    weights_file = whole.path / "adapter" / "adapter_model.safetensors"
+    before = weights_file.read_bytes()
+    weights_file.unlink()  # it is the last file, so that a killed process leaves the directory like this
+    assert command(train.main, "--config", whole.file).code == 0
+    assert weights_file.read_bytes() == before
+
+
 def test_commands_read_an_adapter_as_its_merged_model(whole, reading, world_dir, command, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     shutil.copy(world_dir / "heldout_pairs.jsonl", pairs)

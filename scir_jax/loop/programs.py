@@ -69,7 +69,9 @@ def check_memory(session: Session) -> list[tuple[str, Memory]]:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{program.name}: does not fit on a device ({reason}); {_advice(session)}") from None
+                # The rest is unknown, but it is what does not fit.
+                advice = _advice(session, dataclasses.replace(program.known, other=limit))
+                raise InputError(f"{program.name}: does not fit on a device ({reason}); {advice}") from None
             other = max(memory.compiled_bytes(compiled) - program.known.total, 0)
             result.append((program.name, dataclasses.replace(program.known, other=other)))
             bar.advance(program.name)
@@ -188,10 +190,10 @@ def _fits(needs: list[tuple[str, Memory]], limit: int, session: Session) -> None
         )
 
 
-def _advice(session: Session, need: Memory = Memory()) -> str:
+def _advice(session: Session, need: Memory) -> str:
     """What would make a program smaller, without what is set already."""
     config = session.config
-    training = bool(need.optimiser) or need == Memory()
+    training = bool(need.optimiser)
     ways = []
     if config.model.dtype == "float32":
         ways.append("model.dtype bfloat16")

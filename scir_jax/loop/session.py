@@ -224,6 +224,10 @@ class Session:
           inference: in the computation's dtype throughout, instead of float32 where trained.
         """
         abstract = self.abstract_inference if inference else self.abstract_trained
+        return lora.join(self._adapters(adapter, abstract), self._stored(directory, abstract))
+
+    def _stored(self, directory: Path, abstract):
+        """The parameters of a Hugging Face directory, without adapters; those that are trained as in `abstract`."""
         wanted = dict(jax.tree_util.tree_leaves_with_path(lora.join(abstract, self.abstract_params)))
 
         def put(value, path):
@@ -233,7 +237,7 @@ class Session:
         arch, params = weights.load(directory, put=put)
         if arch != self.arch:
             raise InputError(f"{directory}: another architecture than {self.config.model.path}")
-        return lora.join(self._adapters(adapter, abstract), params)
+        return params
 
     def inference_params(self):
         """The configured model's parameters to compute with, its adapters (lora.adapter) included."""
@@ -254,7 +258,7 @@ class Session:
         """The parameters that no training changes; loaded once."""
         if self.model.lora is None:
             return {}
-        return lora.split(self.import_params(Path(self.config.model.path), inference=True), self.model.lora)[1]
+        return self._stored(Path(self.config.model.path), self.abstract_inference)
 
     def _adapters(self, directory: Path | None, abstract):
         """The adapters of a PEFT directory, or fresh ones."""

@@ -15,7 +15,8 @@ from scir_jax.errors import InputError
 from scir_jax.model.architecture import LINEARS, Architecture
 from scir_jax.model.lora import Lora, Params
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"  # written last: where it is, a directory is complete
 _SIDES = {"lora_A": "lora_a", "lora_B": "lora_b"}
 # What is read, and what changes nothing in what an adapter computes. Any other setting is a variant of LoRA, known or
 # yet to come, that must be off.
@@ -85,7 +86,7 @@ def read_config(directory: Path) -> Lora:
     found = {linear for linear, _, _ in map(_parse, _tensors(directory))}
     if not found & LINEARS.keys():
         raise InputError(
-            f"{Path(directory) / _WEIGHTS}: no tensor adapts a layer of this decoder; there are {', '.join(LINEARS)}"
+            f"{Path(directory) / WEIGHTS}: no tensor adapts a layer of this decoder; there are {', '.join(LINEARS)}"
         )
     targets = tuple(name for name in LINEARS if name in found)
     try:
@@ -100,8 +101,8 @@ def load(directory: Path, arch: Architecture, lora: Lora) -> Params:
     Raises:
       InputError: if they belong to a model of another shape.
     """
-    path = Path(directory) / _WEIGHTS
-    sizes = _sizes(arch)
+    path = Path(directory) / WEIGHTS
+    sizes = arch.linear_axes()
     found: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
     for name, tensor in _tensors(directory).items():
         linear, layer, side = _parse(name)
@@ -174,11 +175,11 @@ def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, bas
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{directory}: is a file, or below one; give a directory to write the adapter to") from None
-    partial = directory / (_WEIGHTS + ".partial")
+    partial = directory / (WEIGHTS + ".partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(directory / _WEIGHTS)
+        partial.replace(directory / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -188,9 +189,9 @@ def _number(value: Any) -> bool:
 
 
 def _tensors(directory: Path) -> dict[str, np.ndarray]:
-    path = Path(directory) / _WEIGHTS
+    path = Path(directory) / WEIGHTS
     if not path.is_file():
-        raise InputError(f"{directory}: no {_WEIGHTS}; adapters are read from safetensors only")
+        raise InputError(f"{directory}: no {WEIGHTS}; adapters are read from safetensors only")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -205,18 +206,3 @@ def _parse(name: str) -> tuple[str, int, str]:
         if number.isdigit():
             return parts[-3], int(number), _SIDES[parts[-2]]
     return "", -1, ""
-
-
-def _sizes(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Output and input axes of every adaptable layer."""
-    width, inner = (arch.hidden_size,), (arch.intermediate_size,)
-    queries, keys = (arch.num_heads, arch.head_dim), (arch.num_kv_heads, arch.head_dim)
-    return {
-        "q_proj": (queries, width),
-        "k_proj": (keys, width),
-        "v_proj": (keys, width),
-        "o_proj": (width, queries),
-        "gate_proj": (inner, width),
-        "up_proj": (inner, width),
-        "down_proj": (width, inner),
-    }

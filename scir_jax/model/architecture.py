@@ -107,6 +107,20 @@ class Architecture:
 
         return families.read(config, where)
 
+    def linear_axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Sizes of the output and of the input axes of each of LINEARS."""
+        width, inner = (self.hidden_size,), (self.intermediate_size,)
+        queries, keys = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+        return {
+            "q_proj": (queries, width),
+            "k_proj": (keys, width),
+            "v_proj": (keys, width),
+            "o_proj": (width, queries),
+            "gate_proj": (inner, width),
+            "up_proj": (inner, width),
+            "down_proj": (width, inner),
+        }
+
     def parameter_count(self) -> int:
         """The number of weights, a tied head counted once."""
         d, f, v = self.hidden_size, self.intermediate_size, self.vocab_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,18 +174,16 @@ def save(
 
 def _names(arch: Architecture) -> dict[str, _Tensor]:
     """Every tensor of a checkpoint, in the order in which transformers writes them."""
-    d, f, v = arch.hidden_size, arch.intermediate_size, arch.vocab_size
-    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    biased = {"q": arch.qkv_bias, "k": arch.qkv_bias, "v": arch.qkv_bias, "o": arch.o_bias}
+    d, v = arch.hidden_size, arch.vocab_size
+    biased = dict.fromkeys(("q", "k", "v"), arch.qkv_bias) | {"o": arch.o_bias}
     biased |= dict.fromkeys(("gate", "up", "down"), arch.mlp_bias)
-    sizes = {"q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)}
-    sizes |= {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    sizes = {name: tuple(math.prod(axes) for axes in pair) for name, pair in arch.linear_axes().items()}
     in_layer = {"input_layernorm.weight": (("attention_norm", "scale"), (d,))}
     for linear, (module, name) in LINEARS.items():
         prefix = f"{'self_attn' if module == 'attention' else module}.{linear}"
-        in_layer[f"{prefix}.weight"] = ((module, name, "weight"), sizes[name])
+        in_layer[f"{prefix}.weight"] = ((module, name, "weight"), sizes[linear])
         if biased[name]:
-            in_layer[f"{prefix}.bias"] = ((module, name, "bias"), sizes[name][:1])
+            in_layer[f"{prefix}.bias"] = ((module, name, "bias"), sizes[linear][:1])
     if arch.qk_norm:
         for norm in ("q_norm", "k_norm"):
             in_layer[f"self_attn.{norm}.weight"] = (("attention", norm, "scale"), (arch.head_dim,))
