@@ -14,8 +14,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from scir_jax.config import LoraConfig
-from scir_jax.data.rows import Targets
-from scir_jax.engine.forward import sft_sums
+from scir_jax.data.rows import Targets, TrainBatch
+from scir_jax.engine import forward
 from scir_jax.errors import InputError
 from scir_jax.loop.session import adapters_of
 from scir_jax.model import adapters, decoder, lora, weights
@@ -153,18 +153,30 @@ def test_logits_are_those_of_peft(family, adapted):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_is_the_adapted_one(family, adapted, tmp_path):
     found, ids = adapted(family), ids_of()
-    merged = lora.merge(found.params, found.model.lora)
-    assert jax.tree.structure(merged) == jax.tree.structure(found.base.params)
-    config = weights.hf_config(found.base.directory)
-    weights.save(tmp_path / "merged", found.base.arch, merged, config=config)
+    settings, arch, config = found.model.lora, found.base.arch, weights.hf_config(found.base.directory)
+    with weights.stored_tensors(found.base.directory) as base:
+        tensors = adapters.merged(base, found.trained, settings, wanted=True)
+        weights.save(tmp_path / "merged", arch, tensors, config=config)
     expected = our_logits(found.model, found.params, ids)
     np.testing.assert_allclose(torch_logits(torch_base(tmp_path / "merged"), ids), expected, atol=1e-4)
-    assert np.array_equal(merged["embed"], found.base.params["embed"])
-    # Weights in bfloat16 stay so, rounded once.
-    halved = jax.tree.map(lambda p: p.astype(jnp.bfloat16), found.base.params)
-    exact = lora.merge(lora.join(found.trained, jax.tree.map(lambda p: p.astype(np.float32), halved)), found.model.lora)
-    rounded = lora.merge(lora.join(found.trained, halved), found.model.lora)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), rounded, exact)
+    before, after = (load_file(path / "model.safetensors") for path in (found.base.directory, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == set(settings.targets)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merged_weight_is_rounded_once(dtype):
+    rng = np.random.default_rng(4)
+    settings = lora.Lora(3, 5.0, ("q_proj",), rslora=True)
+    weight, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 6, 10), (3, 10), (4, 6, 3)))
+    weight = weight.astype(jnp.dtype(dtype))
+    merged = lora.merge(weight, a, b, settings)
+    assert merged.dtype == weight.dtype
+    exact = weight.astype(np.float64) + 5 / 3**0.5 * np.einsum("hdr,ri->hdi", b.astype(np.float64), a)
+    half_a_place = np.abs(exact) * float(jnp.finfo(dtype).eps) / 2
+    assert (np.abs(merged.astype(np.float64) - exact) <= half_a_place + 1e-5).all()
+    assert np.abs(exact - weight.astype(np.float64)).max() > 1
 
 
 THEIRS = {
@@ -260,7 +272,9 @@ def test_gradients_are_those_of_autograd(family, adapted):
     expected_loss.backward()
 
     def loss(trained, frozen):
-        return sft_sums(found.model, lora.join(trained, frozen), Targets(ids, mask))[0]
+        batch = TrainBatch(None, Targets(ids, mask), None)
+        params, settings = lora.join(trained, frozen), dict(verdict_ids=(), continued=False, response_tokens=1)
+        return forward.outputs(found.model, params, batch, **settings).sft["ift"][0]
 
     value, grads = quick_jit(jax.value_and_grad(loss))(found.trained, found.base.params)
     assert value == pytest.approx(float(expected_loss.detach()), rel=1e-5)

@@ -21,6 +21,7 @@ from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampling, sampler, stream_key
 from scir_jax.model import decoder, weights
 from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.sharding import Layout
 from tests import families
 from tests.families import CASES, FOREMOST, PROMPTS, QUICK, TOLERANCE, refused
 
@@ -230,7 +231,7 @@ def sharded(imported, tmp_path_factory):
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=850,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -244,7 +245,7 @@ def sharded_worker(directory, models):
     hidden = {}
     for family, model_directory in models.items():
         arch, params = weights.load(model_directory)
-        model = decoder.define(arch, activations=meshes.batch_sharding(mesh))
+        model = decoder.define(arch, layout=Layout(mesh))
         params = jax.device_put(params, meshes.param_shardings(model, mesh))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
             if path[-1].key == "weight":  # split over fsdp and tensor

@@ -404,7 +404,7 @@ def on_eight_devices(config, directory):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=850
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return pickle.loads((directory / "results.pickle").read_bytes())

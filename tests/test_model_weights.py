@@ -120,21 +120,6 @@ def test_import_and_export_keep_every_byte(tmp_path, dtype):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dtype == getattr(torch, dtype)
 
 
-def test_parameters_can_be_put_elsewhere_one_by_one(exported):
-    directory, _, params = exported
-    seen = {}
-
-    def put(value, path):
-        seen[path] = value
-        return path
-
-    _, paths = weights.load(directory, put=put)
-    assert all(isinstance(path, tuple) for path in seen)
-    assert paths["layers"]["attention"]["q"]["weight"] == ("layers", "attention", "q", "weight")
-    np.testing.assert_array_equal(seen["norm", "scale"], params["norm"]["scale"])
-    assert len(seen) == len(jax.tree.leaves(params))
-
-
 def test_shards_are_small_enough_and_read_by_both(exported, tmp_path):
     _, arch, params = exported
     save(tmp_path / "sharded", arch, params, max_shard_bytes=16_000)

@@ -331,11 +331,11 @@ def outputs(session, params, pairs):
     """log pi(y|x) [P, 2], verdicts [P, G, 2, 2] and the reward models' logits [P, R] of a batch of pairs."""
 
     def run(params, pairs):
-        logps, judged = forward.pair_outputs(
+        logps, judged, _ = forward.outputs(
             session.model,
             params,
-            pairs,
-            verdict_ids=session.verdict_ids,
+            TrainBatch(pairs, None, None),
+            verdict_ids=session.facts.verdict_ids,
             continued=session.encoder.continued,
             response_tokens=session.shapes.response,
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from scir_jax.errors import InputError
+from scir_jax.model import tensors as files
+from scir_jax.model import transfer
 from scir_jax.model.architecture import LINEARS, Architecture
-from scir_jax.model.lora import Lora, Params
+from scir_jax.model.lora import ADAPTER, Lora, Params, merge
+from scir_jax.model.tensors import Names, Stored, Tensor, Tensors
 
 _CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"  # written last: where it is, a directory is complete
@@ -83,7 +87,8 @@ def read_config(directory: Path) -> Lora:
     rslora = config.get("use_rslora") or False
     if rslora is not True and rslora is not False:
         raise InputError(f"{path}: use_rslora must be true or false, not {rslora!r}")
-    found = {linear for linear, _, _ in map(_parse, _tensors(directory))}
+    with contextlib.ExitStack() as stack:
+        found = {linear for linear, _, _ in map(_parse, _open_tensors(directory, stack))}
     if not found & LINEARS.keys():
         raise InputError(
             f"{Path(directory) / WEIGHTS}: no tensor adapts a layer of this decoder; there are {', '.join(LINEARS)}"
@@ -95,68 +100,87 @@ def read_config(directory: Path) -> Lora:
         raise InputError(f"{path}: {error}") from None
 
 
-def load(directory: Path, arch: Architecture, lora: Lora) -> Params:
-    """The adapters' parameters as float32 NumPy arrays, in the structure that `lora.split` gives for the model.
+def load(directory: Path, arch: Architecture, lora: Lora, abstract: Params | None = None) -> Params:
+    """The adapters' parameters, in the structure that `lora.split` gives for the model.
+
+    Args:
+      abstract: a jax.ShapeDtypeStruct with a sharding for each, into which they are read, each part by the processes
+        whose devices hold it. Without it they are float32 NumPy arrays.
 
     Raises:
       InputError: if they belong to a model of another shape.
     """
     path = Path(directory) / WEIGHTS
-    sizes = arch.linear_axes()
-    found: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
-    for name, tensor in _tensors(directory).items():
-        linear, layer, side = _parse(name)
-        if linear not in sizes or not 0 <= layer < arch.num_layers:
-            raise InputError(
-                f"{path}: {name} adapts a layer that the model does not have ({arch.num_layers} layers of "
-                f"{', '.join(LINEARS)}); the adapter is for another model"
-            )
-        out, inputs = (int(np.prod(size)) for size in sizes[linear])
-        expected = (lora.rank, inputs) if side == "lora_a" else (out, lora.rank)
-        if tensor.shape != expected:
-            raise InputError(
-                f"{path}: {name} has shape {list(tensor.shape)}, the model's layer asks for {list(expected)}; the "
-                "adapter is for another model"
-            )
-        found[linear, side][layer] = tensor.astype(np.float32)
-    params: Params = {}
-    for linear in lora.targets:
-        out, inputs = sizes[linear]
-        for side, shape in (("lora_a", (lora.rank, *inputs)), ("lora_b", (*out, lora.rank))):
-            layers = found[linear, side]
-            missing = [i for i in range(arch.num_layers) if i not in layers]
-            if missing:
+    anywhere = _names(arch, dataclasses.replace(lora, targets=tuple(LINEARS)))
+    shapes = {(tensor.path, tensor.layer): tensor.stored_shape for tensor in anywhere.values()}
+    with contextlib.ExitStack() as stack:
+        stored = _open_tensors(directory, stack)
+        found: dict[tuple[tuple[str, ...], int], str] = {}
+        for name, tensor in stored.items():
+            linear, layer, side = _parse(name)
+            if linear not in LINEARS or not 0 <= layer < arch.num_layers:
                 raise InputError(
-                    f"{path}: {linear} of layer {missing[0]} has no {side}; adapt it in all layers or none"
+                    f"{path}: {name} adapts a layer that the model does not have ({arch.num_layers} layers of "
+                    f"{', '.join(LINEARS)}); the adapter is for another model"
                 )
-            module, name = LINEARS[linear]
-            stacked = np.stack([layers[i].reshape(shape) for i in range(arch.num_layers)])
-            params.setdefault("layers", {}).setdefault(module, {}).setdefault(name, {})[side] = stacked
-    return params
+            place = ("layers", *LINEARS[linear], side), layer
+            if tensor.shape != shapes[place]:
+                raise InputError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, the model's layer asks for "
+                    f"{list(shapes[place])}; the adapter is for another model"
+                )
+            found[place] = name
+        names = {}
+        for name, tensor in _names(arch, lora).items():
+            if (tensor.path, tensor.layer) not in found:
+                linear, layer, side = _parse(name)
+                raise InputError(f"{path}: {linear} of layer {layer} has no {side}; adapt it in all layers or none")
+            names[found[tensor.path, tensor.layer]] = tensor
+        return files.load(names, stored, abstract)
 
 
-def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, base_model: str) -> None:
+def merged(base: Tensors, params: Params, lora: Lora, *, wanted: bool) -> Tensors:
+    """The tensors of a model without adapters that computes what `base` does with them, merged a layer at a time.
+
+    Args:
+      base: the base model's tensors; called only where they are wanted.
+      params: the adapters, NumPy or JAX arrays; those on several processes are fetched by all of them together.
+    """
+    adapted = {("layers", *LINEARS[linear], "weight") for linear in lora.targets}
+
+    def tensor(path: tuple[str, ...], layer: int | None) -> np.ndarray | None:
+        weight = base(path, layer) if wanted else None
+        if path not in adapted:
+            return weight
+        place = files.leaf(params, path[:-1])
+        a, b = (transfer.fetch(place[side], layer, wanted=wanted) for side in ADAPTER)
+        return merge(weight, a, b, lora) if wanted else None
+
+    return tensor
+
+
+def save(
+    directory: Path, arch: Architecture, lora: Lora, params: Params, *, base_model: str, writer: bool = True
+) -> None:
     """Writes a directory that peft loads onto the base model.
+
+    Parameters on the devices of several processes are written by one of them, but all must call this alike.
 
     Args:
       params: anything that holds the adapters' arrays in their places; the rest of a model is ignored.
       base_model: name or directory of the base model, for peft's information.
+      writer: whether this process writes; one that does not leaves its disk alone.
 
     Raises:
       InputError: if `directory` is a file.
     """
-    tensors = {}
-    for linear in lora.targets:
-        module, name = LINEARS[linear]
-        part = "self_attn" if module == "attention" else module
-        adapters = params["layers"][module][name]
-        for theirs, ours in _SIDES.items():
-            stacked = np.asarray(adapters[ours], np.float32)
-            rows = lora.rank if ours == "lora_a" else -1
-            columns = -1 if ours == "lora_a" else lora.rank
-            for layer in range(arch.num_layers):
-                key = f"base_model.model.model.layers.{layer}.{part}.{linear}.{theirs}.weight"
-                tensors[key] = np.ascontiguousarray(stacked[layer].reshape(rows, columns))
+    names = _names(arch, lora)
+    with files.fetched(names, files.of(params, wanted=writer), np.float32) as fetched:
+        if writer:
+            _write(Path(directory), lora, dict(fetched), base_model)
+
+
+def _write(directory: Path, lora: Lora, tensors: dict[str, np.ndarray], base_model: str) -> None:
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -170,7 +194,6 @@ def save(directory: Path, arch: Architecture, lora: Lora, params: Params, *, bas
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -188,12 +211,27 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _tensors(directory: Path) -> dict[str, np.ndarray]:
+def _names(arch: Architecture, lora: Lora) -> Names:
+    """Every tensor of an adapter, as peft names it."""
+    names = {}
+    for linear in lora.targets:
+        module, name = LINEARS[linear]
+        part = "self_attn" if module == "attention" else module
+        out, inputs = arch.linear_axes()[linear]
+        for theirs, ours in _SIDES.items():
+            groups = ((lora.rank,), inputs) if ours == "lora_a" else (out, (lora.rank,))
+            for layer in range(arch.num_layers):
+                key = f"base_model.model.model.layers.{layer}.{part}.{linear}.{theirs}.weight"
+                names[key] = Tensor(("layers", module, name, ours), layer, groups)
+    return names
+
+
+def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     path = Path(directory) / WEIGHTS
     if not path.is_file():
         raise InputError(f"{directory}: no {WEIGHTS}; adapters are read from safetensors only")
     try:
-        return load_file(path)
+        return files.open_file(path, stack)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 

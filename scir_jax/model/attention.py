@@ -5,7 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+from scir_jax.model.sharding import Layout
+from scir_jax.model.splash import splash
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+# Shorter rows are one block of the kernel or less: nothing can be skipped, and their scores are small.
+SPLASH_TOKENS = 256
 
 
 def attention(
@@ -14,10 +19,13 @@ def attention(
     v_BSKd: jax.Array,
     *,
     positions_B: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     implementation: str = "auto",
+    layout: Layout | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """Causal attention over right-padded rows, or one decoding step against a cache.
 
@@ -26,41 +34,65 @@ def attention(
     positions are finite and meaningless.
 
     With `positions_B`, T = 1 and the query of row b stands at positions_B[b] of a cache of S places,
-    of which it sees the places up to and including its own.
+    of which it sees the places up to and including its own. XLA computes that, whatever is asked for.
 
     Args:
       q_BTHd: queries, H a multiple of K; k_BSKd, v_BSKd: keys and values, of the same dtype.
       positions_B: int32, or None.
+      segments_BT: int32, or None. A query sees only keys with its own number; not in cuDNN, nor with `positions_B`.
       window: with a sliding window, a query sees only its own place and the window - 1 before it.
       scale: of the scores; d ** -0.5 by default.
-      cap: scores become cap * tanh(scores / cap); XLA only.
-      implementation: "xla", "cudnn" (GPU, bfloat16 or float16 only) or "auto" (cuDNN where it works).
+      cap: scores become cap * tanh(scores / cap); not in cuDNN.
+      implementation: "xla", which holds all scores; "cudnn" (GPU, bfloat16 or float16); "splash" (TPU, bfloat16 or
+        float32; on a CPU its operations are interpreted, to check it); or "auto": on a GPU cuDNN where it computes
+        what is asked for, on a TPU splash for rows of at least 256 tokens, else XLA.
+      layout: of the arrays on a mesh.
+      backend: "cpu", "gpu" or "tpu", what the program is compiled for; by default that of the layout's devices, and
+        JAX's own without a layout.
 
     Returns:
       [B, T, H, d] in the queries' dtype; the softmax is computed in float32.
 
     Raises:
-      ValueError: for an unknown implementation, and for cuDNN with a cap.
+      ValueError: for an unknown implementation, one that cannot compute this (see `refusal`), and for segments in cuDNN
+        or beside positions.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
-    if implementation == "cudnn" and cap is not None:
-        raise ValueError("cuDNN attention has no soft cap; use attention xla or auto.")
+    if backend is None:
+        backend = backend_of(layout)
+    reason = refusal(implementation, backend, q_BTHd.dtype, cap)
+    if reason:
+        raise ValueError(f"attention is {implementation}, but {reason}; set it to auto or xla.")
     if scale is None:
         scale = q_BTHd.shape[-1] ** -0.5
     if positions_B is not None:
+        if segments_BT is not None:
+            raise ValueError("attention at positions of a cache takes no segments.")
         places_S = jnp.arange(k_BSKd.shape[1])
         visible_BS = places_S <= positions_B[:, None]
         if window is not None:
             visible_BS &= places_S > positions_B[:, None] - window
         # One query has no [T, S] scores to save, and cuDNN would need the mask as a float bias.
         return _xla(q_BTHd, k_BSKd, v_BSKd, visible_BS[:, None, None, None, :], scale, cap)
-    if implementation == "auto":
-        implementation = "cudnn" if cap is None and _cudnn_works(q_BTHd) else "xla"
     tokens = q_BTHd.shape[1]
     if window is not None and window >= tokens:
         window = None
+    if implementation == "auto":
+        implementation = _choice(q_BTHd, cap, segments_BT is not None, backend)
+    if implementation == "splash":
+        return splash(
+            q_BTHd,
+            k_BSKd,
+            v_BSKd,
+            window=window,
+            scale=scale,
+            cap=cap,
+            segments_BT=segments_BT,
+            layout=layout,
+            interpret=backend == "cpu",
+        )
     if implementation == "cudnn":
+        if segments_BT is not None:
+            raise ValueError("cuDNN attention takes no segments; use attention xla or auto.")
         return jax.nn.dot_product_attention(
             q_BTHd,
             k_BSKd,
@@ -71,8 +103,56 @@ def attention(
             implementation="cudnn",
         )
     behind_TT = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
-    visible_TT = behind_TT >= 0 if window is None else (behind_TT >= 0) & (behind_TT < window)
-    return _xla(q_BTHd, k_BSKd, v_BSKd, visible_TT, scale, cap)
+    visible = behind_TT >= 0 if window is None else (behind_TT >= 0) & (behind_TT < window)
+    if segments_BT is not None:
+        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None, None]
+    return _xla(q_BTHd, k_BSKd, v_BSKd, visible, scale, cap)
+
+
+def backend_of(layout: Layout | None) -> str:
+    """What programs are compiled for: "cpu", "gpu" or "tpu".
+
+    That is the layout's devices, which may be those of another machine than this one.
+    """
+    platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
+def refusal(implementation: str, backend: str, dtype, cap: float | None) -> str | None:
+    """Why a backend cannot compute attention with this implementation, as half a sentence; None where it can.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS; others raise a ValueError.
+      backend: as `backend_of` says.
+      dtype: of queries, keys and values.
+      cap: of the scores.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
+    dtype = jnp.dtype(dtype)
+    if implementation == "cudnn":
+        if backend != "gpu":
+            return f"cuDNN runs on GPUs and this is a {backend.upper()}"
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return f"cuDNN computes it in bfloat16, not in {dtype}"
+        if cap is not None:
+            return "the attention scores of this model are capped, which cuDNN cannot"
+    if implementation == "splash":
+        if backend not in ("tpu", "cpu"):
+            return f"splash attention runs on TPUs and this is a {backend.upper()}"
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"splash attention computes in bfloat16 or float32, not in {dtype}"
+    return None
+
+
+def _choice(q_BTHd: jax.Array, cap: float | None, segmented: bool, backend: str) -> str:
+    """The implementation that "auto" stands for."""
+    tokens, _, head_dim = q_BTHd.shape[1:]
+    if backend == "gpu" and not refusal("cudnn", backend, q_BTHd.dtype, cap):
+        return "cudnn" if not segmented and head_dim % 8 == 0 and head_dim <= 128 else "xla"
+    if backend == "tpu" and not refusal("splash", backend, q_BTHd.dtype, cap):
+        return "splash" if tokens >= SPLASH_TOKENS else "xla"
+    return "xla"
 
 
 def _xla(
@@ -98,13 +178,3 @@ def _xla(
     mixed = jnp.matmul(weights, v_BSKd.transpose(0, 2, 1, 3))
     mixed = mixed.reshape(batch, kv_heads, group, tokens, dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, tokens, heads, dim)
-
-
-def _cudnn_works(q_BTHd: jax.Array) -> bool:
-    head_dim = q_BTHd.shape[-1]
-    return (
-        jax.default_backend() == "gpu"
-        and q_BTHd.dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-    )

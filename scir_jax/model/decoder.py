@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,11 @@ from flax import nnx
 
 from scir_jax.model import layers
 from scir_jax.model.architecture import Architecture
-from scir_jax.model.attention import IMPLEMENTATIONS
+from scir_jax.model.attention import IMPLEMENTATIONS, backend_of, refusal
 from scir_jax.model.layers import Cache
 from scir_jax.model.logprobs import soft_cap
 from scir_jax.model.lora import Lora
+from scir_jax.model.sharding import RULES, Layout
 
 Params = dict[str, Any]
 REMAT = ("none", "full", "dots")
@@ -35,8 +37,7 @@ class Model:
     compute_dtype: str
     attention: str
     remat: str
-    activations: Any = None
-
+    layout: Layout | None = None
     lora: Lora | None = None
 
     def init(self, key: jax.Array) -> Params:
@@ -72,15 +73,27 @@ class Model:
           key: of the adapters' dropout; None drops nothing.
         """
 
-        def step(x_BTD, layer):
+        return self.hidden_of(params, (ids_BT,), key)[0]
+
+    def hidden_of(
+        self, params: Params, groups: Sequence[jax.Array], key: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """`hidden` of several groups of rows, each of its own length, in one pass over the layers.
+
+        The layers' weights are gathered once for all of them, and there is one gradient, not one a group to be added.
+        """
+        rows = self._groups([ids_BT.shape for ids_BT in groups])
+
+        def step(x_PND, layer):
             layer_params, kind, layer_key = layer
-            x_BTD, _ = self._block(layer_params)(x_BTD, kind, layer_key)
-            return self._constrain(x_BTD), None
+            x_PND, _ = self._block(layer_params)(self._constrain(x_PND), rows, kind, layer_key)
+            return self._split_places(x_PND), None
 
         keys = None if key is None else jax.random.split(key, self.arch.num_layers)
         xs = (params["layers"], self._kinds(), keys)
-        x_BTD, _ = jax.lax.scan(self._checkpoint(step), self._embed(params, ids_BT), xs)
-        return self._final_norm(params, x_BTD)
+        x_PND = self._split_places(rows.pack([self._embed(params, ids_BT) for ids_BT in groups]))
+        x_PND, _ = jax.lax.scan(self._checkpoint(step), x_PND, xs)
+        return tuple(map(self._constrain, rows.unpack(self._final_norm(params, x_PND))))
 
     def prefill(self, params: Params, ids_BP: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
         """Hidden states [B, P, D] of right-padded prompts, and a cache with S = cache_length places.
@@ -95,15 +108,18 @@ class Model:
         if spare < 0:
             raise ValueError(f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens.")
 
+        rows = layers.Groups((ids_BP.shape,), ids_BP.shape[0])
+
         def step(x_BPD, layer):
             layer_params, kind = layer
-            x_BPD, keys_values = self._block(layer_params)(x_BPD, kind)
+            x_BPD, keys_values = self._block(layer_params)(x_BPD, rows, kind)
             return self._constrain(x_BPD), keys_values
 
         xs = (params["layers"], self._kinds())
         x_BPD, (k_LBPKd, v_LBPKd) = jax.lax.scan(step, self._embed(params, ids_BP), xs)
         padding = [(0, 0), (0, 0), (0, spare), (0, 0), (0, 0)]
-        return self._final_norm(params, x_BPD), Cache(jnp.pad(k_LBPKd, padding), jnp.pad(v_LBPKd, padding))
+        cache = Cache(jnp.pad(k_LBPKd, padding), jnp.pad(v_LBPKd, padding))
+        return self._final_norm(params, x_BPD), self._lay_out(cache)
 
     def decode(self, params: Params, ids_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, D] of one token a row at positions_B (int32), and the updated cache.
@@ -117,21 +133,23 @@ class Model:
             number, layer_params, kind = layer
             # The cache of all layers is carried, so that a step writes one place and copies nothing.
             x_B1D, cache = self._block(layer_params).decode(x_B1D, positions_B, cache, number, kind)
-            return (self._constrain(x_B1D), cache), None
+            return (self._split_width(x_B1D), self._lay_out(cache)), None
 
-        carry = (self._embed(params, ids_B[:, None]), cache)
+        carry = (self._split_width(self._embed(params, ids_B[:, None])), self._lay_out(cache))
         xs = (jnp.arange(self.arch.num_layers), params["layers"], self._kinds())
         (x_B1D, cache), _ = jax.lax.scan(step, carry, xs)
         return self._final_norm(params, x_B1D)[:, 0], cache
 
+    def _groups(self, shapes: Sequence[tuple[int, int]]) -> layers.Groups:
+        parts = 1 if self.layout is None else self.layout.parts(*RULES["batch"])
+        return layers.Groups(tuple(shapes), parts if all(rows % parts == 0 for rows, _ in shapes) else 1)
+
     def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
         table_VD = params["embed"]
-        if isinstance(self.activations, jax.sharding.NamedSharding):
-            # Gathered before the look-up: looking up in a split table gives hidden states split along D, which
-            # would have to be gathered whole on their way to being split along B.
-            whole = jax.sharding.NamedSharding(self.activations.mesh, jax.sharding.PartitionSpec())
-            table_VD = jax.lax.with_sharding_constraint(table_VD.astype(self.compute_dtype), whole)
-        x_BTD = table_VD.at[ids_BT].get(mode="clip").astype(self.compute_dtype)
+        if self.layout is not None and self.layout.mesh.size > 1:
+            x_BTD = self.layout.look_up(table_VD, ids_BT, self.compute_dtype)
+        else:
+            x_BTD = table_VD.at[ids_BT].get(mode="clip").astype(self.compute_dtype)
         if self.arch.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(self.arch.embed_scale, self.compute_dtype)
         return self._constrain(x_BTD)
@@ -142,7 +160,7 @@ class Model:
         return jnp.asarray([kinds.index(layer) for layer in self.arch.layers], jnp.int32)
 
     def _decoder(self, key: jax.Array) -> layers.Decoder:
-        return layers.Decoder(self.arch, self.attention, self.lora, nnx.Rngs(params=key))
+        return layers.Decoder(self.arch, self.attention, self.layout, self.lora, nnx.Rngs(params=key))
 
     def _block(self, layer_params: Params) -> layers.Block:
         # Cast one layer at a time: the whole model is never there in both precisions.
@@ -155,9 +173,19 @@ class Model:
         return nnx.merge(_definitions(self).norm, cast)(x_BTD)
 
     def _constrain(self, x_BTD: jax.Array) -> jax.Array:
-        if self.activations is None:
-            return x_BTD
-        return jax.lax.with_sharding_constraint(x_BTD, self.activations)
+        return x_BTD if self.layout is None else self.layout.constrain(x_BTD, "batch", None, None)
+
+    def _split_places(self, x_PND: jax.Array) -> jax.Array:
+        return x_PND if self.layout is None else self.layout.constrain(x_PND, "batch", "place", None)
+
+    def _split_width(self, x_B1D: jax.Array) -> jax.Array:
+        """One token a row, split like the weights: a few activations travel at each step, and no weights."""
+        return x_B1D if self.layout is None else self.layout.constrain(x_B1D, "replica", None, "embed")
+
+    def _lay_out(self, cache: Cache) -> Cache:
+        if self.layout is None:
+            return cache
+        return Cache(*(self.layout.constrain(x, None, "batch", None, "kv_heads", None) for x in cache))
 
     def _checkpoint(self, step):
         if self.remat == "none":
@@ -188,21 +216,22 @@ def define(
     compute_dtype: str = "float32",
     attention: str = "auto",
     remat: str = "none",
-    activations: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
+    layout: Layout | None = None,
     lora: Lora | None = None,
 ) -> Model:
     """The model of an architecture.
 
     Args:
       compute_dtype: "float32", "bfloat16" or "float16": of activations and of the weights in use.
-      attention: "auto", "xla" or "cudnn", see scir_jax.model.attention.
+      attention: "auto", "xla", "cudnn" or "splash", see scir_jax.model.attention.
       remat: what the backward pass computes again: "none", "full" (all but the blocks' inputs), or
         "dots" (all but the blocks' inputs and the outputs of matrix products with weights).
-      activations: a sharding for hidden states [B, T, D], imposed between the blocks.
+      layout: of activations and caches on a mesh, whose devices the model is compiled for.
       lora: adapters beside the model's own parameters.
 
     Raises:
-      ValueError: for an unknown value of `compute_dtype`, `attention` or `remat`.
+      ValueError: for an unknown value of `compute_dtype`, `attention` or `remat`, and for an attention that the devices
+        cannot compute.
     """
     for name, value, known in (
         ("compute_dtype", compute_dtype, ("float32", "bfloat16", "float16")),
@@ -211,4 +240,8 @@ def define(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-    return Model(arch, compute_dtype, attention, remat, activations, lora)
+    if attention not in ("auto", "xla"):
+        reason = refusal(attention, backend_of(layout), compute_dtype, arch.attention_cap)
+        if reason:
+            raise ValueError(f"attention is {attention}, but {reason}; set it to auto or xla.")
+    return Model(arch, compute_dtype, attention, remat, layout, lora)

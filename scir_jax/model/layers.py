@@ -1,22 +1,26 @@
 """The decoder's Flax NNX modules, whose features an Architecture switches.
 
-Shapes: B batch, T tokens, S places in the cache, D width, H heads, K key/value heads, d head dimension, F feed-forward
+Shapes: B batch, T tokens, N token places of several groups of rows, S places in the cache, D width, H heads, K key/value heads, d head dimension, F feed-forward
 width, r rank of an adapter. A weight has its output axes before its input axes, as in a Hugging Face checkpoint, so
 that import and export only reshape. Every parameter names its axes for scir_jax.engine.mesh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import attention
 from scir_jax.model.lora import Lora
+from scir_jax.model.sharding import Layout
 
 _INIT_SCALE = 0.02
 ACTIVATIONS = {
@@ -107,9 +111,10 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -
 
 
 class Attention(nnx.Module):
-    def __init__(self, arch: Architecture, implementation: str, linear, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, implementation: str, layout: Layout | None, linear, rngs: nnx.Rngs):
         self.arch = arch
         self.implementation = implementation
+        self.layout = layout
         width = {"embed": arch.hidden_size}
         heads = {"heads": arch.num_heads, "head_dim": arch.head_dim}
         kv_heads = {"kv_heads": arch.num_kv_heads, "head_dim": arch.head_dim}
@@ -144,6 +149,7 @@ class Attention(nnx.Module):
             scale=self.arch.query_scale,
             cap=self.arch.attention_cap,
             implementation=self.implementation,
+            layout=self.layout,
         )
         if len(set(windows)) == 1:
             return attend(q, k, v, window=windows[0])
@@ -168,14 +174,21 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each with its residual. `kind` is the layer's place in `arch.kinds`."""
 
-    def __init__(self, arch: Architecture, implementation: str, lora: Lora | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        arch: Architecture,
+        implementation: str,
+        layout: Layout | None,
+        lora: Lora | None,
+        rngs: nnx.Rngs,
+    ):
         def linear(name: str, out: dict[str, int], inputs: dict[str, int], bias: bool) -> Linear:
             return Linear(out, inputs, rngs, bias=bias, lora=lora if lora and name in lora.targets else None)
 
         norm = functools.partial(RMSNorm, arch.hidden_size, arch.norm_eps, arch.norm_offset)
         self.post_norms = arch.post_norms
         self.attention_norm = norm()
-        self.attention = Attention(arch, implementation, linear, rngs)
+        self.attention = Attention(arch, implementation, layout, linear, rngs)
         self.mlp_norm = norm()
         self.mlp = FeedForward(arch, linear)
         if arch.post_norms:
@@ -183,13 +196,19 @@ class Block(nnx.Module):
             self.mlp_post_norm = norm()
 
     def __call__(
-        self, x_BTD: jax.Array, kind: jax.Array, key: jax.Array | None = None
+        self, x_PND: jax.Array, groups: Groups, kind: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """A block over whole rows; also their keys and values, [B, T, K, d]. `key`: for the adapters' dropout."""
+        """A block over whole rows of one or several lengths; also their keys and values, [P, N, K, d].
+
+        Args:
+          x_PND: as `Groups.pack` gives it.
+          key: for the adapters' dropout.
+        """
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), positions_BT, kind, keys)
-        return self._finish(x_BTD, self.attention.mix(q, k, v, kind), keys), (k, v)
+        q, k, v = self.attention.project(self.attention_norm(x_PND), groups.positions(), kind, keys)
+        rows = zip(*(groups.unpack(x) for x in (q, k, v)), strict=True)
+        mixed = groups.pack([self.attention.mix(*row, kind) for row in rows])
+        return self._finish(x_PND, mixed, keys), (k, v)
 
     def decode(
         self, x_B1D: jax.Array, positions_B: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array
@@ -212,16 +231,54 @@ class Block(nnx.Module):
         return x_BTD + (self.mlp_post_norm(update) if self.post_norms else update)
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Groups of rows that share a pass over the layers, so that weights are fetched and their gradients summed once.
+
+    The rows of a device lie behind one another on an axis of token places, which is not split.
+
+    Attributes:
+      shapes: (B, T) of each group.
+      parts: P, in which the rows of every group are split over devices.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    parts: int = 1
+
+    def pack(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        """[B, T, ...] of every group to [P, N, ...]."""
+        flat = [x.reshape(self.parts, -1, *x.shape[2:]) for x in arrays]
+        return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+
+    def unpack(self, x: jax.Array) -> list[jax.Array]:
+        """[P, N, ...] to [B, T, ...] of every group."""
+        sizes = [rows * tokens // self.parts for rows, tokens in self.shapes]
+        ends = np.cumsum(sizes)
+        parts = [x[:, end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        return [part.reshape(*shape, *x.shape[2:]) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def positions(self) -> jax.Array:
+        """Of every token place in its row, [1, N] int32."""
+        return jnp.concatenate([jnp.tile(jnp.arange(tokens), rows // self.parts) for rows, tokens in self.shapes])[None]
+
+
 class Decoder(nnx.Module):
     """Embedding, L blocks whose parameters are stacked on a leading axis, final norm, head."""
 
-    def __init__(self, arch: Architecture, implementation: str, lora: Lora | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        arch: Architecture,
+        implementation: str,
+        layout: Layout | None,
+        lora: Lora | None,
+        rngs: nnx.Rngs,
+    ):
         @nnx.split_rngs(splits=arch.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def blocks(layer_rngs):
-            return Block(arch, implementation, lora, layer_rngs)
+            return Block(arch, implementation, layout, lora, layer_rngs)
 
-        table = {"vocab": arch.vocab_size, "embed": arch.hidden_size}
+        table = {"vocab": arch.vocab_size, "table": arch.hidden_size}
         self.embed = normal(rngs, table)
         self.layers = blocks(rngs)
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scir_jax.model.sharding import Layout
+
 _CHUNK_BYTES = 64 * 2**20  # of one chunk's float32 logits
 _CHUNK_MULTIPLE = 128  # the width of a TPU's vector register and a good multiple elsewhere
-_VERDICT_CHUNK = 4096
+VERDICT_CHUNK = 4096
 _NO_TARGET = -1
 
 
@@ -26,6 +28,7 @@ def token_logprobs(
     *,
     chunk: int | None = None,
     cap: float | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
 
@@ -37,9 +40,11 @@ def token_logprobs(
       head_VD: [V, D], any float dtype; its gradient is accumulated in float32.
       targets: integers [...] in 0..V-1. For a target outside, the result is -inf: mask it out with
         `jnp.where` before it is summed.
-      chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits for
-        all of `hidden` (over all devices), at least 128.
+      chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits a device,
+        at least 128.
       cap: logits become cap * tanh(logits / cap) (Gemma 2).
+      layout: of a mesh over whose devices the hidden states are dealt out; the head comes to them a chunk at a time,
+        and neither it nor its gradient is ever whole on a device.
 
     Returns:
       float32 [...].
@@ -53,20 +58,25 @@ def token_logprobs(
             f"hidden {hidden.shape}, head {head_VD.shape} and targets {targets.shape} do not fit together."
         )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
-    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, targets.reshape(-1))
+    chunk = chunk_size(hidden_ND.shape[0], head_VD.shape[0], chunk, layout)
+    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, layout, hidden_ND, head_VD, targets.reshape(-1))
     return (picked_N - normalizer_N).reshape(targets.shape)
 
 
 def log_normalizer(
-    hidden: jax.Array, head_VD: jax.Array, *, chunk: int | None = None, cap: float | None = None
+    hidden: jax.Array,
+    head_VD: jax.Array,
+    *,
+    chunk: int | None = None,
+    cap: float | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """log sum_v exp(hidden @ head[v]) for hidden [..., D] and head [V, D]: float32 [...]."""
     hidden = jnp.asarray(hidden)
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    chunk = _chunk(hidden_ND.shape[0], head_VD.shape[0], chunk)
+    chunk = chunk_size(hidden_ND.shape[0], head_VD.shape[0], chunk, layout)
     nothing_N = jnp.full(hidden_ND.shape[0], _NO_TARGET, jnp.int32)
-    _, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, nothing_N)
+    _, normalizer_N = _pick_and_normalize(chunk, cap, layout, hidden_ND, head_VD, nothing_N)
     return normalizer_N.reshape(hidden.shape[:-1])
 
 
@@ -79,7 +89,12 @@ def verdict_logits(
 
 
 def verdict_mass(
-    hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array, *, cap: float | None = None
+    hidden_BD: jax.Array,
+    head_VD: jax.Array,
+    verdict_ids: jax.Array,
+    *,
+    cap: float | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
 
@@ -87,7 +102,7 @@ def verdict_mass(
     """
     hidden_BD, head_VD = jax.lax.stop_gradient((hidden_BD, head_VD))
     both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids, cap=cap), axis=-1)
-    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=_VERDICT_CHUNK, cap=cap))
+    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=VERDICT_CHUNK, cap=cap, layout=layout))
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -95,8 +110,10 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _chunk(rows: int, vocab: int, chunk: int | None) -> int:
+def chunk_size(rows: int, vocab: int, chunk: int | None = None, layout: Layout | None = None) -> int:
+    """Vocabulary columns at a time: `chunk`, or by default what `token_logprobs` says, at most all."""
     if chunk is None:
+        rows = rows if layout is None else layout.shard_size("token", rows)
         chunk = _CHUNK_BYTES // (4 * max(rows, 1)) // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
         chunk = max(chunk, _CHUNK_MULTIPLE)
     if chunk < 1:
@@ -104,10 +121,15 @@ def _chunk(rows: int, vocab: int, chunk: int | None) -> int:
     return min(chunk, vocab)
 
 
+def _constrain(layout: Layout | None, x: jax.Array, *axes: str | None) -> jax.Array:
+    return x if layout is None else layout.constrain(x, *axes)
+
+
 def _chunk_logits(
     index: jax.Array,
     chunk: int,
     cap: float | None,
+    layout: Layout | None,
     hidden_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
@@ -119,8 +141,11 @@ def _chunk_logits(
     """
     start = jnp.minimum(index * chunk, head_VD.shape[0] - chunk)
     rows_CD = jax.lax.dynamic_slice_in_dim(head_VD, start, chunk).astype(hidden_ND.dtype)
+    # Sliced and rounded where it lies, then gathered.
+    rows_CD = _constrain(layout, _constrain(layout, rows_CD, None, "table"), None, None)
     logits_NC = jnp.einsum("nd,cd->nc", hidden_ND, rows_CD, preferred_element_type=jnp.float32)
     logits_NC = soft_cap(logits_NC, cap)
+    logits_NC = _constrain(layout, logits_NC, "token", None)
     columns_C = start + jnp.arange(chunk)
     new_C = columns_C >= index * chunk
     return (
@@ -131,15 +156,21 @@ def _chunk_logits(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _pick_and_normalize(
-    chunk: int, cap: float | None, hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+    chunk: int,
+    cap: float | None,
+    layout: Layout | None,
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The target's logit (-inf without one) and the log-sum-exp of all logits: float32 [N] each."""
+    hidden_ND = _constrain(layout, hidden_ND, "token", None)
 
     def step(index, carry):
         maximum_N, sum_N, picked_N = carry
-        _, _, logits_NC, target_NC = _chunk_logits(index, chunk, cap, hidden_ND, head_VD, targets_N)
+        _, _, logits_NC, target_NC = _chunk_logits(index, chunk, cap, layout, hidden_ND, head_VD, targets_N)
         new_maximum_N = jnp.maximum(maximum_N, logits_NC.max(axis=-1))
         exponentials_NC = jnp.exp(logits_NC - new_maximum_N[:, None])
         sum_N = sum_N * jnp.exp(maximum_N - new_maximum_N) + exponentials_NC.sum(axis=-1)
@@ -153,18 +184,19 @@ def _pick_and_normalize(
     return picked_N, maximum_N + jnp.log(sum_N)
 
 
-def _forward(chunk, cap, hidden_ND, head_VD, targets_N):
-    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, hidden_ND, head_VD, targets_N)
+def _forward(chunk, cap, layout, hidden_ND, head_VD, targets_N):
+    picked_N, normalizer_N = _pick_and_normalize(chunk, cap, layout, hidden_ND, head_VD, targets_N)
     return (picked_N, normalizer_N), (hidden_ND, head_VD, targets_N, normalizer_N)
 
 
-def _backward(chunk, cap, saved, cotangents):
+def _backward(chunk, cap, layout, saved, cotangents):
     hidden_ND, head_VD, targets_N, normalizer_N = saved
+    hidden_ND = _constrain(layout, hidden_ND, "token", None)
     picked_cotangent_N, normalizer_cotangent_N = cotangents
 
     def step(index, carry):
         dhidden_ND, dhead_VD = carry
-        start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, cap, hidden_ND, head_VD, targets_N)
+        start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, cap, layout, hidden_ND, head_VD, targets_N)
         probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
         dlogits_NC = normalizer_cotangent_N[:, None] * probabilities_NC
         dlogits_NC += jnp.where(target_NC, picked_cotangent_N[:, None], 0.0)
@@ -174,11 +206,16 @@ def _backward(chunk, cap, saved, cotangents):
         dlogits_NC = dlogits_NC.astype(hidden_ND.dtype)
         dhidden_ND += jnp.einsum("nc,cd->nd", dlogits_NC, rows_CD, preferred_element_type=jnp.float32)
         drows_CD = jnp.einsum("nc,nd->cd", dlogits_NC, hidden_ND, preferred_element_type=jnp.float32)
+        drows_CD = _constrain(layout, drows_CD, None, "table")
         # Added, for the last chunk overlaps the one before it; in the overlap drows is zero.
         drows_CD += jax.lax.dynamic_slice_in_dim(dhead_VD, start, chunk)
-        return dhidden_ND, jax.lax.dynamic_update_slice_in_dim(dhead_VD, drows_CD, start, axis=0)
+        dhead_VD = jax.lax.dynamic_update_slice_in_dim(dhead_VD, drows_CD, start, axis=0)
+        return _constrain(layout, dhidden_ND, "token", None), _constrain(layout, dhead_VD, None, "table")
 
-    zeros = (jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    zeros = (
+        _constrain(layout, jnp.zeros(hidden_ND.shape, jnp.float32), "token", None),
+        _constrain(layout, jnp.zeros(head_VD.shape, jnp.float32), None, "table"),
+    )
     dhidden_ND, dhead_VD = jax.lax.fori_loop(0, -(-head_VD.shape[0] // chunk), step, zeros)
     no_gradient = np.zeros(targets_N.shape, jax.dtypes.float0)
     return dhidden_ND.astype(hidden_ND.dtype), dhead_VD.astype(head_VD.dtype), no_gradient

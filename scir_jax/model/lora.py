@@ -86,18 +86,12 @@ def join(trained: Params, frozen: Params) -> Params:
     return joined
 
 
-def merge(params: Params, lora: Lora | None) -> Params:
-    """Parameters without adapters that compute the same: W + scale B A, summed in float32, in W's dtype.
+def merge(weight: np.ndarray, a: np.ndarray, b: np.ndarray, lora: Lora) -> np.ndarray:
+    """The weight [*out, *inputs] of a layer that computes without adapters what it does with them: W + scale B A.
 
-    NumPy on the host, a layer at a time: no device needs to hold a second model.
+    Summed in float32 and given in W's dtype. The adapters are a [r, *inputs] and b [*out, r].
     """
-    if lora is None:
-        return params
-    if "lora_a" not in params:
-        return {name: merge(value, lora) if isinstance(value, dict) else value for name, value in params.items()}
-    weight = np.array(params["weight"])
-    for layer, a, b in zip(weight, params["lora_a"], params["lora_b"], strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        delta = b.reshape(-1, lora.rank) @ a.reshape(lora.rank, -1)
-        layer[...] = layer.astype(np.float32) + np.float32(lora.scale) * delta.reshape(layer.shape)
-    return {"weight": weight, **({"bias": params["bias"]} if "bias" in params else {})}
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    delta = b.reshape(-1, lora.rank) @ a.reshape(lora.rank, -1)
+    merged = weight.astype(np.float32) + np.float32(lora.scale) * delta.reshape(weight.shape)
+    return merged.astype(weight.dtype)

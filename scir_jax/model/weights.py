@@ -1,31 +1,29 @@
 """Hugging Face model directories: config.json, safetensors and tokenizer files, in and out.
 
-A tensor per layer there is a slice of one stacked array here; `_names` is the whole correspondence.
-Everything is NumPy on the host, so that no device needs to hold a model to read or write it.
+A tensor per layer there is a slice of one stacked array here; `_names` is the whole correspondence. Neither a host nor
+a device needs to hold a whole model to read or write it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from scir_jax.errors import InputError
+from scir_jax.model import tensors as files
 from scir_jax.model.architecture import LINEARS, Architecture
-from scir_jax.model.decoder import Params, define
+from scir_jax.model.tensors import Names, Params, Stored, Tensor, Tensors
 
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", _INDEX)
@@ -39,14 +37,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-
-
-class _Tensor(NamedTuple):
-    """Where a tensor of a checkpoint lives in the parameters."""
-
-    path: tuple[str, ...]
-    layer: int | None  # its index on the leading axis, None where there is no such axis
-    stored_shape: tuple[int, ...]  # in the checkpoint: the output and the input axes flattened
 
 
 def hf_config(directory: Path) -> dict[str, Any]:
@@ -64,41 +54,49 @@ def hf_config(directory: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
-def load(directory: Path, *, put: Callable[[Any, tuple[str, ...]], Any] | None = None) -> tuple[Architecture, Params]:
+def load(directory: Path, abstract: Params | None = None) -> tuple[Architecture, Params]:
     """Reads a model directory: float32, float16 or bfloat16 safetensors, in one file or several.
 
     Args:
       directory: a local Hugging Face directory.
-      put: is given each parameter (NumPy, in the dtype of the files) and its path, and what it returns is kept in its
-        place: a function that puts it on devices keeps the host from holding a whole model.
+      abstract: a jax.ShapeDtypeStruct with a sharding for every parameter of the model, as `Model.abstract` has them.
+        Parameters are then read into these shardings and dtypes: a process reads what its own devices hold, each part
+        once, and has no more than one part of one parameter on its host.
 
     Returns:
-      The architecture, and the parameters, by default as float32 NumPy arrays: put them on devices with
+      The architecture, and the parameters, without `abstract` as float32 NumPy arrays: put them on devices with
       `jax.device_put(params, shardings)` before they are used, or each call copies them again.
 
     Raises:
       InputError: naming the file, and the tensors where some are missing, unknown or misshapen.
     """
+    with _opened(directory) as (arch, names, stored):
+        return arch, files.load(names, stored, abstract)
+
+
+@contextlib.contextmanager
+def stored_tensors(directory: Path) -> Iterator[Tensors]:
+    """Gives a function (path, layer) that reads a tensor of a model directory in the dtype in which it is stored.
+
+    Raises:
+      InputError: as `load` does.
+    """
+    with _opened(directory) as (_, names, stored):
+        places = {(tensor.path, tensor.layer): (tensor, stored[name]) for name, tensor in names.items()}
+        yield lambda path, layer: files.read(*places[path, layer])
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[tuple[Architecture, Names, dict[str, Stored]]]:
+    """A model directory whose tensors are those of its config.json."""
     directory = Path(directory)
     arch = Architecture.from_hf_config(hf_config(directory), str(directory / "config.json"))
     names = _names(arch)
-    put = put or (lambda value, path: value.astype(np.float32))
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
-        dtype = _check_tensors(directory, arch, names, stored)
-
-        def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
-            path = tuple(key.key for key in path)
-            value = np.empty(shape.shape, dtype)
-            for name, tensor in names.items():
-                if tensor.path == path:
-                    place = value if tensor.layer is None else value[tensor.layer]
-                    place[...] = _read(stored, name).reshape(place.shape)
-            if path == ("embed",):
-                _check_tied_head(directory, arch, stored, value)
-            return put(value, path)
-
-        return arch, jax.tree_util.tree_map_with_path(leaf, define(arch).abstract())
+        _check_tensors(directory, arch, names, stored)
+        _check_tied_head(directory, arch, stored)
+        yield arch, names, stored
 
 
 def dtype_of(directory: Path) -> str:
@@ -111,29 +109,48 @@ def dtype_of(directory: Path) -> str:
 def save(
     directory: Path,
     arch: Architecture,
-    params: Params,
+    tensors: Params | Tensors,
     *,
     config: dict[str, Any],
     source: Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
+    writer: bool = True,
 ) -> None:
     """Writes a model directory that transformers loads.
 
     It is written beside its place and renamed into it. An existing directory is replaced; files in
-    it that are not written here (a README, say) are kept.
+    it that are not written here (a README, say) are kept. The host holds one file's tensors at a time.
+
+    Parameters on the devices of several processes are written by one of them, but all must call this alike. It raises
+    where something is wrong, on the writer alone where that is its disk, after it has taken part in what the others do.
 
     Args:
       directory: where to; its parents are made.
-      params: NumPy or JAX arrays, each fully addressable from this process.
+      tensors: the parameters, NumPy or JAX arrays, or a function (path, layer) that gives a tensor of them.
       config: the config.json object that describes `arch`; its dtype is set to the tensors'.
       source: a model directory from which generation_config.json and the tokenizer's files are taken.
       dtype: "float32", "float16" or "bfloat16", of the tensors written.
       max_shard_bytes: the weights are split into files no larger than this (or than one tensor).
+      writer: whether this process writes; one that does not leaves its disk and its host's memory alone.
 
     Raises:
       InputError: if `directory` is a file or has subdirectories.
     """
+    names = _names(arch)
+    tensors = tensors if callable(tensors) else files.of(tensors, wanted=writer)
+    with files.fetched(names, tensors, files.DTYPES[dtype]) as fetched:
+        if writer:
+            shards = list(_shards(names, np.dtype(files.DTYPES[dtype]).itemsize, max_shard_bytes))
+            with _replaced(directory, source) as new:
+                config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+                _write_json(new / "config.json", config)
+                _write_tensors(new, shards, fetched)
+
+
+@contextlib.contextmanager
+def _replaced(directory: Path, source: Path | None) -> Iterator[Path]:
+    """Gives a new directory that becomes `directory` at the end, with its other files and the tokenizer of `source`."""
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: this is a file; give the name of a directory to write the model to.")
@@ -146,7 +163,6 @@ def save(
         wanted = (*_TOKENIZER_FILES, "generation_config.json")
         copied = [p for p in sorted(Path(source).iterdir()) if _matches(p, wanted)]
         kept = [p for p in kept if not _matches(p, _TOKENIZER_FILES)]
-    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
     kept = [p for p in kept if not _matches(p, _WEIGHT_FILES)]
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +174,7 @@ def save(
         new.mkdir(parents=True)
         for path in (*kept, *copied):
             shutil.copy2(path, new / path.name)
-        _write_json(new / "config.json", config)
-        _write_tensors(new, arch, params, _DTYPES[dtype], max_shard_bytes)
+        yield new
         if directory.exists():
             directory.rename(old)
         try:
@@ -172,21 +187,21 @@ def save(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _names(arch: Architecture) -> dict[str, _Tensor]:
+def _names(arch: Architecture) -> Names:
     """Every tensor of a checkpoint, in the order in which transformers writes them."""
     d, v = arch.hidden_size, arch.vocab_size
     biased = dict.fromkeys(("q", "k", "v"), arch.qkv_bias) | {"o": arch.o_bias}
     biased |= dict.fromkeys(("gate", "up", "down"), arch.mlp_bias)
-    sizes = {name: tuple(math.prod(axes) for axes in pair) for name, pair in arch.linear_axes().items()}
-    in_layer = {"input_layernorm.weight": (("attention_norm", "scale"), (d,))}
+    axes = arch.linear_axes()
+    in_layer = {"input_layernorm.weight": (("attention_norm", "scale"), ((d,),))}
     for linear, (module, name) in LINEARS.items():
         prefix = f"{'self_attn' if module == 'attention' else module}.{linear}"
-        in_layer[f"{prefix}.weight"] = ((module, name, "weight"), sizes[linear])
+        in_layer[f"{prefix}.weight"] = ((module, name, "weight"), axes[linear])
         if biased[name]:
-            in_layer[f"{prefix}.bias"] = ((module, name, "bias"), sizes[linear][:1])
+            in_layer[f"{prefix}.bias"] = ((module, name, "bias"), axes[linear][:1])
     if arch.qk_norm:
         for norm in ("q_norm", "k_norm"):
-            in_layer[f"self_attn.{norm}.weight"] = (("attention", norm, "scale"), (arch.head_dim,))
+            in_layer[f"self_attn.{norm}.weight"] = (("attention", norm, "scale"), ((arch.head_dim,),))
     # With norms behind attention and feed-forward, transformers calls the one before the feed-forward otherwise.
     norms = {"post_attention_layernorm": "mlp_norm"}
     if arch.post_norms:
@@ -195,40 +210,22 @@ def _names(arch: Architecture) -> dict[str, _Tensor]:
             "pre_feedforward_layernorm": "mlp_norm",
             "post_feedforward_layernorm": "mlp_post_norm",
         }
-    in_layer |= {f"{name}.weight": ((path, "scale"), (d,)) for name, path in norms.items()}
-    names = {"model.embed_tokens.weight": _Tensor(("embed",), None, (v, d))}
+    in_layer |= {f"{name}.weight": ((path, "scale"), ((d,),)) for name, path in norms.items()}
+    names = {"model.embed_tokens.weight": Tensor(("embed",), None, ((v,), (d,)))}
     for layer in range(arch.num_layers):
-        for name, (path, shape) in in_layer.items():
-            names[f"model.layers.{layer}.{name}"] = _Tensor(("layers", *path), layer, shape)
-    names["model.norm.weight"] = _Tensor(("norm", "scale"), None, (d,))
+        for name, (path, groups) in in_layer.items():
+            names[f"model.layers.{layer}.{name}"] = Tensor(("layers", *path), layer, groups)
+    names["model.norm.weight"] = Tensor(("norm", "scale"), None, ((d,),))
     if not arch.tie_embeddings:
-        names["lm_head.weight"] = _Tensor(("head",), None, (v, d))
+        names["lm_head.weight"] = Tensor(("head",), None, ((v,), (d,)))
     return names
 
 
-def _leaf(params: Params, path: tuple[str, ...]) -> Any:
-    for key in path:
-        params = params[key]
-    return params
-
-
-class _Stored(NamedTuple):
-    """A tensor in an open file."""
-
-    path: Path
-    file: Any
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     stored = {}
     for path in _weight_files(directory):
         try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
-            for name in file.keys():
-                view = file.get_slice(name)
-                stored[name] = _Stored(path, file, tuple(view.get_shape()), view.get_dtype())
+            stored |= files.open_file(path, stack)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{path}: this is not a readable safetensors file ({error}); download or export it again."
@@ -257,10 +254,7 @@ def _weight_files(directory: Path) -> list[Path]:
     raise InputError(f"{directory}: no weights found; expected {_SINGLE} or {_INDEX}.")
 
 
-def _check_tensors(
-    directory: Path, arch: Architecture, expected: dict[str, _Tensor], stored: dict[str, _Stored]
-) -> str:
-    """The one dtype of all tensors."""
+def _check_tensors(directory: Path, arch: Architecture, expected: Names, stored: dict[str, Stored]) -> None:
     missing = [name for name in expected if name not in stored]
     if missing:
         raise InputError(f"{directory}: the weights lack tensors that config.json asks for: {_list(missing)}.")
@@ -289,43 +283,35 @@ def _check_tensors(
                 f"{stored[name].path}: {name} has dtype {stored[name].dtype}, other tensors {first.dtype}; "
                 "save the model with one dtype (transformers: model.to(dtype) before save_pretrained)."
             )
-    return _DTYPES[_READABLE[first.dtype]]
 
 
-def _check_tied_head(directory: Path, arch: Architecture, stored: dict[str, _Stored], embed: np.ndarray) -> None:
-    """A tied head that is stored all the same must be the embedding."""
+def _check_tied_head(directory: Path, arch: Architecture, stored: dict[str, Stored], rows: int = 4096) -> None:
+    """A tied head that is stored all the same must be the embedding; they are compared some rows at a time."""
     if arch.tie_embeddings and "lm_head.weight" in stored:
-        head = _read(stored, "lm_head.weight")
-        if head.shape != embed.shape or not np.array_equal(head, embed):
+        head, embed = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        parts = [slice(start, min(start + rows, arch.vocab_size)) for start in range(0, arch.vocab_size, rows)]
+        if head.shape != embed.shape or not all(np.array_equal(head.view[part], embed.view[part]) for part in parts):
             raise InputError(
                 f"{directory}: config.json ties the head to the embedding, but lm_head.weight is "
                 "different; set tie_word_embeddings to false in config.json or remove the tensor."
             )
 
 
-def _read(stored: dict[str, _Stored], name: str) -> np.ndarray:
-    return stored[name].file.get_tensor(name)
-
-
-def _write_tensors(directory: Path, arch: Architecture, params: Params, dtype: Any, max_shard_bytes: int) -> None:
-    shards = list(_shards(_names(arch), np.dtype(dtype).itemsize, max_shard_bytes))
-    weight_map = {}
+def _write_tensors(directory: Path, shards: list[Names], fetched: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes the tensors, which come in the order of the shards."""
+    weight_map, total = {}, 0
     for number, names in enumerate(shards, start=1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update(dict.fromkeys(names, file))
-        tensors = {}
-        for name, tensor in names.items():
-            array = _leaf(params, tensor.path)
-            array = array if tensor.layer is None else array[tensor.layer]
-            array = np.ascontiguousarray(np.asarray(array).astype(dtype))
-            tensors[name] = array.reshape(tensor.stored_shape)
+        tensors = dict(itertools.islice(fetched, len(names)))
+        total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        del tensors  # before the next file's come
     if len(shards) > 1:
-        total = arch.parameter_count() * np.dtype(dtype).itemsize
         _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(names: dict[str, _Tensor], itemsize: int, limit: int) -> Iterator[dict[str, _Tensor]]:
+def _shards(names: Names, itemsize: int, limit: int) -> Iterator[Names]:
     shard, size = {}, 0
     for name, tensor in names.items():
         bytes_ = itemsize * int(np.prod(tensor.stored_shape))

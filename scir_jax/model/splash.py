@@ -1,0 +1,138 @@
+"""Splash attention, JAX's Pallas kernel for TPUs, over the rows and heads that each device of a mesh holds.
+
+The kernel goes over blocks of queries and keys with a running softmax: the [T, S] scores never exist, and blocks that
+the mask leaves empty are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from scir_jax.model.sharding import Layout
+
+LANES = 128
+BLOCKS = (512, 384, 256)
+FUSED_BLOCKS = 4
+
+
+def blocks(tokens: int) -> tuple[int, int]:
+    """The padded length of a row, and the size of its blocks, which divides it.
+
+    A row of up to 512 tokens is one block, a multiple of the kernel's 128 lanes. Longer ones have blocks of 512, 384 or
+    256 queries by as many keys, whichever pads least, the largest of those: the scores of 512 x 512 in float32, several
+    of which the backward pass holds, fit into 16 MiB of on-chip memory beside heads of up to 256 dimensions.
+    """
+
+    def padded(block: int) -> int:
+        return -(-tokens // block) * block
+
+    if tokens <= BLOCKS[0]:
+        return padded(LANES), padded(LANES)
+    block = min(BLOCKS, key=lambda size: (padded(size), -size))
+    return padded(block), block
+
+
+def splash(
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    segments_BT: jax.Array | None,
+    layout: Layout | None,
+    interpret: bool,
+) -> jax.Array:
+    """Causal attention, as scir_jax.model.attention describes it.
+
+    Args:
+      layout: each device computes its own rows and heads; None for a single device.
+      interpret: run the kernel's program operation by operation, on any backend: slow, to check it.
+
+    Returns:
+      [B, T, H, d] in the queries' dtype.
+    """
+    # The kernel has no scale. Queries in bfloat16 are rounded once more by it, unless it is a power of two.
+    q_BTHd = (q_BTHd.astype(jnp.float32) * scale).astype(q_BTHd.dtype)
+    attend = functools.partial(_attend, window=window, cap=cap, interpret=interpret)
+    if layout is None or layout.mesh.size == 1:
+        return attend(q_BTHd, k_BTKd, v_BTKd, segments_BT)
+    # The queries' heads are split as the keys' are, so that a device holds whole groups.
+    heads = layout.spec(("batch", None, "kv_heads", None), k_BTKd.shape)
+    # The kernel's outputs do not say over which mesh axes they vary.
+    return jax.shard_map(
+        attend,
+        mesh=layout.mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTHd, k_BTKd, v_BTKd, segments_BT)
+
+
+def _attend(
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    window: int | None,
+    cap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    tokens, heads = q_BTHd.shape[1:3]
+    length, block = blocks(tokens)
+    kernel = _kernel(heads, length, block, window, cap, interpret)
+
+    def heads_first(x_BTHd: jax.Array) -> jax.Array:
+        # At the right end, where no query of the row looks.
+        return jnp.pad(x_BTHd, ((0, 0), (0, length - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    segments = None
+    if segments_BT is not None:
+        # Any id does for the padding, whose queries see at least themselves.
+        segments_BT = jnp.pad(segments_BT, ((0, 0), (0, length - tokens)))
+        segments = SegmentIds(segments_BT, segments_BT)
+    mixed_BHTd = jax.vmap(kernel)(heads_first(q_BTHd), heads_first(k_BTKd), heads_first(v_BTKd), segments)
+    return mixed_BHTd.swapaxes(1, 2)[:, :tokens]
+
+
+@functools.cache
+def _kernel(heads: int, length: int, block: int, window: int | None, cap: float | None, interpret: bool):
+    """The kernel as a function of q [H, T, d], k, v [K, T, d] and segments; its scores' mask depends on no input."""
+    # Imported late: Pallas takes a second that runs without it need not spend.
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    shape = (length, length)
+    mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), offset=0)
+    # One backward kernel instead of two computes the scores once, five matrix products a block and not seven, but writes
+    # the gradient of the queries once for every block of keys, in their dtype.
+    fused = length <= FUSED_BLOCKS * block
+    sizes = library.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )
+    # Which blocks to visit is known now. As NumPy arrays they are constants of whichever program uses the kernel,
+    # whereas arrays made while one program is traced belong to it and to its devices.
+    with jax.ensure_compile_time_eval():
+        kernel = library.make_splash_mha_single_device(
+            library.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            attn_logits_soft_cap=cap,
+            interpret=interpret,
+        )
+    return jax.tree.map(np.asarray, kernel)
