@@ -20,6 +20,11 @@ class RunConfig:
     """seed of data order, sampling and pairing"""
     iterations: int = 2
     """rounds of SCIR training: 2 turns M1 into M3"""
+    distributed: bool = False
+    """this is one of several processes, one a host, started alike: they find each other on a TPU slice and under Slurm,
+    elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
+    host_timeout: float = 60.0
+    """seconds without a sign of another host after which the others stop"""
     start_from: str | None = None
     """run directory whose M0 and M1 are taken instead of SFT, so that methods start from one model"""
     tensorboard: bool = True
@@ -56,8 +61,8 @@ class ModelConfig:
     """directory with config.json, *.safetensors, tokenizer files"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation; trained weights and log-probabilities stay float32"""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """auto: cuDNN on a GPU in bfloat16, else XLA"""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: cuDNN on a GPU in bfloat16 without a cap, splash on a TPU for rows of 256 tokens and more, else XLA"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass computes again instead of keeping"""
 

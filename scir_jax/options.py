@@ -104,27 +104,41 @@ def _plain(value: Any) -> Any:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2."""
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's 3.
+
+    Of several hosts all end when one does; 4 is the code of those that lost another one.
+    """
     host_memory.keep()
     try:
-        sys.exit(run() or 0)
+        code = run() or 0
+        _leave(None)
+        sys.exit(code)
     except InputError as error:
-        code, message = 2, str(error)
+        reason, code, message = error, 2, f"error: {error}"
     except Interrupted as stop:
-        code, message = 128 + stop.signal, str(stop)
-    except KeyboardInterrupt:
-        code, message = 130, "stopped"
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        code, message = 3, _disk_full(error)
+        reason, code, message = stop, 128 + stop.signal, str(stop)
+    except KeyboardInterrupt as stop:
+        reason, code, message = stop, 130, "stopped"
     except Exception as error:
         # Orbax and TensorStore wrap the operating system's error in their own.
-        if "No space left" not in str(error) and "File too large" not in str(error):
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        if not full and "No space left" not in str(error) and "File too large" not in str(error):
+            _leave(error)
             raise
-        code, message = 3, _disk_full(error)
-    print(f"error: {message}" if code < 128 else message, file=sys.stderr, flush=True)
+        reason, code, message = error, 3, f"error: {_disk_full(error)}"
+    print(message, file=sys.stderr, flush=True)
+    _leave(reason)
     sys.exit(code)
+
+
+def _leave(error: BaseException | None) -> None:
+    """Tells the other hosts of a run, if there are some, how this one ends."""
+    if "scir_jax.engine.hosts" in sys.modules:  # else no run was begun, and JAX need not be imported for this
+        from scir_jax.engine import hosts
+
+        if error is not None and hosts.lost(error):
+            hosts.stop(error)
+        hosts.finish(error)
 
 
 def _disk_full(error: Exception) -> str:

@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections=SECTIONS,
         options={"output": (str, ..., "JSONL file to write, a row a response")},
     )
+    from scir_jax.engine import hosts
     from scir_jax.engine.sampler import Sampling, stream_key
     from scir_jax.errors import InputError
     from scir_jax.loop import console, sampling
@@ -30,10 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sampling(config)
     if not config.data.prompts:
         raise InputError("no prompts: give --data.prompts FILE")
-    output = options.output_file(own["output"])
-    # Left by an interrupted command, perhaps of other settings.
-    output.with_name(output.name + ".partial").unlink(missing_ok=True)
-    session = Session(config)
+    hosts.start(config.run.distributed)
+    hosts.watch(config.run.host_timeout)
+    console.only_first_host_speaks()
+    hosts.same(options.to_dict(config), "configuration")
+    output = hosts.together(lambda: options.output_file(own["output"]))
+    hosts.shares(output.parent)
+    if hosts.first():
+        # Left by an interrupted command, perhaps of other settings.
+        for part in sampling.parts(output):
+            part.unlink()
+    session = hosts.together(lambda: Session(config))
     prompts = session.data.prompts[: config.sample.prompts]
     session.data.shapes_for(prompts)
     session.data.tell_left_out()

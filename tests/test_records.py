@@ -17,7 +17,7 @@ from scir_jax.data.pipelines import (
     sft_dataset,
     targets_dataset,
 )
-from scir_jax.data.rows import Row, Targets, fill, pad, pad_rows, round_up
+from scir_jax.data.rows import Row, pad, pad_rows, round_up, taken
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Template, compile_judge
@@ -378,12 +378,9 @@ def test_round_up():
     assert [round_up(n) for n in (1, 8, 9, 256, 257, 384, 385)] == [8, 8, 16, 256, 384, 384, 512]
 
 
-def test_fill():
-    batch = (Targets(np.arange(6).reshape(2, 3), np.ones((2, 3), np.float32)), None)
-    (filled, nothing) = fill(batch, 4)
-    assert filled.ids.tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [0, 1, 2]] and nothing is None
-    assert filled.mask.sum(axis=1).tolist() == [3, 3, 0, 0]
-    assert fill(batch, 2)[0].mask is batch[0].mask
+def test_taken():
+    assert taken("abc", np.array([0, 2])) == ["a", "c"]
+    assert taken("ab", np.arange(4)) == ["a", "b", "a", "a"]
 
 
 # --- pipelines ----------------------------------------------------------------------------------------------------------
@@ -419,7 +416,19 @@ def pair_rows(**more):
     ]
 
 
-def pairs(rows=None, encoder=None, *, batch_size=5, epochs=1, seed=0, need_label=None, rewards=2, ift=None, eft=None):
+def pairs(
+    rows=None,
+    encoder=None,
+    *,
+    batch_size=5,
+    epochs=1,
+    seed=0,
+    need_label=None,
+    rewards=2,
+    ift=None,
+    eft=None,
+    share=np.arange,
+):
     encoder = encoder or make_encoder()
     rows = pair_rows() if rows is None else rows
     prompts = [encoder.prompt(row["messages"]) for _, row in rows]
@@ -434,6 +443,7 @@ def pairs(rows=None, encoder=None, *, batch_size=5, epochs=1, seed=0, need_label
         seed=seed,
         ift=ift,
         eft=eft,
+        share=share,
     )
 
 
@@ -476,9 +486,38 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def replay(seed):
+def replay(seed, size=3, share=np.arange):
     rows = [((1, 2, i), (False, True, True)) for i in range(7)]
-    return targets_dataset(rows, 4, 3, pad_id=0, seed=seed)
+    return targets_dataset(rows, 4, size, pad_id=0, seed=seed, share=share)
+
+
+# Of which rows of a batch a host holds which: thirds, every second one, some held by two hosts.
+SHARES = {
+    "parts": [lambda size, host=host: np.arange(size)[host * size // 3 : (host + 1) * size // 3] for host in range(3)],
+    "alternating": [lambda size, host=host: np.arange(host, size, 2) for host in range(2)],
+    "overlapping": [lambda size: np.arange(size)[: 2 * size // 3], lambda size: np.arange(size)[size // 3 :]],
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_shares_of_hosts_make_the_batch(kind):
+    """Every host makes those rows of the batches that it holds, fillers of the last one included."""
+    import jax
+
+    def dataset(share=np.arange):
+        parts = dict(ift=replay(1, 6, share), eft=replay(2, 3, share))
+        return pairs(batch_size=9, epochs=2, share=share, encoder=make_encoder("standalone", "continuation"), **parts)
+
+    whole = dataset()
+    assert len(whole) == 3
+    assert whole[2].pairs.weight.tolist() == [1.0] * 6 + [0.0] * 3, "24 pairs and three to fill"
+    for share in SHARES[kind]:
+        own = dataset(share)
+        assert len(own) == len(whole)
+        for batch, (expected, found) in enumerate(zip(iterator(whole), iterator(own), strict=True)):
+            same(found, jax.tree.map(lambda x: x[share(len(x))], expected))
+            rows = share(9)
+            assert [i < 0 for i in index(found)] == [batch == 2 and row >= 6 for row in rows]
 
 
 def test_the_same_seed_gives_the_same_order():

@@ -1,8 +1,12 @@
-"""Grain pipelines: what a training step takes at place i. Random access, so that a position is one number."""
+"""Grain pipelines: what a training step takes at place i. Random access, so that a position is one number.
+
+Of a batch, a host of several makes its own rows only: `share` maps a batch's size to the numbers of these rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -14,7 +18,6 @@ from scir_jax.data.rows import (
     PairBatch,
     Targets,
     TrainBatch,
-    fill,
     pad,
     pad_rows,
     stack,
@@ -22,10 +25,11 @@ from scir_jax.data.rows import (
 from scir_jax.errors import InputError
 
 MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
+Share = Callable[[int], np.ndarray]
 
 
 def targets_dataset(
-    rows: Sequence[MarkedIds], tokens: int, batch_size: int, pad_id: int, seed: int
+    rows: Sequence[MarkedIds], tokens: int, batch_size: int, pad_id: int, seed: int, share: Share = np.arange
 ) -> grain.MapDataset | None:
     """Endless batches of supervised rows, shuffled anew each pass. None where there is nothing to take."""
     if not rows or not batch_size:
@@ -38,7 +42,9 @@ def targets_dataset(
         return Targets(pad(ids, tokens, pad_id), mask)
 
     indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat()
-    return indices.map(example).batch(batch_size, batch_fn=stack)
+    mine = share(batch_size)
+    batches = grain.MapDataset.range(sys.maxsize // batch_size)
+    return batches.map(lambda b: stack([example(indices[b * batch_size + int(row)]) for row in mine]))
 
 
 def sft_dataset(ift: grain.MapDataset | None, eft: grain.MapDataset | None, steps: int) -> grain.MapDataset:
@@ -60,6 +66,7 @@ def pairs_dataset(
     seed: int,
     ift: grain.MapDataset | None,
     eft: grain.MapDataset | None,
+    share: Share = np.arange,
 ) -> grain.MapDataset:
     """Batches of SCIR training: every pair once an epoch, the last batch filled up with weight 0, and replay.
 
@@ -82,11 +89,17 @@ def pairs_dataset(
         )
 
     indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat(epochs)
-    pairs = indices.map(example).batch(batch_size, drop_remainder=False, batch_fn=stack)
-    pairs = pairs.map(lambda batch: fill(batch, batch_size))
-    return grain.MapDataset.source(np.arange(len(pairs))).map(
-        lambda i: TrainBatch(pairs[i], ift[i] if ift is not None else None, eft[i] if eft is not None else None)
-    )
+    mine = share(batch_size)
+
+    def batch(number: int) -> TrainBatch:
+        first = number * batch_size
+        places = [first + int(row) for row in mine]
+        pairs = [example(indices[p]) if p < len(indices) else filler(example(indices[first])) for p in places]
+        return TrainBatch(
+            stack(pairs), ift[number] if ift is not None else None, eft[number] if eft is not None else None
+        )
+
+    return grain.MapDataset.range(-(-len(indices) // batch_size)).map(batch)
 
 
 def iterator(dataset: grain.MapDataset, state: dict | None = None):
@@ -96,6 +109,11 @@ def iterator(dataset: grain.MapDataset, state: dict | None = None):
     if state is not None:
         result.set_state(state)
     return result
+
+
+def filler(pair: PairBatch) -> PairBatch:
+    """A pair that counts for nothing."""
+    return pair._replace(weight=np.zeros_like(pair.weight), index=np.full_like(pair.index, -1))
 
 
 def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_label: tuple[str, ...] | None):

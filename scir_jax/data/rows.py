@@ -101,25 +101,9 @@ def stack(items: Sequence):
     return np.stack(items)
 
 
-def fill(batch, size: int):
-    """Pads a batch's leading axis to `size` by repeating its first element; weights and masks of the copies are 0."""
-
-    def extend(value, name=""):
-        if value is None:
-            return None
-        if isinstance(value, tuple):
-            names = getattr(value, "_fields", [""] * len(value))
-            parts = [extend(v, n) for v, n in zip(value, names)]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        missing = size - len(value)
-        copies = np.repeat(value[:1], missing, axis=0)
-        if name in ("weight", "mask"):
-            copies = np.zeros_like(copies)
-        elif name == "index":
-            copies = np.full_like(copies, -1)
-        return np.concatenate([value, copies]) if missing else value
-
-    return extend(batch)
+def taken(items: Sequence, rows: np.ndarray) -> list:
+    """The items at these rows of a batch; past their end, where a last batch is not full, the first one stands in."""
+    return [items[row] if row < len(items) else items[0] for row in rows]
 
 
 def round_up(tokens: int) -> int:

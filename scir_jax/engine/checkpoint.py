@@ -10,6 +10,7 @@ import jax
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
+from scir_jax.engine import hosts
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
 from scir_jax.model import lora
@@ -40,12 +41,39 @@ class ModelStore:
         ocp.save(self.path(number), params, overwrite=True)
 
     def load(self, number: int, abstract: Any) -> Any:
-        """Parameters straight into the shardings of `abstract`. InputError if the checkpoint cannot be read."""
+        """Parameters straight into the shardings of `abstract`.
+
+        Raises:
+          InputError: the checkpoint is another model's, or cannot be read.
+        """
         try:
             return ocp.load(self.path(number), abstract)
         except Exception as error:
+            if difference := self._difference(number, abstract):
+                raise InputError(
+                    f"{self.path(number)}: is a checkpoint of another model ({difference}); "
+                    "take the run.directory or run.start_from that belongs to this model"
+                ) from None
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
+
+    def _difference(self, number: int, abstract: Any) -> str | None:
+        """The first array that is not the same there and here."""
+
+        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+            return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+        try:
+            there = shapes(ocp.metadata(self.path(number)).metadata)
+        except Exception:  # whatever it is that is broken
+            return None
+        here = shapes(abstract)
+        # Without a single array it is not another model's, but broken.
+        for name in sorted(there.keys() | here.keys()) if there else ():
+            if there.get(name) != here.get(name):
+                return f"{name} is {there.get(name) or 'not'} there, {here.get(name) or 'not'} here"
+        return None
 
 
 class StageCheckpoints:
@@ -88,7 +116,9 @@ class StageCheckpoints:
     def remove(self) -> None:
         """Closes and deletes the stage's checkpoints, once its model is saved."""
         self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        hosts.barrier(f"left {self.directory}")
+        if hosts.first():
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def abstract_params(model, mesh) -> Any:

@@ -47,11 +47,23 @@ def device_bytes(tree: Any) -> int:
     return sum(map(bytes_of, jax.tree.leaves(tree)))
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Arguments, results and temporaries of a compiled program, a donated argument counted once."""
+def compiled_bytes(compiled: jax.stages.Compiled, backend: str = "cpu") -> int:
+    """Arguments, results and temporaries of a compiled program, a donated argument counted once.
+
+    Args:
+      backend: "cpu", "gpu" or "tpu", what it is compiled for.
+    """
     found = compiled.memory_analysis()
+    if backend == "tpu":
+        # What its compiler compares with the chip's memory; of temporaries it counts more than is there at once.
+        return found.peak_memory_in_bytes
     whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     return whole - found.alias_size_in_bytes
+
+
+def whole(known: Memory, compiled: jax.stages.Compiled, backend: str) -> Memory:
+    """What a compiled program needs: what is known of it, and the rest."""
+    return dataclasses.replace(known, other=max(compiled_bytes(compiled, backend) - known.total, 0))
 
 
 def limit() -> int:

@@ -33,12 +33,16 @@ class AppendOnly:
     def cut(self, keep) -> list[dict]:
         """Keeps the rows for which keep(row), in order, and returns them."""
         rows = [row for row in self.rows() if keep(row)]
+        self.rewrite(rows)
+        return rows
+
+    def rewrite(self, rows: list[dict]) -> None:
+        """These rows in the place of those that are there; without any and without a file nothing is made."""
         self.close()
-        if self.path.exists():
+        if rows or self.path.exists():
             partial = self.path.with_name(self.path.name + ".partial")
             partial.write_text("".join(map(line, rows)), encoding="utf-8")
             os.replace(partial, self.path)
-        return rows
 
     def write(self, row: dict) -> None:
         if self._file is None:
@@ -121,6 +125,28 @@ class Metrics:
             self._events.close()
         # TensorBoard drops what an interrupted run had written from this step on.
         self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step, flush_secs=10)
+
+
+class NoMetrics(Metrics):
+    """Of the hosts that leave writing to the first one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start_stage(self, stage: str, iteration: int, completed: int) -> None:
+        pass
+
+    def write(self, stage: str, iteration: int, stage_step: int, values: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _wandb_run(directory: Path, config: dict[str, Any]):

@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Scalars by name, and per-pair decisions (empty outside SCIR training)."""
+    """Scalars by name, and per-pair decisions with the pair's index (empty outside SCIR training)."""
 
     metrics: dict[str, Array]
     decisions: dict[str, Array]
@@ -134,16 +134,14 @@ class Trainer:
           params: all parameters, trained and frozen.
           key: of the adapters' dropout.
         """
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        found = forward.outputs(self.model, params, batch, **self._pair_settings, key=key)
         sums: objective.Sums = {}
         decisions: dict[str, Array] = {}
         if batch.pairs is not None:
-            logps, judged = forward.pair_outputs(self.model, params, batch.pairs, **self._pair_settings, key=keys[0])
-            sums, decisions = objective.objective(forward.objective_inputs(batch.pairs, logps, judged), self.config)
-        for name, targets, part_key in (("sft/ift", batch.ift, keys[1]), ("sft/eft", batch.eft, keys[2])):
-            if targets is not None:
-                sums[name] = forward.sft_sums(self.model, params, targets, part_key)
-        return sums, decisions
+            inputs = forward.objective_inputs(batch.pairs, found.logps, found.judged)
+            sums, decisions = objective.objective(inputs, self.config)
+            decisions["pair"] = batch.pairs.index
+        return sums | {f"sft/{name}": pair for name, pair in found.sft.items()}, decisions
 
     def loss(
         self, trained: Params, frozen: Params, batch: TrainBatch, key: Array | None = None
@@ -154,13 +152,14 @@ class Trainer:
         if micro == 1:
             sums, decisions = self.sums(params, batch, key)
         else:
-            split = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
+            # Every micro-batch takes rows from all devices, each those that it has.
+            split = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
             # Checkpointed: the backward pass holds one micro-batch's activations at a time.
             body = jax.checkpoint(lambda part, part_key: self.sums(params, part, part_key), prevent_cse=False)
             parts = (split, None if key is None else jax.random.split(key, micro))
             _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(*part)), None, parts)
             sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
-            decisions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decisions)
+            decisions = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), decisions)
         sft_terms = tuple(name for name in sums if name.startswith("sft/"))
         if batch.pairs is None:
             return sum(objective.divide(*sums[name]) for name in sft_terms), (sums, decisions)

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from scir_jax.engine import hosts
 from scir_jax.errors import Interrupted
 
 stderr = Console(stderr=True, highlight=False)
@@ -55,7 +56,7 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
 
 def show(table: Table) -> None:
     """A table on stderr, 100 columns wide where nobody watches."""
-    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, width=100)
+    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, quiet=stderr.quiet, width=100)
     console.print(table)
 
 
@@ -94,17 +95,23 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=stderr.quiet)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)
+        console = Console(highlight=False, quiet=stderr.quiet, width=140)
     console.print(table(rows, title))
 
 
+def only_first_host_speaks() -> None:
+    """Bars, tables and notes of the other hosts would be the same; their errors are printed all the same."""
+    stderr.quiet = not hosts.first()
+
+
 class Stopper:
-    """Turns the first Ctrl-C or SIGTERM into a request that a stage answers at its next safe point."""
+    """Turns the first Ctrl-C or SIGTERM, at whichever host, into a request that all answer at their next safe point."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._votes = hosts.Votes()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -122,8 +129,17 @@ class Stopper:
         self.signal = number
         say("stopping at the next safe point; once more stops at once")
 
+    def asked(self) -> bool:
+        """Whether to stop, the same on all hosts at the same call. Of several hosts it is the answer as of the call
+        before, so that no device is waited for."""
+        return self._votes.cast(self.signal is not None)
+
     def check(self, where: str, *, resumable: bool = True) -> None:
         """Raises Interrupted if asked to stop. Call it where everything done so far is saved."""
-        if self.signal is not None:
-            how = "everything is saved: run the same command again to go on" if resumable else "nothing is written"
-            raise Interrupted(f"stopped in {where}; {how}", self.signal)
+        if hosts.vote(self.signal is not None):
+            self.stop(where, resumable=resumable)
+
+    def stop(self, where: str, *, resumable: bool = True) -> None:
+        """Raises Interrupted."""
+        how = "everything is saved: run the same command again to go on" if resumable else "nothing is written"
+        raise Interrupted(f"stopped in {where}; {how}", self.signal or signal.SIGTERM)

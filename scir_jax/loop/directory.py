@@ -16,6 +16,7 @@ from scir_jax import options
 from scir_jax.config import Config
 from scir_jax.data import sources
 from scir_jax.data.records import write_json
+from scir_jax.engine.hosts import SEEN
 from scir_jax.errors import InputError
 
 PACKAGES = (
@@ -30,6 +31,10 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
+
+
+# Keys that say where a run is computed, beside the mesh.
+ELSEWHERE = ("run.distributed", "run.host_timeout", "run.compilation_cache")
 
 
 class RunDirectory:
@@ -47,6 +52,8 @@ class RunDirectory:
 
     def open(self, config: Config) -> bool:
         """Locks the directory and records the configuration; True if a run is there to be resumed.
+
+        On which devices and how many hosts a run goes on is no part of its configuration.
 
         Raises:
           InputError: another process uses the directory, it holds a run of another configuration (the keys that
@@ -83,7 +90,7 @@ class RunDirectory:
                 "metrics.jsonl",
                 "tensorboard",
             }
-        others = sorted(p.name for p in self.path.iterdir() if p.name not in own)
+        others = sorted(p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(SEEN))
         if others:
             raise InputError(
                 f"{self.path}: holds files of something else ({', '.join(others[:3])}); choose another run.directory"
@@ -127,7 +134,7 @@ class RunDirectory:
         differ = [
             f"{s}.{k} ({before.get(s, {}).get(k)!r} there, {now.get(s, {}).get(k)!r} here)"
             for s, k in keys
-            if before.get(s, {}).get(k) != now.get(s, {}).get(k)
+            if before.get(s, {}).get(k) != now.get(s, {}).get(k) and s != "mesh" and f"{s}.{k}" not in ELSEWHERE
         ]
         if differ:
             raise InputError(
@@ -135,11 +142,20 @@ class RunDirectory:
             )
 
 
-def manifest(config: Config, templates: dict[str, Any]) -> dict[str, Any]:
-    """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates."""
+def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True) -> dict[str, Any]:
+    """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates.
+
+    Args:
+      weights: read the model's weights too; else their bytes are counted.
+    """
     read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
     files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file() and p.suffix in read}
-    hashes = {f"model.path/{name}": sha256(path) for name, path in files.items()}
+    hashes = {
+        f"model.path/{name}": sha256(path)
+        if weights or path.suffix != ".safetensors"
+        else f"{path.stat().st_size} bytes"
+        for name, path in files.items()
+    }
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sources.sha256(name)

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from scir_jax.engine import hosts
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.errors import InputError
 from scir_jax.loop.directory import RunDirectory
 from scir_jax.loop.session import Session
-from scir_jax.model import adapters, lora, weights
+from scir_jax.model import adapters, weights
 
 
 def export_model(session: Session, run: RunDirectory, number: int, output: Path) -> None:
     """Writes M_number, adapters merged, with the tokenizer and chat template of the run's model and in its dtype.
 
+    All processes of a run must call this; the first one writes.
+
     Raises:
       InputError: if the run has no such model.
     """
-    source = Path(session.config.model.path)
+    source, writer = Path(session.config.model.path), hosts.first()
     params = _trained(session, run, number)
-    if session.model.lora is not None:
-        # Merged into the weights as they are stored, not as they were rounded for the computation.
-        _, base = weights.load(source, put=lambda value, path: value)
-        params = lora.merge(lora.join(params, base), session.model.lora)
-    weights.save(output, session.arch, params, config=session.hf_config, source=source, dtype=weights.dtype_of(source))
+
+    with contextlib.ExitStack() as stack:
+        tensors = params
+        if session.model.lora is not None:
+            # Merged into the weights as they are stored, not as they were rounded for the computation.
+            base = stack.enter_context(weights.stored_tensors(source))
+            tensors = adapters.merged(base, params, session.model.lora, wanted=writer)
+        dtype = weights.dtype_of(source)
+        weights.save(output, session.arch, tensors, config=session.hf_config, source=source, dtype=dtype, writer=writer)
 
 
 def export_adapter(session: Session, run: RunDirectory, number: int, output: Path) -> None:
-    """Writes M_number's adapters as a PEFT directory. InputError if the run has no such model or no adapters."""
+    """Writes M_number's adapters as a PEFT directory. InputError if the run has no such model or no adapters.
+
+    All processes of a run must call this; the first one writes.
+    """
     if session.model.lora is None:
         raise InputError(f"{run.path}: a run without adapters (lora.rank is 0); export the model instead")
     params = _trained(session, run, number)
-    adapters.save(output, session.arch, session.model.lora, params, base_model=session.config.model.path)
+    adapters.save(
+        output,
+        session.arch,
+        session.model.lora,
+        params,
+        base_model=session.config.model.path,
+        writer=hosts.first(),
+    )
 
 
 def _trained(session: Session, run: RunDirectory, number: int) -> Any:
     store = ModelStore(run.checkpoints)
-    if not store.exists(number):
+    if not hosts.decide(lambda: store.exists(number)):
         present = ", ".join(f"M{n}" for n in store.numbers()) or "none"
         raise InputError(f"{run.path}: no model M{number}; there is {present}")
-    return jax.device_get(store.load(number, session.abstract_trained))
+    return store.load(number, session.abstract_trained)

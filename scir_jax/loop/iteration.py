@@ -13,6 +13,7 @@ from scir_jax import options
 from scir_jax.config import Config
 from scir_jax.data import pipelines, records, statistics
 from scir_jax.data.files import read_rows
+from scir_jax.engine import hosts
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.metrics import AppendOnly, Metrics
 from scir_jax.errors import InputError
@@ -41,7 +42,7 @@ class Run:
         """All stages that are not done yet; returns the rows of the final table."""
         if self.config.run.start_from:
             self._start_from(Path(self.config.run.start_from))
-        if not self.store.exists(0):
+        if not hosts.decide(lambda: self.store.exists(0)):
             self.store.save(0, self.session.initial_params())
         self.stopper.check("start-up")
         self._timed(0, "sft", lambda: self.store.exists(1), self.sft)
@@ -68,14 +69,14 @@ class Run:
         return self.rows()
 
     def _start_from(self, other: Path) -> None:
-        if self.store.exists(0) and self.store.exists(1):
-            return
+        source = ModelStore(RunDirectory(other).checkpoints)
+        here, there = hosts.decide(lambda: [[s.exists(n) for n in (0, 1)] for s in (self.store, source)])
         for number in (0, 1):
-            source = ModelStore(RunDirectory(other).checkpoints)
-            if not source.exists(number):
+            if here[number]:
+                continue
+            if not there[number]:
                 raise InputError(f"run.start_from {other}: holds no model M{number}")
-            if not self.store.exists(number):
-                self.store.save(number, source.load(number, self.session.abstract_trained))
+            self.store.save(number, source.load(number, self.session.abstract_trained))
 
     def sft(self) -> None:
         """M0 -> M1; without IFT and EFT, or with sft.epochs 0, M1 is M0."""
@@ -128,6 +129,7 @@ class Run:
             seed=self._seed(100 + t),
             ift=ift,
             eft=eft,
+            share=session.local_rows,
         )
         train_stage(
             session,
@@ -142,7 +144,7 @@ class Run:
             peak=config.optimise.learning_rate,
             params=lambda: self.models.take(t),
             frozen=lambda: session.frozen,
-            decisions=AppendOnly(folder / "decisions.jsonl"),
+            decisions=AppendOnly(folder / "decisions.jsonl") if hosts.first() else None,
             save=lambda params: self.store.save(t + 1, params),
         )
 
@@ -180,12 +182,14 @@ class Run:
                     path = self.directory.iteration(0) / "heldout_responses.jsonl"
                     against = [row for _, row in read_rows(path)]
                 values |= evaluation.response_metrics(rows, self.grader, against)
-                records.write_rows(folder / "heldout_responses.jsonl", rows)
+                if hosts.first():
+                    records.write_rows(folder / "heldout_responses.jsonl", rows)
         if t:
             values |= evaluation.decision_metrics(folder, self.grader)
         values = evaluation.clean(values)
         self.metrics.evaluation(values)
-        records.write_json(folder / "evaluation.json", values)
+        if hosts.first():
+            records.write_json(folder / "evaluation.json", values)
 
     def rows(self) -> list[dict]:
         """The final table: a row a model, its seconds those of its iteration's stages."""
@@ -202,24 +206,28 @@ class Run:
 
     def _timed(self, t: int, stage: str, done, do) -> None:
         """Runs a stage unless it is done, and keeps its time (of the last try) in seconds.json."""
-        if done():
+        if hosts.decide(done):
             # Left where a process was killed between saving the model and removing the checkpoints that led to it.
-            if stage in ("sft", "optimise"):
+            if stage in ("sft", "optimise") and hosts.first():
                 shutil.rmtree(self.directory.checkpoints / stage_name(t), ignore_errors=True)
             return
         started = time.monotonic()
         do()
-        path = self.directory.iteration(t) / "seconds.json"
-        seconds = evaluation.read_json(path) if path.exists() else {}
-        records.write_json(path, {**seconds, stage: round(time.monotonic() - started, 2)})
+        if hosts.first():
+            path = self.directory.iteration(t) / "seconds.json"
+            seconds = evaluation.read_json(path) if path.exists() else {}
+            records.write_json(path, {**seconds, stage: round(time.monotonic() - started, 2)})
+        hosts.barrier(f"{stage} {t}")
 
     def _replay_parts(self, ift_size: int, eft_size: int, stream: int):
         session = self.session
         pad_id = session.chat.pad_id
-        ift = pipelines.targets_dataset(session.data.ift_rows, session.shapes.ift, ift_size, pad_id, self._seed(stream))
-        eft = pipelines.targets_dataset(
-            session.data.eft_rows, session.shapes.eft, eft_size, pad_id, self._seed(stream + 1000)
-        )
+
+        def part(rows, tokens: int, size: int, seed: int):
+            return pipelines.targets_dataset(rows, tokens, size, pad_id, seed, session.local_rows)
+
+        ift = part(session.data.ift_rows, session.shapes.ift, ift_size, self._seed(stream))
+        eft = part(session.data.eft_rows, session.shapes.eft, eft_size, self._seed(stream + 1000))
         return ift, eft
 
     def _seed(self, stream: int) -> int:

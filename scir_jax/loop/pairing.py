@@ -18,6 +18,7 @@ from scir_jax.data.encode import Prompt, Response
 from scir_jax.data.files import read_rows
 from scir_jax.data.messages import answer_text, prompt_messages, prompt_text
 from scir_jax.data.tally import Tally
+from scir_jax.engine import hosts
 from scir_jax.errors import InputError
 from scir_jax.loop import console, scoring
 from scir_jax.loop.models import Models
@@ -192,7 +193,8 @@ def run_pairing(
     if cream:
         pairs = cream_pairs(answers, first_iteration=roles["before"] == roles["implicit"])
     alpha = length_penalty(config, answers, pairs)
-    records.write_rows(path, (_row(i, pair, answers, alpha) for i, pair in enumerate(pairs)))
+    if hosts.first():
+        records.write_rows(path, (_row(i, pair, answers, alpha) for i, pair in enumerate(pairs)))
 
 
 def cream_pairs(answers: Sequence[Answer], *, first_iteration: bool) -> list[PairRecord]:

@@ -11,13 +11,14 @@ import numpy as np
 from rich.table import Table
 
 from scir_jax.data.rows import PairBatch, Rows, Targets, TrainBatch
-from scir_jax.engine import memory, sampler
+from scir_jax.engine import hosts, memory, sampler
 from scir_jax.engine.memory import GIB, Memory
 from scir_jax.engine.mesh import batch_sharding, batch_shards
 from scir_jax.errors import InputError
 from scir_jax.loop import console
-from scir_jax.loop.session import Session
+from scir_jax.loop.computation import Computation
 from scir_jax.method.objective import reward_names
+from scir_jax.model.attention import backend_of
 from scir_jax.model.lora import join
 
 
@@ -30,25 +31,25 @@ class Program(NamedTuple):
     known: Memory
 
 
-def programs(session: Session) -> Iterator[Program]:
+def programs(run: Computation) -> Iterator[Program]:
     """The programs of a run. InputError, as everywhere, where its data do not fit its settings."""
-    config = session.config
-    inference = join(session.abstract_inference, session.abstract_frozen)
+    config = run.config
+    inference = join(run.abstract_inference, run.abstract_frozen)
     weights = Memory(weights=memory.device_bytes(inference))
     counts = {config.sample.responses} if config.run.iterations and not config.data.pairs else set()
-    if session.data.heldout_prompts:
+    if "heldout_prompts" in run.files:
         counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
     for count in sorted(counts):
-        yield _sampler(session, inference, weights, count)
-    if config.run.iterations or session.data.heldout_pairs:
+        yield _sampler(run, inference, weights, count)
+    if config.run.iterations or "heldout_pairs" in run.files:
         size = 2 * config.evaluate.batch_size
-        yield Program("score responses", session.scorer, (inference, _rows((size,), session.shapes.scored)), weights)
-        rows = tuple(_rows((config.evaluate.batch_size, 2), tokens) for tokens in session.shapes.judges)
-        yield Program("judge pairs", session.judge, (inference, rows), weights)
-    yield from _steps(session)
+        yield Program("score responses", run.scorer, (inference, _rows((size,), run.facts.shapes.scored)), weights)
+        rows = tuple(_rows((config.evaluate.batch_size, 2), tokens) for tokens in run.facts.shapes.judges)
+        yield Program("judge pairs", run.judge, (inference, rows), weights)
+    yield from _steps(run)
 
 
-def check_memory(session: Session) -> list[tuple[str, Memory]]:
+def check_memory(run: Computation) -> list[tuple[str, Memory]]:
     """Compiles a run's programs and prints the memory of each; the compiled programs are those that the run uses.
 
     What cannot fit whatever the compiler does is refused before compiling.
@@ -56,46 +57,46 @@ def check_memory(session: Session) -> list[tuple[str, Memory]]:
     Raises:
       InputError: where a program needs more than a device has.
     """
-    limit = memory.limit()
-    found = list(programs(session))
-    _fits([(program.name, program.known) for program in found], limit, session)
+    limit = min(hosts.gather(memory.limit()))
+    found = list(programs(run))
+    _fits([(program.name, program.known) for program in found], limit, run)
     result = []
     with console.stage("compile", len(found)) as bar:
         for program in found:
             bar.advance(program.name, by=0)
             try:
-                compiled = program.function.lower(*_placed(program.arguments, session)).compile()
+                compiled = compile_program(run, program)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 reason = " ".join(str(error).split())[:200]
                 # The rest is unknown, but it is what does not fit.
-                advice = _advice(session, dataclasses.replace(program.known, other=limit))
-                raise InputError(f"{program.name}: does not fit on a device ({reason}); {advice}") from None
-            other = max(memory.compiled_bytes(compiled) - program.known.total, 0)
-            result.append((program.name, dataclasses.replace(program.known, other=other)))
+                ways = advice(run, dataclasses.replace(program.known, other=limit))
+                raise InputError(f"{program.name}: does not fit on a device ({reason}); {ways}") from None
+            result.append((program.name, memory.whole(program.known, compiled, backend_of(run.model.layout))))
             bar.advance(program.name)
     _print(result, limit)
-    _fits(result, limit, session)
+    _fits(result, limit, run)
     return result
 
 
-def _placed(arguments: tuple, session: Session) -> tuple:
-    """Abstract arguments with the shardings that the real ones will have, or they would be compiled for again."""
-    sharding = batch_sharding(session.mesh)
+def compile_program(run: Computation, program: Program) -> jax.stages.Compiled:
+    """The program that the run's calls will find compiled, or one for a mesh of other machines' devices."""
+    # Abstract arguments with the shardings that the real ones will have, or they would be compiled for again.
+    sharding = batch_sharding(run.mesh)
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return leaf
 
-    return jax.tree.map(place, arguments)
+    return program.function.lower(*jax.tree.map(place, program.arguments)).compile()
 
 
-def _steps(session: Session) -> Iterator[Program]:
-    config, trainer = session.config, session.trainer
+def _steps(run: Computation) -> Iterator[Program]:
+    config, trainer = run.config, run.trainer
     state = trainer.abstract_state()
-    frozen = session.abstract_frozen
+    frozen = run.abstract_frozen
     trained = memory.device_bytes(state.params)
     known = Memory(
         weights=trained + memory.device_bytes(frozen),
@@ -107,13 +108,13 @@ def _steps(session: Session) -> Iterator[Program]:
     def step(name: str, batch: TrainBatch) -> Program:
         return Program(name, trainer.step, (state, frozen, batch, np.float32(0), key), known)
 
-    def targets(rows: Any, size: int, tokens: int) -> Targets | None:
-        return Targets(_int32(size, tokens), _float32(size, tokens)) if rows and size else None
+    def targets(there: bool, size: int, tokens: int) -> Targets | None:
+        return Targets(_int32(size, tokens), _float32(size, tokens)) if there and size else None
 
     def replay(section: Any) -> dict[str, Targets | None]:
         return {
-            "ift": targets(session.data.ift_rows, section.ift_batch_size, session.shapes.ift),
-            "eft": targets(session.data.eft_rows, section.eft_batch_size, session.shapes.eft),
+            "ift": targets("ift" in run.files, section.ift_batch_size, run.facts.shapes.ift),
+            "eft": targets("eft" in run.files, section.eft_batch_size, run.facts.shapes.eft),
         }
 
     supervised = replay(config.sft)
@@ -121,19 +122,20 @@ def _steps(session: Session) -> Iterator[Program]:
         yield step("SFT step", TrainBatch(None, **supervised))
     if config.run.iterations:
         rest = replay(config.replay) if config.replay.weight else {"ift": None, "eft": None}
-        yield step("SCIR step", TrainBatch(_pairs(session), **rest))
+        yield step("SCIR step", TrainBatch(_pairs(run), **rest))
 
 
-def _sampler(session: Session, params: Any, weights: Memory, responses: int) -> Program:
-    size = session.config.sample.batch_size
-    places = session.shapes.prompt + session.shapes.response
-    arch, itemsize = session.arch, np.dtype(jax.numpy.dtype(session.config.model.dtype)).itemsize
-    rows = size * responses // batch_shards(session.mesh)
-    cache = 2 * arch.num_layers * rows * places * arch.num_kv_heads * arch.head_dim * itemsize
+def _sampler(run: Computation, params: Any, weights: Memory, responses: int) -> Program:
+    size = run.config.sample.batch_size
+    places = run.facts.shapes.prompt + run.facts.shapes.response
+    arch, itemsize = run.arch, np.dtype(jax.numpy.dtype(run.config.model.dtype)).itemsize
+    rows = size * responses // batch_shards(run.mesh)
+    heads = arch.num_kv_heads // run.mesh.shape["tensor"]
+    cache = 2 * arch.num_layers * rows * places * heads * arch.head_dim * itemsize
     key = sampler.stream_key(0, "responses", 0)
     arguments = (
         params,
-        _int32(size, session.shapes.prompt),
+        _int32(size, run.facts.shapes.prompt),
         _int32(size),
         _int32(size),
         key,
@@ -141,16 +143,16 @@ def _sampler(session: Session, params: Any, weights: Memory, responses: int) -> 
     )
     return Program(
         f"sample {responses} a prompt",
-        session.sampler(responses),
+        run.sampler(responses),
         arguments,
         dataclasses.replace(weights, cache=cache),
     )
 
 
-def _pairs(session: Session) -> PairBatch:
-    size = session.config.optimise.batch_size
-    shapes, encoder = session.shapes, session.encoder
-    separate = shapes.judges[1:] if encoder.continued else shapes.judges
+def _pairs(run: Computation) -> PairBatch:
+    size = run.config.optimise.batch_size
+    shapes = run.facts.shapes
+    separate = shapes.judges[1:] if run.facts.continued else shapes.judges
     both = _float32(size, 2)
     return PairBatch(
         responses=_rows((size, 2), shapes.row),
@@ -159,7 +161,7 @@ def _pairs(session: Session) -> PairBatch:
         implicit_logps=both,
         start_logps=both,
         length_penalty=both,
-        frozen_logits=_float32(size, len(reward_names(session.config))),
+        frozen_logits=_float32(size, len(reward_names(run.config))),
         external=_float32(size),
         weight=_float32(size),
         index=_int32(size),
@@ -178,7 +180,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
-def _fits(needs: list[tuple[str, Memory]], limit: int, session: Session) -> None:
+def _fits(needs: list[tuple[str, Memory]], limit: int, run: Computation) -> None:
     """InputError about the largest program where it is larger than the limit."""
     name, need = max(needs, key=lambda item: item[1].total, default=("", Memory()))
     if need.total > limit:
@@ -186,13 +188,13 @@ def _fits(needs: list[tuple[str, Memory]], limit: int, session: Session) -> None
         largest = ", ".join(f"{kind} {_gib(value)}" for kind, value in sorted(kinds.items(), key=lambda x: -x[1]))
         raise InputError(
             f"{name}: needs {_gib(need.total)} GiB a device ({largest}) of the {_gib(limit)} there are; "
-            f"{_advice(session, need)}"
+            f"{advice(run, need)}"
         )
 
 
-def _advice(session: Session, need: Memory) -> str:
+def advice(run: Computation, need: Memory) -> str:
     """What would make a program smaller, without what is set already."""
-    config = session.config
+    config = run.config
     training = bool(need.optimiser)
     ways = []
     if config.model.dtype == "float32":
@@ -203,7 +205,7 @@ def _advice(session: Session, need: Memory) -> str:
             ways += ["a larger optimizer.accumulate"]
         ways.append(f"smaller batches ({'optimise, sft' if training else 'sample, evaluate'})")
         ways.append("smaller text.max_prompt_tokens and text.max_response_tokens")
-    if training and session.model.lora is None:
+    if training and run.model.lora is None:
         ways += ["adapters (lora.rank 16)"]
         ways += ["optimizer.kind adafactor"] if config.optimizer.kind == "adamw" else []
     ways.append("more devices (mesh.fsdp)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from scir_jax.data import records
 from scir_jax.data.encode import Prompt
 from scir_jax.data.messages import prompt_text
-from scir_jax.data.rows import fill, pad
-from scir_jax.engine.mesh import put_batch
+from scir_jax.data.rows import pad, taken
+from scir_jax.engine import hosts
+from scir_jax.engine.mesh import owned_rows, put_batch
 from scir_jax.engine.metrics import AppendOnly
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.errors import InputError
@@ -21,20 +23,35 @@ from scir_jax.loop.session import Session
 
 
 def sample_rows(
-    session: Session, params, prompts: Sequence[tuple[int, Prompt]], *, responses: int, sampling: Sampling, key
+    session: Session,
+    params,
+    prompts: Sequence[tuple[int, Prompt]],
+    *,
+    responses: int,
+    sampling: Sampling,
+    key,
+    owned: bool = False,
 ) -> list[dict[str, Any]]:
-    """Responses to one batch of (prompt number, prompt), at most sample.batch_size; a row a response."""
+    """Responses to one batch of (prompt number, prompt), at most sample.batch_size; a row a response.
+
+    Args:
+      owned: of several hosts, each gives the rows that are its own to write; by default all give all.
+    """
     size = session.config.sample.batch_size
-    ids = np.stack([pad(p.conversation, session.shapes.prompt, session.chat.pad_id) for _, p in prompts])
-    lengths = np.array([len(p.conversation) for _, p in prompts], np.int32)
-    index = np.array([number for number, _ in prompts], np.int32)
-    ids, lengths = fill((ids, lengths), size)
-    index = np.concatenate([index, np.full(size - len(index), -1, np.int32)])
+    rows_here = session.local_rows(size)
+    mine = taken(prompts, rows_here)
+    ids = np.stack([pad(p.conversation, session.facts.shapes.prompt, session.chat.pad_id) for _, p in mine])
+    lengths = np.array([len(p.conversation) for _, p in mine], np.int32)
+    index = np.array([number for number, _ in mine], np.int32)
+    index[rows_here >= len(prompts)] = -1
     samples = session.sampler(responses)(params, *put_batch((ids, lengths, index), session.mesh), key, sampling)
     tokens, counts, logps = (np.asarray(x) for x in samples)
     check_finite(logps[: len(prompts)], "log-probabilities")
     rows = []
-    for i, (number, prompt) in enumerate(prompts):
+    for i in owned_rows(session.mesh, size) if owned else range(size):
+        if i >= len(prompts):
+            break
+        number, prompt = prompts[i]
         for n in range(responses):
             response = tokens[i, n, : counts[i, n]].tolist()
             ended = bool(response) and response[-1] in session.chat.stop_ids
@@ -73,30 +90,63 @@ def sample_file(
     stopper: console.Stopper,
     resumable: bool = True,
 ) -> None:
-    """Writes responses to `path`. An interrupted file is taken up again after its last complete batch.
+    """Writes responses to `path`, every host its share. An interrupted file is taken up again after its last whole batch.
 
     Args:
       resumable: what Ctrl-C says: whether the same command goes on or starts again.
     """
-    partial = AppendOnly(path.with_name(path.name + ".partial"))
     size = session.config.sample.batch_size
-    done = len(partial.cut(lambda row: True)) // (size * responses)
-    kept = done * size * responses
-    counter = iter(range(1 << 62))
-    partial.cut(lambda row: next(counter) < kept)
-    parts = list(records.batched(prompts, size))
-    tokens = 0
-    with console.stage(title, len(parts), done) as bar:
-        for part in parts[done:]:
+    place = {number: i for i, (number, _) in enumerate(prompts)}
+    done = hosts.decide(lambda: _gather_parts(path, place, size, responses))
+    partial = AppendOnly(_part(path, hosts.index()))
+    batches = list(records.batched(prompts, size))
+    with console.stage(title, len(batches), done) as bar:
+        for batch in batches[done:]:
             stopper.check(title, resumable=resumable)
-            rows = sample_rows(session, params, part, responses=responses, sampling=sampling, key=key)
+            rows = sample_rows(session, params, batch, responses=responses, sampling=sampling, key=key, owned=True)
             for row in rows:
                 partial.write(row)
             partial.sync()
             tokens = sum(len(row["response_ids"]) for row in rows)
             bar.advance(f"{tokens / max(len(rows), 1):.0f} tokens a response")
     partial.close()
-    partial.path.replace(path)
+    hosts.barrier(f"sampled {path}")
+    if hosts.first():
+        _gather_parts(path, place, size, responses)
+        _part(path, 0).replace(path)
+    hosts.barrier(f"wrote {path}")
+
+
+def parts(path: Path) -> list[Path]:
+    """What hosts wrote of a file that is not whole yet, the first host's part first."""
+    first = _part(path, 0)
+    others = sorted(path.parent.glob(f"{glob.escape(first.name)}-[0-9]*"))
+    return [first, *others] if first.exists() else others
+
+
+def _part(path: Path, host: int) -> Path:
+    return path.with_name(f"{path.name}.partial" + (f"-{host}" if host else ""))
+
+
+def _gather_parts(path: Path, place: dict[int, int], size: int, responses: int) -> int:
+    """Puts what hosts wrote, perhaps others than now, into the first one's part, in order; how many whole batches."""
+    first = AppendOnly(_part(path, 0))
+    parts_found = parts(path)
+    found = [row for part in parts_found for row in AppendOnly(part).rows() if row["prompt_number"] in place]
+    # Ended between writing the first part and removing the others, both have the same rows.
+    by_place = {(place[row["prompt_number"]], row["sample"]): row for row in found}
+    rows = [by_place[key] for key in sorted(by_place)]
+    done = 0
+    while chunk := rows[done * size * responses : (done + 1) * size * responses]:
+        last = min((done + 1) * size, len(place))
+        if len(chunk) < (last - done * size) * responses or place[chunk[-1]["prompt_number"]] >= last:
+            break
+        done += 1
+    first.rewrite(rows[: done * size * responses])
+    for part in parts_found:
+        if part != first.path:
+            part.unlink()
+    return done
 
 
 def iteration_prompts(session: Session, iteration: int) -> list[tuple[int, Prompt]]:

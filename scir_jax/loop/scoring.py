@@ -9,7 +9,7 @@ import numpy as np
 
 from scir_jax.data.encode import Prompt, Response
 from scir_jax.data.records import batched
-from scir_jax.data.rows import fill, pad_rows, stack
+from scir_jax.data.rows import pad_rows, stack, taken
 from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
 from scir_jax.loop.sampling import check_finite
@@ -29,10 +29,11 @@ def response_logps(
     size = 2 * session.config.evaluate.batch_size
     result = []
     for part in batched(items, size):
+        mine = taken(part, session.local_rows(size))
         rows = pad_rows(
-            [session.encoder.scored_row(*item) for item in part], session.shapes.scored, session.chat.pad_id
+            [session.encoder.scored_row(*item) for item in mine], session.shapes.scored, session.chat.pad_id
         )
-        logps = session.scorer(params, put_batch(fill(rows, size), session.mesh))
+        logps = session.scorer(params, put_batch(rows, session.mesh))
         result.append(np.asarray(logps)[: len(part)])
         check_finite(result[-1], "log-probabilities")
         advance()
@@ -44,6 +45,7 @@ def judge_pairs(session: Session, params, pairs: Sequence[Pair], advance: Callab
     size = session.config.evaluate.batch_size
     verdicts, mass = [], []
     for part in batched(pairs, size):
+        mine = taken(part, session.local_rows(size))
         rows = tuple(
             stack(
                 [
@@ -52,12 +54,12 @@ def judge_pairs(session: Session, params, pairs: Sequence[Pair], advance: Callab
                         tokens,
                         session.chat.pad_id,
                     )
-                    for prompt, a, b in part
+                    for prompt, a, b in mine
                 ]
             )
             for judge, tokens in zip(session.judges, session.shapes.judges, strict=True)
         )
-        judged = session.judge(params, put_batch(fill(rows, size), session.mesh))
+        judged = session.judge(params, put_batch(rows, session.mesh))
         verdicts.append(np.asarray(judged.verdicts)[: len(part)])
         mass.append(np.asarray(judged.mass)[: len(part)])
         check_finite(verdicts[-1], "verdicts")

@@ -13,11 +13,11 @@ import jax
 from scir_jax.config import Config, LoraConfig
 from scir_jax.data.encode import Encoder, Shapes
 from scir_jax.engine import mesh as meshes
-from scir_jax.engine import sampler, steps
-from scir_jax.engine.checkpoint import abstract_params
+from scir_jax.engine import sampler
 from scir_jax.errors import InputError
+from scir_jax.loop.computation import Computation, Facts, training_batches
 from scir_jax.loop.inputs import Inputs
-from scir_jax.model import adapters, decoder, lora, weights
+from scir_jax.model import adapters, lora, weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import Chat, load_tokenizer
 from scir_jax.text.judge import compile_judge, load_template
@@ -96,17 +96,6 @@ def check(config: Config) -> None:
             raise InputError(f"{key}={value} does not divide into optimizer.accumulate={micro} micro-batches")
 
 
-def training_batches(config: Config) -> dict[str, int]:
-    """The batch sizes that micro-batches divide, by key."""
-    return {
-        "optimise.batch_size": config.optimise.batch_size,
-        "sft.ift_batch_size": config.sft.ift_batch_size,
-        "sft.eft_batch_size": config.sft.eft_batch_size,
-        "replay.ift_batch_size": config.replay.ift_batch_size,
-        "replay.eft_batch_size": config.replay.eft_batch_size,
-    }
-
-
 def check_positive(config: Config, *sections: str) -> None:
     """Refuses counts below 1 in the sections that a command reads (all by default)."""
     for key in POSITIVE:
@@ -125,94 +114,54 @@ def check_sampling(config: Config) -> None:
         raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
 
 
-class Session:
-    """A model with its tokenizer, encoder, data files and compiled programs on a mesh. Takes a resolved Config."""
+class Session(Computation):
+    """A model with its tokenizer, encoder and data files, and its programs on a mesh. Takes a resolved Config."""
 
     def __init__(self, config: Config):
-        self.config = config
         directory = Path(config.model.path)
         self.hf_config = weights.hf_config(directory)
-        self.arch = Architecture.from_hf_config(self.hf_config, str(directory / "config.json"))
+        arch = Architecture.from_hf_config(self.hf_config, str(directory / "config.json"))
         self.chat = Chat(
             load_tokenizer(directory),
             str(directory),
             stop_ids(directory, self.hf_config),
             config.text.chat_template_kwargs,
         )
+        if self.chat.tokenizer.vocab_size and len(self.chat.tokenizer) > arch.vocab_size:
+            raise InputError(
+                f"{config.model.path}: the tokenizer has {len(self.chat.tokenizer)} tokens, the embedding "
+                f"{arch.vocab_size} rows; use the tokenizer that belongs to the model"
+            )
         self.templates = [load_template(name) for name in config.generative.templates]
         self.judges = [compile_judge(template, self.chat) for template in self.templates]
-        self.encoder = Encoder(config, self.chat, self.judges, self.arch.max_positions)
-        self.mesh = meshes.make_mesh(config.mesh)
-        activations = None
-        if self.mesh.size > 1:
-            activations = meshes.batch_sharding(self.mesh)
-        if config.model.attention == "cudnn" and self.arch.attention_cap:
-            raise InputError(
-                f"model.attention is cudnn, but {self.arch.family} caps its attention scores, which cuDNN cannot; "
-                "set it to auto or xla"
-            )
-        self.model = decoder.define(
-            self.arch,
-            compute_dtype=config.model.dtype,
-            attention=config.model.attention,
-            remat=config.model.remat,
-            activations=activations,
-            lora=adapters_of(config.lora),
-        )
-        self.abstract_params = abstract_params(self.model, self.mesh)
-        self.abstract_trained, self.abstract_frozen = lora.split(self.abstract_params, self.model.lora)
-        # To compute with, the float32 masters are not needed: every layer casts its weights anyway.
-        self.abstract_inference = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, config.model.dtype, sharding=s.sharding), self.abstract_trained
-        )
+        self.encoder = Encoder(config, self.chat, self.judges, arch.max_positions)
+        super().__init__(config, arch, meshes.make_mesh(config.mesh), adapters_of(config.lora))
         self.data = Inputs(config, self.encoder)
-        self._check_batches()
 
     @property
     def shapes(self) -> Shapes:
         """The static lengths, from all data files unless a command fixed them."""
         return self.data.shapes
 
-    # --- compiled programs ------------------------------------------------------------------------------------------
-
-    @property
-    def verdict_ids(self) -> tuple[tuple[int, int], ...]:
-        return tuple(judge.verdict_ids for judge in self.judges)
-
     @cached_property
-    def trainer(self) -> steps.Trainer:
-        return steps.Trainer(
-            self.config,
-            self.model,
-            self.mesh,
-            verdict_ids=self.verdict_ids,
+    def facts(self) -> Facts:
+        return Facts(
+            shapes=self.shapes,
+            verdict_ids=tuple(judge.verdict_ids for judge in self.judges),
             continued=self.encoder.continued,
-            response_tokens=self.shapes.response,
+            stop_ids=self.chat.stop_ids,
+            pad_id=self.chat.pad_id,
         )
 
     @cached_property
-    def scorer(self):
-        return steps.scorer(self.model, self.mesh, self.shapes.response)
-
-    @cached_property
-    def judge(self):
-        return steps.judge(self.model, self.mesh, self.verdict_ids)
-
-    @cached_property
-    def _samplers(self) -> dict[int, Any]:
-        return {}
-
-    def sampler(self, responses: int):
-        if responses not in self._samplers:
-            self._samplers[responses] = sampler.sampler(
-                self.model,
-                self.mesh,
-                responses=responses,
-                response_tokens=self.shapes.response,
-                stop_ids=self.chat.stop_ids,
-                pad_id=self.chat.pad_id,
-            )
-        return self._samplers[responses]
+    def files(self) -> frozenset[str]:
+        rows = {
+            "ift": self.data.ift_rows,
+            "eft": self.data.eft_rows,
+            "heldout_prompts": self.data.heldout_prompts,
+            "heldout_pairs": self.data.heldout_pairs,
+        }
+        return frozenset(key for key, found in rows.items() if found)
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -228,15 +177,10 @@ class Session:
 
     def _stored(self, directory: Path, abstract):
         """The parameters of a Hugging Face directory, without adapters; those that are trained as in `abstract`."""
-        wanted = dict(jax.tree_util.tree_leaves_with_path(lora.join(abstract, self.abstract_params)))
-
-        def put(value, path):
-            spec = wanted[tuple(map(jax.tree_util.DictKey, path))]
-            return jax.device_put(value.astype(spec.dtype), spec.sharding)
-
-        arch, params = weights.load(directory, put=put)
+        arch = Architecture.from_hf_config(weights.hf_config(directory), str(directory / "config.json"))
         if arch != self.arch:
             raise InputError(f"{directory}: another architecture than {self.config.model.path}")
+        _, params = weights.load(directory, self.abstract_frozen if self.model.lora else abstract)
         return params
 
     def inference_params(self):
@@ -265,8 +209,7 @@ class Session:
         if self.model.lora is None:
             return {}
         if directory is not None:
-            found = adapters.load(directory, self.arch, self.model.lora)
-            return jax.tree.map(lambda s, value: jax.device_put(value.astype(s.dtype), s.sharding), abstract, found)
+            return adapters.load(directory, self.arch, self.model.lora, abstract)
 
         def fresh(key):
             trained, _ = lora.split(self.model.init(key), self.model.lora)
@@ -274,23 +217,6 @@ class Session:
 
         key = sampler.stream_key(self.config.run.seed, "init", 0)
         return jax.jit(fresh, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(key)
-
-    # --- helpers ----------------------------------------------------------------------------------------------------
-
-    def _check_batches(self) -> None:
-        if self.chat.tokenizer.vocab_size and len(self.chat.tokenizer) > self.arch.vocab_size:
-            raise InputError(
-                f"{self.config.model.path}: the tokenizer has {len(self.chat.tokenizer)} tokens, the embedding "
-                f"{self.arch.vocab_size} rows; use the tokenizer that belongs to the model"
-            )
-        shards = meshes.batch_shards(self.mesh)
-        micro = self.config.optimizer.accumulate
-        sizes = {key: size // micro for key, size in training_batches(self.config).items()}
-        sizes["sample.batch_size"] = self.config.sample.batch_size
-        sizes["evaluate.batch_size"] = self.config.evaluate.batch_size
-        for key, size in sizes.items():
-            if size % shards:
-                raise InputError(f"{key} must be a multiple of the {shards} batch shards of the mesh (data x fsdp)")
 
 
 def adapters_of(config: LoraConfig) -> lora.Lora | None:

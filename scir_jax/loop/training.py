@@ -73,22 +73,22 @@ def train_stage(
     try:
         with console.stage(title, steps, done, "compiling") as bar:
             for step in range(done, steps):
-                batch = next(batches)
+                batch = put_batch(next(batches), session.mesh)
                 started = time.monotonic()
                 key = trainer.dropout_key(iteration, step)
-                state, output = trainer.step(state, rest, put_batch(batch, session.mesh), rates[step], key)
+                state, output = trainer.step(state, rest, batch, rates[step], key)
                 # Read one step late: the device is never waited for.
                 writer.flush()
-                writer.hold(step + 1, output, batch, _tokens(batch), started)
+                writer.hold(step + 1, output, _tokens(batch), started)
                 bar.advance(writer.note)
                 completed = step + 1
-                stop = stopper.signal is not None
+                stop = stopper.asked()
                 if completed < steps and (stop or completed % config.checkpoint.every == 0):
                     writer.flush(sync=True)
                     checkpoints.save(completed, state, {"data": batches.get_state()})
                 if stop and completed < steps:
                     checkpoints.wait()
-                    stopper.check(title)
+                    stopper.stop(title)
             writer.flush(sync=True)
         save(state.params)
         jax.block_until_ready(state)
@@ -114,12 +114,12 @@ class _Writer:
         self._last = time.monotonic()
         self.note = ""
 
-    def hold(self, step: int, output, batch, tokens: int, started: float) -> None:
-        self._held = (step, output, batch, tokens, started)
+    def hold(self, step: int, output, tokens: int, started: float) -> None:
+        self._held = (step, output, tokens, started)
 
     def flush(self, *, sync: bool = False) -> None:
         if self._held is not None:
-            (step, output, batch, tokens, started), self._held = self._held, None
+            (step, output, tokens, started), self._held = self._held, None
             values = {k: float(v) for k, v in jax.device_get(output.metrics).items()}
             now = time.monotonic()
             seconds, self._last = now - max(started, self._last), now
@@ -128,7 +128,7 @@ class _Writer:
             values["tokens_per_second"] = tokens / max(seconds, 1e-9)
             self._metrics.write(self._stage, self._iteration, step, values)
             if self._decisions is not None:
-                self._write_decisions(step, jax.device_get(output.decisions), batch.pairs.index)
+                self._write_decisions(step, jax.device_get(output.decisions))
             self.note = f"loss {values['loss']:.3f}"
             if in_a_row >= self._max_skipped:
                 self._metrics.sync()
@@ -142,8 +142,8 @@ class _Writer:
             if self._decisions is not None:
                 self._decisions.sync()
 
-    def _write_decisions(self, step: int, decided: dict[str, np.ndarray], index: np.ndarray) -> None:
-        for i, pair in enumerate(index):
+    def _write_decisions(self, step: int, decided: dict[str, np.ndarray]) -> None:
+        for i, pair in enumerate(decided.pop("pair")):
             if pair >= 0:
                 row = {name: values[i].tolist() for name, values in decided.items()}
                 self._decisions.write({"step": step, "pair": int(pair), **row})
