@@ -1,0 +1,62 @@
+"""python -m scir_jax.plan: whether a run fits on a machine that need not be there, and what an iteration costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from scir_jax import options
+
+OPTIONS = {
+    "topology": (
+        str | None,
+        None,
+        "TPU slice to plan for: v5e:4x4, v5p:2x2x2, v6e-8, ...; the devices here by default",
+    ),
+    "batch": (
+        str | None,
+        None,
+        "pairs a step (optimise.batch_size), or `largest`: look for the largest batches that fit",
+    ),
+    "prompts": (int | None, None, "prompts of an iteration; by default sample.prompts, or the rows of data.prompts"),
+    "efficiency": (float, 0.4, "share of the least time's speed that the estimate of an iteration assumes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, own = options.parse("plan", __doc__, argv, options=OPTIONS, default_config=options.QUICKSTART)
+
+    import jax
+
+    from scir_jax.errors import InputError
+    from scir_jax.loop.session import check
+    from scir_jax.planning import machine, tables
+    from scir_jax.planning.batches import largest
+
+    if not 0 < own["efficiency"] <= 1:
+        raise InputError(f"--efficiency must be in (0, 1], not {own['efficiency']}")
+    search = own["batch"] == "largest"
+    if own["batch"] is not None and not search:
+        if not own["batch"].isdigit() or not int(own["batch"]):
+            raise InputError(f"--batch must be a number of pairs or `largest`, not {own['batch']!r}")
+        batch = dataclasses.replace(config.optimise, batch_size=int(own["batch"]))
+        config = dataclasses.replace(config, optimise=batch)
+    check(config)
+    if own["topology"]:
+        # The compiler alone is asked: no device that may be here is taken.
+        jax.config.update("jax_platforms", "cpu")
+    target = machine.describe(own["topology"])
+    run = machine.plan(config, target)
+    tables.show_machine(run, target)
+    stages = tables.survey(run, target)
+    tables.show_stages(run, stages, target)
+    if target.chip is not None and any(stage.reason is None for stage in stages):
+        tables.show_times(run, stages, target)
+        tables.show_iteration(config, stages, target, own["prompts"], own["efficiency"])
+    if search:
+        tables.show_largest(config, largest(config, target), target)
+    return tables.verdict(run, stages, search)
+
+
+if __name__ == "__main__":
+    options.main(main)

@@ -1,0 +1,63 @@
+"""The machine that a plan is for: a TPU slice by name, or the devices that are here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from scir_jax.config import Config
+from scir_jax.engine import memory
+from scir_jax.engine.mesh import make_mesh
+from scir_jax.errors import InputError
+from scir_jax.loop.session import resolve
+from scir_jax.model.architecture import Architecture
+from scir_jax.planning.architectures import architecture
+from scir_jax.planning.chips import Chip, of_device
+from scir_jax.planning.limits import Planned
+from scir_jax.planning.topology import topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices to compile for.
+
+    Attributes:
+      chip: None where its figures are not known: nothing is said about time then.
+      limit: bytes that a program may use on a device.
+      hosts: None where nobody says.
+    """
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    chip: Chip | None
+    limit: int
+    hosts: int | None = None
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices) // (self.chip.devices if self.chip else 1)
+
+
+def describe(name: str | None) -> Machine:
+    """The slice of a name, or what is here. InputError where there is no such slice, or no compiler for it."""
+    if name is not None:
+        found = topology(name)
+        return Machine(found.name, found.devices, found.chip, found.chip.usable, found.hosts)
+    devices = tuple(jax.devices())
+    kind = devices[0].device_kind
+    return Machine(f"{len(devices)} x {kind}", devices, of_device(kind), memory.limit(), jax.process_count())
+
+
+def plan(config: Config, machine: Machine) -> Planned:
+    """The configuration's programs for the machine. InputError where they cannot be made."""
+    config = resolve(config)
+    if config.world.directory and not Path(config.model.path, "config.json").is_file():
+        raise InputError(
+            f"{config.model.path}: the embedded world is not there yet; python -m scir_jax.train makes it, "
+            "or set model.path to the model to plan for and world.directory to null"
+        )
+    hf_config, where = architecture(config.model.path)
+    arch = Architecture.from_hf_config(hf_config, where)
+    return Planned(config, arch, make_mesh(config.mesh, machine.devices))

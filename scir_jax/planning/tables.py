@@ -1,0 +1,175 @@
+"""What a plan prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from scir_jax.config import Config
+from scir_jax.engine.memory import GIB, Memory
+from scir_jax.loop import console
+from scir_jax.loop.programs import advice
+from scir_jax.planning import iteration, stages
+from scir_jax.planning.batches import Largest
+from scir_jax.planning.limits import Planned
+from scir_jax.planning.machine import Machine
+from scir_jax.planning.stages import Stage
+
+
+def show_machine(run: Planned, machine: Machine) -> None:
+    """The model, the machine and the lengths of rows."""
+    chip, config, shapes = machine.chip, run.config, run.facts.shapes
+    how = f"{run.model.lora}" if run.model.lora else "full fine-tuning"
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    hosts = f" on {machine.hosts} host(s)" if machine.hosts else ""
+    _print(
+        f"{config.model.path}: {run.arch.parameter_count():,} parameters, {how}, {config.model.dtype}, "
+        f"remat {config.model.remat}"
+    )
+    _print(f"{machine.name}: {machine.chips} chip(s), {len(machine.devices)} device(s){hosts}, mesh {mesh}")
+    if chip:
+        _print(
+            f"a device: {chip.flops / 1e12:.0f} TFLOP/s bfloat16, {machine.limit / GIB:.2f} of {chip.memory / GIB:.0f} "
+            f"GiB usable, {chip.bandwidth / 1e9:.0f} GB/s memory, {chip.interconnect / 1e9:.0f} GB/s links ({chip.source})"
+        )
+    else:
+        _print(f"a device: {machine.limit / GIB:.2f} GiB; its speed is not in the table of chips: no times are given")
+    _print(
+        f"rows at the limits of `text`: prompt {shapes.prompt}, response row {shapes.row}, judge rows "
+        f"{', '.join(map(str, shapes.judges))} (about: a template's tokens are estimated), answers {shapes.response}"
+    )
+
+
+def survey(run: Planned, machine: Machine) -> list[Stage]:
+    """Compiles the run's programs, with a bar."""
+    with console.stage("compile", 0) as bar:
+        return stages.survey(run, machine.limit, lambda name: bar.advance(name, by=0))
+
+
+def show_stages(run: Planned, found: Sequence[Stage], machine: Machine) -> None:
+    """Fits or not, and bytes a device by kind."""
+    kinds = [field.name for field in dataclasses.fields(Memory)]
+    largest = max(stage.memory.total for stage in found)
+    unit, name = (GIB, "GiB") if largest > GIB else (2**20, "MiB")
+    table = _table(
+        f"memory a device, {name}, of {machine.limit / unit:.2f}", "program", "fits", *kinds, "total", "compiled"
+    )
+    for stage in found:
+        values = [getattr(stage.memory, kind) for kind in kinds]
+        cells = [f"{value / unit:.2f}" if value else "-" for value in values]
+        seconds = f"{stage.seconds:.0f} s" if stage.seconds else "-"
+        more = "> " if stage.reason else ""
+        table.add_row(
+            stage.name,
+            "yes" if stage.fits else "?" if stage.reason == stages.SKIPPED else "NO",
+            *cells,
+            f"{more}{stage.memory.total / unit:.2f}",
+            seconds,
+        )
+    _print(table)
+    for stage in found:
+        if stage.reason and stage.reason != stages.SKIPPED:
+            _print(f"{stage.name}: {stage.reason}")
+
+
+def show_times(run: Planned, found: Sequence[Stage], machine: Machine) -> None:
+    """FLOPs and communication of a call, and the least time that it takes."""
+    devices = len(machine.devices)
+    found = [stage for stage in found if stage.reason is None]
+    kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives))
+    table = _table(
+        "one call: PFLOP over all devices (of the mathematics, and as executed), seconds at the least by what bounds them, "
+        "GiB a device by collective",
+        *("program", "model", "executed", "arithmetic", "memory", "links", *kinds),
+    )
+    for stage in found:
+        least = stage.least(machine.chip, devices)
+        sums = {kind: sum(c.bytes for c in stage.collectives if c.kind == kind) for kind in kinds}
+        unsure = {c.kind for c in stage.collectives if c.unknown}
+        table.add_row(
+            stage.name,
+            _number(stage.flops.model / 1e15),
+            _number(stage.flops.hardware / 1e15),
+            *(_number(least[bound]) for bound in ("arithmetic", "memory", "links")),
+            *(f"{_number(sums[kind] / GIB)}{'+' if kind in unsure else ''}" for kind in kinds),
+        )
+    _print(table)
+    _print(
+        "arithmetic: every executed FLOP at the chips' peak; memory: what decoding must read of weights and cache; links: "
+        "what a device must receive. None of them can be beaten; how far they overlap is not known before it runs."
+    )
+
+
+def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, prompts: int | None, share: float) -> None:
+    """Chip-hours of an iteration, with what is assumed."""
+    number, source = iteration.prompts_of(config, prompts)
+    costs = iteration.costs(config, found, machine.chip, len(machine.devices), number)
+    table = _table(
+        f"an iteration of {number:,} prompts ({source})", "stage", "program", "calls", "least", "estimate", "chip-hours"
+    )
+    for cost in costs:
+        table.add_row(
+            *(cost.stage, cost.program, f"{cost.calls:,}", _time(cost.least), _time(cost.least / share)),
+            f"{cost.least / share / 3600 * machine.chips:.2f}",
+        )
+    total = sum(cost.least for cost in costs)
+    table.add_row("", "together", "", _time(total), _time(total / share), f"{total / share / 3600 * machine.chips:.2f}")
+    _print(table)
+    missing = [name for _, name, _ in iteration.calls(config, number) if name not in {c.program for c in costs}]
+    absent = f" Not counted, for they do not fit: {', '.join(dict.fromkeys(missing))}." if missing else ""
+    _print(
+        f"Assumed: {share:.0%} of the least time's speed (--efficiency), all rows and answers as long as the limits allow, "
+        f"{config.sample.responses} answers a prompt. Compilation, loading and saving, SFT and evaluation come on top.{absent}"
+    )
+
+
+def show_largest(config: Config, found: Iterable[Largest], machine: Machine) -> None:
+    """The largest batches that fit."""
+    table = _table(
+        "largest batches that fit, each alone", "key", "configured", "largest", "GiB a device", "does not fit"
+    )
+    for one in found:
+        total = f"{one.total / GIB:.2f}" if one.largest else "-"
+        table.add_row(one.key, str(one.configured), str(one.largest or "none"), total, str(one.next or "-"))
+    _print(table)
+
+
+def verdict(run: Planned, found: Sequence[Stage], searched: bool) -> int:
+    """The last line, and the command's exit code: 0 where everything fits, else 1."""
+    missing = [stage for stage in found if not stage.fits and stage.reason != stages.SKIPPED]
+    if missing:
+        worst = max(missing, key=lambda stage: stage.memory.total)
+        need = worst.memory if worst.reason is None else dataclasses.replace(worst.memory, other=worst.limit)
+        _print(f"does not fit: {', '.join(stage.name for stage in missing)}; {advice(run, need)}")
+        return 1
+    hint = "" if searched else "; --batch largest looks for the largest batches that do"
+    _print(f"fits{hint}")
+    return 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        left = number == 0 or column == "program"
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _print(what: str | Table) -> None:
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=160)
+    out.print(what, soft_wrap=isinstance(what, str), markup=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value else "-"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

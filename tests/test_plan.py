@@ -1,0 +1,211 @@
+"""The plan command: its tables, its refusals, its search, against runs, brute force and the TPU compiler."""
+
+import dataclasses
+import importlib.util
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from scir_jax import plan
+from scir_jax.engine import memory
+from scir_jax.loop import programs
+from scir_jax.loop.session import Session
+from scir_jax.planning import batches, iteration, machine, stages, topology
+from scir_jax.planning.chips import CHIPS
+from scir_jax.planning.flops import Flops
+from scir_jax.planning.limits import Planned
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None or os.path.isfile(os.environ.get("TPU_LIBRARY_PATH", ""))
+
+
+@pytest.fixture(scope="module")
+def planned(world_dir, tiny_config):
+    """The same configuration as a plan sees it and as a run does."""
+    config = tiny_config(world_dir)
+    session = Session(config)
+    return Planned(config, session.arch, session.mesh), session
+
+
+# --- against a run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_the_programs_of_the_run(planned):
+    limits, session = planned
+    ours, theirs = ({p.name: p for p in programs.programs(run)} for run in planned)
+    assert ours.keys() == theirs.keys()
+    for name, program in ours.items():
+        if not name.startswith("sample"):  # whose cache is as long as the rows
+            assert program.known == theirs[name].known
+        assert program.known.total >= theirs[name].known.total
+    assert limits.facts.continued == session.facts.continued
+
+
+def test_rows_of_a_plan_are_not_shorter_than_those_of_the_run(planned):
+    limits, session = (run.facts.shapes for run in planned)
+    for field in dataclasses.fields(limits):
+        if field.name not in ("ift", "eft"):  # of the data files alone
+            assert np.all(np.array(getattr(limits, field.name)) >= np.array(getattr(session, field.name))), field.name
+
+
+def test_memory_of_a_plan_is_that_of_the_programs(world_dir, tiny_config):
+    """Where the limits are the lengths of the data, plan and run compile the same."""
+    config = tiny_config(world_dir)
+    session = Session(config)
+
+    class Same(Planned):
+        facts = session.facts
+
+    found = stages.survey(Same(config, session.arch, session.mesh), memory.limit(), lambda name: None)
+    expected = dict(programs.check_memory(session))
+    assert {stage.name: stage.memory for stage in found} == expected
+    assert all(stage.fits and stage.seconds > 0 and stage.flops.hardware > 0 for stage in found)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_that_a_run_fits(command, write_config):
+    done = command(plan.main, "--config", write_config(), "--batch", 16)
+    assert done.code == 0
+    for text in (
+        "SCIR step",
+        "SFT step",
+        "judge pairs",
+        "score responses",
+        "sample 2 a prompt",
+        "fits",
+        "no times are",
+    ):
+        assert text in done.out
+    assert done.out.rstrip().splitlines()[-1].startswith("fits")
+
+
+def test_what_does_not_fit_is_said_without_compiling(command, write_config, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda: 1000)
+    monkeypatch.setattr(stages, "compile_program", None)
+    done = command(plan.main, "--config", write_config())
+    assert done.code == 1 and "not compiled" in done.out and " NO " in done.out
+    last = done.out.rstrip().splitlines()[-1]
+    assert last.startswith("does not fit: ") and "lora.rank 16" in last
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (("--batch", "many"), ("--batch", "many", "largest")),
+        (("--batch", 0), ("--batch",)),
+        (("--efficiency", 2), ("--efficiency", "(0, 1]")),
+        (("--topology", "v9:2x2"), ("v9:2x2", "v4, v5e, v5p, v6e, tpu7x")),
+        (("--topology", "v5e:3x5"), ("v5e:3x5", "v5e:4x4 (v5e-16)")),
+        (("--mesh.tensor", 3), ("mesh", "tensor 3", "1 devices", "mesh.tensor 1")),
+        (("--batch", 7, "--optimizer.accumulate", 4), ("optimise.batch_size", "7", "4")),
+        (
+            ("--model.path", "models/Nobody-7B", "--world.directory", "null"),
+            ("Nobody-7B", "Mistral-7B-v0.1", "config.json"),
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(command, write_config, arguments, parts):
+    done = command(plan.main, "--config", write_config(), *arguments)
+    assert done.code == 2 and done.err.count("\n") == 1 and done.out == ""
+    for part in parts:
+        assert str(part) in done.err
+
+
+def test_without_libtpu_the_message_says_how_to_install_it(command, write_config, monkeypatch):
+    monkeypatch.setattr(topology, "_installed", lambda: False)
+    done = command(plan.main, "--config", write_config(), "--topology", "v5e:4x4")
+    assert done.code == 2 and "pip install 'scir_jax[tpu]'" in done.err
+
+
+def test_an_unmade_world_is_named(command, tmp_path):
+    done = command(plan.main, "--config", "configs/quickstart.yaml", "--world.directory", tmp_path / "world")
+    assert done.code == 2 and "scir_jax.train makes it" in done.err
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1, 8, 48])
+@pytest.mark.parametrize("configured", [1, 16, 100, 5000])
+def test_the_largest_batch_is_that_of_a_brute_force_search(unit, configured):
+    chip = CHIPS["v5e"]
+    rng = np.random.default_rng([unit, configured])
+    for _ in range(30):
+        start, slope, bend = rng.uniform(0, 1.2), rng.uniform(0.0001, 0.05), rng.uniform(0, 2)
+        need = lambda size: int(chip.usable * (start + slope * size / unit + 0.01 * bend * np.sqrt(size)))
+        calls = []
+
+        def compiled(size):
+            calls.append(size)
+            total = need(size)
+            reason = "no way" if total > 2 * chip.usable else None
+            return [stages.Stage("SCIR step", memory.Memory(other=total), chip.usable, Flops(), reason=reason)]
+
+        found, total, above = batches._search(compiled, configured, unit)
+        sizes = range(unit, batches.MOST + 1, unit)
+        fitting = [size for size in sizes if need(size) <= chip.usable]
+        assert found == max(fitting, default=0)
+        assert total == (need(found) if found else 0)
+        assert above == (found + unit if found + unit in sizes else 0)
+        assert all(size % unit == 0 for size in calls) and len(calls) == len(set(calls)) <= 20
+
+
+def test_calls_of_an_iteration(tiny_config, world_dir):
+    def counts(prompts, **sections):
+        return {name: n for _, name, n in iteration.calls(tiny_config(world_dir, **sections), prompts)}
+
+    sampled = dict(responses=4, batch_size=8)
+    # 100 prompts x 4 answers, by M_t and M_t-1 in batches of 16; 2 pairs a prompt
+    assert counts(100, sample=sampled, pairs=dict(per_prompt=2)) == {
+        "sample 4 a prompt": 13,
+        "score responses": 2 * 25,
+        "SCIR step": 25,
+    }
+    # M_t and M1, whatever asks for M1
+    both = counts(100, sample=sampled, implicit=dict(reference="sft"), preference=dict(reference="sft"))
+    assert both["score responses"] == 2 * 25
+    # every pair is judged before the best and the worst are known
+    judged = counts(10, sample=sampled, pairs=dict(kind="best_worst", per_prompt=2))
+    assert judged["judge pairs"] == -(-10 * 6 // 8) and judged["SCIR step"] == -(-20 // 8)
+
+
+def test_least_times_are_those_of_the_chip():
+    chip = CHIPS["v5e"]
+    stage = stages.Stage("x", memory.Memory(), 1, Flops(1, int(chip.flops * 32)), streamed=int(chip.bandwidth * 3))
+    assert stage.least(chip, 16) == pytest.approx({"arithmetic": 2, "memory": 3, "links": 0})
+
+
+def test_a_machine_that_is_here():
+    here = machine.describe(None)
+    assert here.chip is None and here.devices == tuple(jax.devices()) and here.limit == memory.limit()
+
+
+# --- the TPU compiler -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+def test_a_plan_for_a_slice(command, write_config):
+    config = write_config(model=dict(dtype="bfloat16", remat="full"))
+    done = command(plan.main, "--config", config, "--topology", "v5e:2x2", "--mesh.data", 1, "--mesh.fsdp", 4)
+    assert done.code == 0, done.err
+    for text in ("v5e:2x2: 4 chip(s)", "15.75", "197 TFLOP/s", "chip-hours", "all-gather", "fits"):
+        assert text in done.out
+
+
+def test_programs_do_not_grow_with_depth(planned):
+    limits, _ = planned
+
+    def instructions(layers):
+        arch = dataclasses.replace(limits.arch, layers=limits.arch.layers[:1] * layers)
+        run = Planned(limits.config, arch, limits.mesh)
+        step = next(p for p in programs.programs(run) if p.name == "SCIR step")
+        text = programs.compile_program(run, step).as_text()
+        return sum(" = " in line for line in text.splitlines())
+
+    assert instructions(3) == instructions(7)

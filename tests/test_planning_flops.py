@@ -1,0 +1,238 @@
+"""Counted FLOPs, against the products in the programs' jaxprs, against XLA's own count, and against the formulas."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scir_jax.data.rows import Rows
+from scir_jax.engine import forward, memory
+from scir_jax.loop import programs
+from scir_jax.loop.session import Session
+from scir_jax.model import decoder, logprobs
+from scir_jax.model.architecture import Architecture, Layer
+from scir_jax.model.lora import Lora, join, split
+from scir_jax.planning import architectures, flops, hlo
+from scir_jax.planning.flops import Flops, Pass
+
+ARCH = Architecture("llama", 300, 64, 96, 4, 2, 16, (Layer(), Layer(window=8), Layer()))
+ADAPTERS = {
+    "all": Lora(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "some": Lora(4, 8.0, ("q_proj", "v_proj", "up_proj")),
+}
+
+
+def products(jaxpr, runs=1):
+    """2 m k n of every product that a jaxpr executes, loops multiplied; `runs` of a loop of unknown length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, settings = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = settings["dimension_numbers"]
+            sizes = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(sizes[i] for i in contracted)
+            continue
+        values = [x for v in settings.values() for x in (v if isinstance(v, (tuple, list)) else [v])]
+        inner = [getattr(value, "jaxpr", value) for value in values]
+        counts = [products(value, runs) for value in inner if hasattr(value, "eqns")]
+        times = {"scan": settings.get("length"), "while": runs}.get(name, 1)
+        total += times * (max(counts) if name == "cond" else sum(counts))
+    return total
+
+
+def compiled_products(text):
+    """Likewise of a program that XLA compiled for a CPU, after it has left out what nobody asks for."""
+    module = hlo.parse(text)
+
+    def shape(of):
+        return [int(size) for size in re.search(r"\[([\d,]*)\]", of.type)[1].split(",") if size]
+
+    def count(computation, known):
+        total = 0
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "dot":
+                left = shape(computation.instructions[instruction.operands[0]])
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes)[1].split(",")
+                total += 2 * math.prod(shape(instruction)) * math.prod(left[int(i)] for i in contracted)
+            elif instruction.opcode == "while":
+                inner = hlo.loop_constants(module, computation, instruction, known)
+                runs = hlo.trip_count(module, computation, instruction, known)
+                total += runs * count(module.computations[instruction.called["body"]], inner)
+            elif instruction.opcode == "conditional":
+                total += max(count(module.computations[name], {}) for name in instruction.branches)
+            elif instruction.opcode in ("fusion", "call"):
+                name = instruction.called.get("calls") or instruction.called["to_apply"]
+                total += count(module.computations[name], {})
+        return total
+
+    return count(module.computations[module.entry], {})
+
+
+def loss_and_arguments(arch, lora, remat, rows, tokens, scored):
+    """A loss with both kinds of read-outs, and its abstract arguments (trained, frozen, rows)."""
+    model = decoder.define(arch, remat=remat, lora=lora)
+
+    def loss(trained, frozen, batch):
+        params = join(trained, frozen)
+        hidden = model.hidden(params, batch.ids)
+        logps = forward._span_logps(model, params, hidden, batch, scored)
+        verdicts, mass = forward._verdict(model, params, hidden, batch, (3, 5))
+        return logps.sum() + jnp.square(verdicts).sum(), mass
+
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
+    batch = Rows(int32(rows, tokens), int32(rows), int32(rows), int32(rows))
+    return loss, (*split(model.abstract(), lora), batch)
+
+
+@pytest.mark.parametrize(
+    ("remat", "adapters", "post_norms"),
+    [(remat, adapters, False) for remat in decoder.REMAT for adapters in (None, *ADAPTERS)]
+    + [("full", adapters, True) for adapters in (None, "all")],
+)
+def test_products_forward_and_backward_are_those_of_the_jaxpr(remat, adapters, post_norms, monkeypatch):
+    monkeypatch.setattr(logprobs, "_CHUNK_BYTES", 4 * 28 * 128)  # 3 chunks, the last one overlapping
+    arch, lora = dataclasses.replace(ARCH, post_norms=post_norms), ADAPTERS.get(adapters)
+    loss, arguments = loss_and_arguments(arch, lora, remat, rows=4, tokens=24, scored=7)
+    passes = [Pass(rows=4, tokens=24, scored=7, verdict=True)]
+    assert flops.inference(arch, passes, lora=lora).hardware == products(jax.make_jaxpr(loss)(*arguments).jaxpr)
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*arguments).jaxpr
+    # The frozen head's gradient is written down; the compiler leaves it out (the test below).
+    dropped = 2 * 4 * 7 * arch.hidden_size * 384 if lora else 0
+    assert flops.training(arch, passes, lora=lora, remat=remat).hardware == products(gradient) - dropped
+
+
+def test_products_of_the_compiled_program(monkeypatch, cheap_compilation):
+    monkeypatch.setattr(logprobs, "_CHUNK_BYTES", 4 * 28 * 128)
+    lora = ADAPTERS["all"]
+    loss, arguments = loss_and_arguments(ARCH, lora, "full", rows=4, tokens=24, scored=7)
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arguments).compile()
+    counted = flops.training(ARCH, [Pass(4, 24, 7, True)], lora=lora, remat="full").hardware
+    # The verdicts' two logits are asked for twice and computed once.
+    assert compiled_products(compiled.as_text()) == pytest.approx(counted, rel=1e-4)
+
+
+def test_xla_counts_the_same_for_one_layer(cheap_compilation):
+    # XLA counts a scanned layer once, and besides products what is done element by element.
+    arch = Architecture("llama", 256, 256, 512, 2, 2, 128, (Layer(),))
+    model = decoder.define(arch)
+    compiled = jax.jit(model.hidden).lower(model.abstract(), jax.ShapeDtypeStruct((2, 64), np.int32)).compile()
+    counted = flops.inference(arch, [Pass(2, 64)]).hardware
+    assert counted < compiled.cost_analysis()["flops"] < 1.03 * counted
+
+
+def test_programs_of_a_run(world_dir, tiny_config):
+    replay = {"weight": 0.5, "ift_batch_size": 4, "eft_batch_size": 8}
+    templates = (f"{world_dir}/judge_continuation.yaml", f"{world_dir}/judge.yaml")
+    cases = (
+        {},
+        {"optimizer": {"accumulate": 4}, "model": {"path": f"{world_dir}/model", "remat": "full"}},
+        {"lora": {"rank": 2}, "replay": replay, "generative": {"templates": templates}},
+    )
+    for overrides in cases:
+        session = Session(tiny_config(world_dir, **overrides))
+        counted = flops.by_program(
+            session.config,
+            session.arch,
+            session.shapes,
+            continued=session.encoder.continued,
+            ift=bool(session.data.ift_rows),
+            eft=bool(session.data.eft_rows),
+            lora=session.model.lora,
+        )
+        found = list(programs.programs(session))
+        assert len(found) == 6
+        for name, function, arguments, _ in found:
+            if overrides and not name.endswith("step"):
+                continue
+            expected = products(jax.make_jaxpr(function)(*arguments).jaxpr, runs=session.shapes.response)
+            if session.model.lora is None or not name.endswith("step"):
+                # The objective has products of its own, of a few numbers a pair.
+                assert counted[name].hardware == pytest.approx(expected, rel=1e-6), (name, overrides)
+            else:
+                # Frozen heads' gradients, as above.
+                assert 0.8 * expected < counted[name].hardware < expected
+            assert 0 < counted[name].model < counted[name].hardware
+
+
+MISTRAL = Architecture.from_hf_config(architectures.known("Mistral-7B-v0.1"), "Mistral")
+
+
+def test_model_flops_follow_the_convention():
+    # Where nothing but weights counts: 2 a weight and position forward, 6 trained, the embedding looked up.
+    weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size
+    weights -= (2 * MISTRAL.num_layers + 1) * MISTRAL.hidden_size  # norms
+    passes = [Pass(rows=8, tokens=2048, scored=2048)]
+    visible = 4 * 8 * 32 * 32 * 128 * (2048 * 2049 // 2)
+    forward_flops = 2 * weights * 8 * 2048 + visible
+    assert flops.inference(MISTRAL, passes).model == forward_flops
+    for settings in ({}, {"remat": "full"}, {"remat": "dots", "accumulate": 4}, {"flash": True}):
+        assert flops.training(MISTRAL, passes, **settings).model == 3 * forward_flops
+    # PaLM's 6 N + 12 L H Q T a token, of which a causal model sees half.
+    per_token = flops.training(MISTRAL, passes).model / (8 * 2048)
+    assert per_token == pytest.approx(6 * weights + 6 * 32 * 32 * 128 * 2048, rel=1e-3)
+
+
+def test_windows_bound_what_is_seen():
+    def brute(tokens, window):
+        return sum(min(t + 1, window or tokens) for t in range(tokens))
+
+    for tokens, window in ((1, None), (7, None), (7, 3), (7, 7), (7, 9), (4096 + 5, 4096)):
+        assert flops._visible(tokens, window) == brute(tokens, window)
+    full = dataclasses.replace(MISTRAL, layers=(Layer(),) * 32)
+    for length, same in ((4096, True), (8192, False)):
+        passes = [Pass(1, length)]
+        assert (flops.inference(MISTRAL, passes) == flops.inference(full, passes)) == same
+    # Attention that skips masked pairs executes what the mathematics asks for.
+    skipping = flops.inference(MISTRAL, [Pass(1, 8192)], flash=True)
+    assert skipping.model == skipping.hardware < flops.inference(MISTRAL, [Pass(1, 8192)]).hardware
+
+
+def test_frozen_weights_cost_two_thirds():
+    lora = Lora(16, 16.0, ADAPTERS["all"].targets)
+    passes = [Pass(8, 2048, 512)]
+    whole, adapted = flops.training(MISTRAL, passes), flops.training(MISTRAL, passes, lora=lora)
+    assert 0.66 < adapted.model / whole.model < 0.7
+    assert whole.model < whole.hardware < flops.training(MISTRAL, passes, remat="dots").hardware
+    # One forward pass more, but for the last product of every block.
+    full = flops.training(MISTRAL, passes, remat="full")
+    assert 1.2 < full.hardware / whole.hardware < 1.33
+
+
+def test_micro_batches_compute_the_forward_pass_again():
+    passes = [Pass(8, 2048, 512, True)]
+    whole, micro = flops.training(MISTRAL, passes), flops.training(MISTRAL, passes, accumulate=4)
+    assert micro.model == whole.model
+    assert micro.hardware - whole.hardware == pytest.approx(flops.inference(MISTRAL, passes).hardware, rel=0.02)
+
+
+def test_sampling_is_a_prefill_and_its_steps():
+    found = flops.sampling(MISTRAL, 2, 4, prompt_tokens=16, response_tokens=10)
+    assert found.prefill == flops.inference(MISTRAL, [Pass(2, 16)])
+    assert found.total.model == pytest.approx(found.prefill.model + 10 * found.step.model, rel=1e-6)
+    # 8 rows, one token each, every weight once; and the places of the cache.
+    weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size - 65 * MISTRAL.hidden_size
+    assert found.step.hardware == 2 * 8 * weights + 4 * 8 * 32 * 32 * 128 * 26
+    assert found.step.model == 2 * 8 * weights + 4 * 8 * 32 * 32 * 128 * sum(range(17, 27)) // 10
+
+
+def test_bytes_of_a_decoding_step():
+    weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size
+    cache = 2 * 32 * 64 * 1024 * 8 * 128
+    assert flops.decode_bytes(MISTRAL, 64, 1024, 2) == 2 * (weights + cache)
+    shared = flops.decode_bytes(MISTRAL, 64, 1024, 2, tensor=4, batch_shards=2)
+    assert shared == 2 * (math.ceil(weights / 4) + cache // 8)
+    # More devices than key heads hold the heads whole.
+    assert flops.decode_bytes(MISTRAL, 64, 1024, 2, tensor=16) == 2 * (math.ceil(weights / 16) + cache)
+    tied = dataclasses.replace(MISTRAL, tie_embeddings=True)
+    assert flops.decode_bytes(tied, 64, 1024, 2) == 2 * (weights + cache)
+    model = decoder.define(ARCH, lora=ADAPTERS["some"])
+    everything = memory.device_bytes(model.abstract()) - 4 * ARCH.vocab_size * ARCH.hidden_size
+    assert flops.decode_bytes(ARCH, 0, 0, 4, lora=ADAPTERS["some"]) == everything
+
+
+def test_figures_add_up():
+    assert Flops(1, 2) + Flops(3, 4) * 5 == Flops(16, 22)
