@@ -4,6 +4,7 @@ The world's model has no adapter; the one that most tests go on from is random, 
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pickle
@@ -172,8 +173,9 @@ def test_dropout_keeps_the_expectation():
     linear.lora_b[...] = jax.random.normal(jax.random.key(1), linear.lora_b.shape)
     x = jax.random.normal(jax.random.key(2), (3, 16))
     definition, state = nnx.split(linear)
-    apply = lambda key: nnx.merge(definition, state)(x, key)
-    plain = np.asarray(apply(None))
+    kept = lambda key, rows: functools.partial(layers.Groups(((1, rows),)).kept, key)
+    apply = lambda key: nnx.merge(definition, state)(x, kept(key, 3))
+    plain = np.asarray(nnx.merge(definition, state)(x))
     assert np.abs(plain - x @ linear.weight[...].T).max() > 0.1
     keys = jax.random.split(jax.random.key(3), 20_000)
     found = np.asarray(jax.jit(jax.vmap(apply))(keys))
@@ -181,7 +183,7 @@ def test_dropout_keeps_the_expectation():
     assert error.min() > 1e-4  # dropout is at work
     np.testing.assert_allclose(found.mean(axis=0), plain, atol=5 * error.max())
     # Of one input, each share of which is kept or not, a quarter is left out.
-    one = jax.vmap(lambda key: nnx.merge(definition, state)(jnp.eye(16)[:1], key))(keys[:4000])
+    one = jax.vmap(lambda key: nnx.merge(definition, state)(jnp.eye(16)[:1], kept(key, 1)))(keys[:4000])
     frozen = linear.weight[...][:, 0]
     assert np.mean(np.all(np.isclose(one[:, 0], frozen, atol=1e-6), axis=1)) == pytest.approx(0.25, abs=0.03)
 
@@ -206,12 +208,21 @@ def test_layers_drop_out_on_their_own():
     block = jax.tree.map(lambda p: p[0], quick_jit(model.init)(jax.random.key(0))["layers"])
     block["attention"]["v"] = block["attention"]["k"]
     block["attention"]["k"]["lora_b"] = jnp.ones((2, 8, 2))
-    x, origin = jax.random.normal(jax.random.key(2), (1, 4, 16)), jnp.zeros((1, 4), jnp.int32)
-    project = lambda keys: model._block(block).attention.project(x, origin, 0, keys)
-    _, k, v = project([None] * 7)
-    np.testing.assert_array_equal(k, v)
-    _, k, v = project(jax.random.split(jax.random.key(1), 7))
+    x = jax.random.normal(jax.random.key(2), (1, 4, 16))
+    rows = layers.Groups(((1, 4),))
+    first = lambda key: (y[0, 0] for y in model._block(block)(x, rows, 0, key)[1])
+    np.testing.assert_array_equal(*first(None))
+    k, v = first(jax.random.key(1))
     assert np.abs(k - v).max() > 1e-3
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_what_is_dropped_of_a_row_is_the_same_wherever_it_lies(parts):
+    shapes, key = ((4, 3), (8, 5)), jax.random.key(0)
+    packed, alone = layers.Groups(shapes, parts), layers.Groups(shapes)
+    found = packed.kept(key, 0.5, (2, 6))
+    assert found.shape == (parts, (4 * 3 + 8 * 5) // parts, 2, 6)
+    jax.tree.map(np.testing.assert_array_equal, packed.unpack(found), alone.unpack(alone.kept(key, 0.5, (2, 6))))
 
 
 def test_scoring_judging_and_sampling_never_drop_out(dropping, session):
@@ -326,8 +337,8 @@ def test_a_norms_offset_is_added_to_the_rounded_scale():
 def test_a_frozen_head_has_no_gradient_in_memory(tied):
     """The gradient of the head is made beside that of the hidden states; where nobody asks for it, it must not be."""
     arch = Architecture("llama", 65536, 64, 64, 4, 2, 16, layers=(Layer(),), tie_embeddings=tied, final_cap=30.0)
-    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    targets = Targets(ids, jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)  # so few that their logits are small beside the head
+    targets = Targets(ids, jax.ShapeDtypeStruct((1, 4), jnp.float32))
     temporary = {}
     for settings in (None, lora.Lora(2, 4.0, ("q_proj",))):
         model = decoder.define(arch, lora=settings)

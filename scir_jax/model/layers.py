@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from scir_jax.model.attention import attention
 from scir_jax.model.lora import Lora
 from scir_jax.model.sharding import Layout
 
+Kept = Callable[[float, tuple[int, ...]], jax.Array]  # Groups.kept with its key: (share, input axes) -> mask
 _INIT_SCALE = 0.02
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -82,15 +83,15 @@ class Linear(nnx.Module):
             # Zero: an adapter that is not trained yet changes nothing.
             self.lora_b = nnx.Param(jnp.zeros((*out.values(), lora.rank), jnp.float32), axes=(*out, "rank"))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [..., *inputs] -> [..., *out]. With a key, the adapter's inputs are dropped out."""
+    def __call__(self, x: jax.Array, kept: Kept | None = None) -> jax.Array:
+        """x [..., *inputs] -> [..., *out]. With `kept`, the adapter's inputs are dropped out."""
         y = _contract(x, self.weight[...], self.inputs)
         if hasattr(self, "bias"):
             y = y + self.bias[...]
         if self.lora is not None:
-            if key is not None and self.lora.dropout:
-                kept = jax.random.bernoulli(key, 1 - self.lora.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.lora.dropout), 0).astype(x.dtype)
+            if kept is not None and self.lora.dropout:
+                share = 1 - self.lora.dropout
+                x = jnp.where(kept(share, x.shape[-self.inputs :]).reshape(x.shape), x / share, 0).astype(x.dtype)
             low = _contract(x, self.lora_a[...], self.inputs)
             y = y + (self.lora.scale * _contract(low, self.lora_b[...], 1)).astype(y.dtype)
         return y
@@ -127,10 +128,10 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, arch.norm_offset)
 
     def project(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, kind: jax.Array, keys
+        self, x_BTD: jax.Array, positions_BT: jax.Array, kind: jax.Array, kept: Sequence[Kept | None]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, d], keys and values [B, T, K, d], rotated."""
-        q, k, v = self.q(x_BTD, keys[0]), self.k(x_BTD, keys[1]), self.v(x_BTD, keys[2])
+        q, k, v = self.q(x_BTD, kept[0]), self.k(x_BTD, kept[1]), self.v(x_BTD, kept[2])
         if self.arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         table = [layer.rope.frequencies(self.arch.head_dim) for layer in self.arch.kinds]
@@ -164,11 +165,11 @@ class FeedForward(nnx.Module):
         self.up = linear("up_proj", inner, width, bias=arch.mlp_bias)
         self.down = linear("down_proj", width, inner, bias=arch.mlp_bias)
 
-    def __call__(self, x_BTD: jax.Array, keys) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, kept: Sequence[Kept | None]) -> jax.Array:
         # One row axis: the weights' gradients are then plain matrix products.
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        gate, up = self.gate(x_ND, keys[0]), self.up(x_ND, keys[1])
-        return self.down(ACTIVATIONS[self.activation](gate) * up, keys[2]).reshape(x_BTD.shape)
+        gate, up = self.gate(x_ND, kept[0]), self.up(x_ND, kept[1])
+        return self.down(ACTIVATIONS[self.activation](gate) * up, kept[2]).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):
@@ -204,30 +205,30 @@ class Block(nnx.Module):
           x_PND: as `Groups.pack` gives it.
           key: for the adapters' dropout.
         """
-        keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        q, k, v = self.attention.project(self.attention_norm(x_PND), groups.positions(), kind, keys)
+        kept = [None] * 7 if key is None else [functools.partial(groups.kept, k) for k in jax.random.split(key, 7)]
+        q, k, v = self.attention.project(self.attention_norm(x_PND), groups.positions(), kind, kept)
         rows = zip(*(groups.unpack(x) for x in (q, k, v)), strict=True)
         mixed = groups.pack([self.attention.mix(*row, kind) for row in rows])
-        return self._finish(x_PND, mixed, keys), (k, v)
+        return self._finish(x_PND, mixed, kept), (k, v)
 
     def decode(
         self, x_B1D: jax.Array, positions_B: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """A block at one position a row, whose key and value go into the cache of all layers."""
-        keys = [None] * 7
-        q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, keys)
+        kept = [None] * 7
+        q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, kept)
         rows_B = jnp.arange(positions_B.shape[0])
         cache = Cache(
             cache.k.at[layer, rows_B, positions_B].set(k[:, 0]),
             cache.v.at[layer, rows_B, positions_B].set(v[:, 0]),
         )
         mixed = self.attention.mix(q, cache.k[layer], cache.v[layer], kind, positions_B)
-        return self._finish(x_B1D, mixed, keys), cache
+        return self._finish(x_B1D, mixed, kept), cache
 
-    def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array, keys) -> jax.Array:
-        update = self.attention.o(mixed_BTHd, keys[3])
+    def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array, kept: Sequence[Kept | None]) -> jax.Array:
+        update = self.attention.o(mixed_BTHd, kept[3])
         x_BTD = x_BTD + (self.attention_post_norm(update) if self.post_norms else update)
-        update = self.mlp(self.mlp_norm(x_BTD), keys[4:])
+        update = self.mlp(self.mlp_norm(x_BTD), kept[4:])
         return x_BTD + (self.mlp_post_norm(update) if self.post_norms else update)
 
 
@@ -256,6 +257,13 @@ class Groups:
         ends = np.cumsum(sizes)
         parts = [x[:, end - size : end] for end, size in zip(ends, sizes, strict=True)]
         return [part.reshape(*shape, *x.shape[2:]) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def kept(self, key: jax.Array, share: float, inputs: tuple[int, ...]) -> jax.Array:
+        """Packed booleans [P, N, *inputs], true with probability `share`; drawn by row, so that P changes none."""
+        keys = jax.random.split(key, len(self.shapes))
+        return self.pack(
+            [jax.random.bernoulli(k, share, (*shape, *inputs)) for k, shape in zip(keys, self.shapes, strict=True)]
+        )
 
     def positions(self) -> jax.Array:
         """Of every token place in its row, [1, N] int32."""

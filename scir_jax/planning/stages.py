@@ -20,7 +20,6 @@ from scir_jax.planning.collectives import Collective, collectives
 from scir_jax.planning.flops import Flops
 from scir_jax.planning.limits import Planned
 
-
 SKIPPED = "not compiled, since another one does not fit"
 
 
