@@ -26,6 +26,7 @@ from scir_jax.config import (
 from scir_jax.model import decoder, weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.world.files import WorldSpec, write_world
+from tests.fake_cluster import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +149,11 @@ def command(capsys):
         return Done(stop.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Stand-ins for the programs that launch/ calls."""
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()

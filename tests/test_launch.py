@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_cluster import NASTY, Cluster, needed
+from tests.fake_cluster import NASTY, needed
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -18,13 +18,6 @@ SLICE = ["--name", "scir", "--zone=us-east5-a", "--project", "p"]
 TYPE = ["--accelerator-type", "v6e-16"]
 
 pytestmark = needed
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.close()
 
 
 def creations(cluster):

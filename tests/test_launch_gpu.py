@@ -8,16 +8,9 @@ import subprocess
 
 import pytest
 
-from tests.fake_cluster import NASTY, Cluster, needed
+from tests.fake_cluster import NASTY, needed
 
 pytestmark = needed
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.close()
 
 
 # --- one machine ---

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scir_jax.errors import InputError
+from scir_jax.model import weights
 
 _DIRECTORY = Path(__file__).parent
 # Parts of a name that tell models of one shape apart.
@@ -40,13 +41,7 @@ def architecture(path: str) -> tuple[dict[str, Any], str]:
     """
     file = Path(path) / "config.json"
     if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: not a readable JSON file ({error})") from None
-        if not isinstance(config, dict):
-            raise InputError(f"{file}: must hold a JSON object")
-        return config, str(file)
+        return weights.hf_config(Path(path)), str(file)
     base = Path(path).name
     by_shape = {_shape(name): name for name in names()}
     found = by_shape.get(_shape(base))
