@@ -17,9 +17,8 @@ import transformers
 from scir_jax.errors import InputError
 from scir_jax.model import decoder, weights
 from scir_jax.model.architecture import Architecture
+from tests.processes import quick_jit
 
-# Less time to compile, more to run.
-QUICK = {"xla_backend_optimization_level": 0}
 TOLERANCE = 1e-4
 LENGTHS = (22, 3, 14)
 PROMPTS = (9, 1, 4)  # of the same rows where they are decoded: beyond the windows, and from before them
@@ -302,7 +301,7 @@ def forward_difference(imported: Imported) -> float:
     """Of the logits at all tokens of right-padded rows."""
     ids_BT, valid_BT = random_rows()
     model = imported.model
-    run = jax.jit(lambda params: model.logits(params, model.hidden(params, ids_BT)), compiler_options=QUICK)
+    run = quick_jit(lambda params: model.logits(params, model.hidden(params, ids_BT)))
     return worst(np.asarray(run(imported.params))[valid_BT], imported.expected[valid_BT])
 
 
@@ -325,7 +324,7 @@ def decoding_difference(imported: Imported) -> float:
         _, logits_RBV = jax.lax.scan(step, cache, jnp.arange(max(LENGTHS) - max(PROMPTS)))
         return model.logits(params, hidden_BPD), logits_RBV
 
-    logits_BPV, logits_RBV = (np.asarray(x) for x in jax.jit(run, compiler_options=QUICK)(imported.params))
+    logits_BPV, logits_RBV = (np.asarray(x) for x in quick_jit(run)(imported.params))
     found = np.zeros_like(imported.expected)
     found[:, : max(PROMPTS)][prompt_BT[:, : max(PROMPTS)]] = logits_BPV[prompt_BT[:, : max(PROMPTS)]]
     decoded_BT = np.zeros_like(valid_BT)

@@ -20,9 +20,8 @@ from scir_jax.errors import InputError
 from scir_jax.loop.session import adapters_of
 from scir_jax.model import adapters, decoder, lora, weights
 from scir_jax.model.architecture import LINEARS
+from tests.processes import quick_jit
 
-# Less time to compile, more to run.
-QUICK = {"xla_backend_optimization_level": 0}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SMALL = dict(
     vocab_size=61,
@@ -49,10 +48,6 @@ ADAPTERS = {
     "gemma2": lora.Lora(2, 3.0, ("q_proj", "o_proj", "gate_proj", "up_proj")),
     "mistral": lora.Lora(1, 0.5, ALL, rslora=True, dropout=0.25),
 }
-
-
-def quick_jit(function):
-    return jax.jit(function, compiler_options=QUICK)
 
 
 def ids_of(rows=2, length=11):

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -28,15 +24,10 @@ from scir_jax.loop import console, sampling, scoring
 from scir_jax.loop.directory import RunDirectory
 from scir_jax.loop.session import Session
 from scir_jax.loop.training import train_stage
+from tests.processes import on_eight_devices, quick_jit
 
-# Less time to compile, more to run.
-QUICK = {"xla_backend_optimization_level": 0}
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 STEPS = 5
-
-
-def quick_jit(function):
-    return jax.jit(function, compiler_options=QUICK)
 
 
 def make_session(config, **mesh) -> Session:
@@ -315,23 +306,12 @@ def test_mesh_errors(sizes, message):
 
 
 @pytest.fixture(scope="module")
-def sharded(config, tmp_path_factory):
+def sharded(config):
     """The results of `everything` on 8 devices, by mesh, and the messages of refused configurations."""
-    directory = tmp_path_factory.mktemp("sharded")
-    (directory / "config.pickle").write_bytes(pickle.dumps(config))
-    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in QUICK.items())])
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run(
-        [sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=850
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return pickle.loads((directory / "results.pickle").read_bytes())
+    return on_eight_devices(on_meshes, config)
 
 
-def sharded_worker(directory):
-    """Runs in a process of its own with 8 devices."""
-    assert jax.device_count() == 8
-    config = pickle.loads((directory / "config.pickle").read_bytes())
+def on_meshes(config):
     results = {}
     for data, fsdp, tensor in MESHES:
         results[data, fsdp, tensor] = everything(make_session(config, data=data, fsdp=fsdp, tensor=tensor))
@@ -342,7 +322,7 @@ def sharded_worker(directory):
         make_session(dataclasses.replace(config, sample=dataclasses.replace(config.sample, batch_size=12)))
     except InputError as error:
         results["error"] = str(error)
-    (directory / "results.pickle").write_bytes(pickle.dumps(results))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -644,7 +624,3 @@ def test_a_model_that_cannot_be_read(session, tmp_path, damage):
     elif damage == "other arrays":
         expected = "is a checkpoint of another model (norm/scale is "
     assert str(error.value).startswith(f"{path}: {expected}") and "\n" not in str(error.value)
-
-
-if __name__ == "__main__":
-    sharded_worker(Path(sys.argv[1]))

@@ -2,11 +2,6 @@
 
 import copy
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +18,8 @@ from scir_jax.model import decoder, weights
 from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
 from scir_jax.model.sharding import Layout
 from tests import families
-from tests.families import CASES, FOREMOST, PROMPTS, QUICK, TOLERANCE, refused
+from tests.families import CASES, FOREMOST, PROMPTS, TOLERANCE, refused
+from tests.processes import on_eight_devices, quick_jit
 
 RESPONSE = 11
 
@@ -66,7 +62,7 @@ def test_bfloat16_rounds_no_more_than_in_transformers(imported, case):
     ids_BT, valid_BT = families.random_rows()
     theirs = families.torch_logits(families.random_reference(case, torch.bfloat16), ids_BT, valid_BT)
     model = decoder.define(imported(case).arch, compute_dtype="bfloat16")
-    run = jax.jit(lambda params: model.logits(params, model.hidden(params, ids_BT)), compiler_options=QUICK)
+    run = quick_jit(lambda params: model.logits(params, model.hidden(params, ids_BT)))
     ours = run(imported(case).params)
     exact = imported(case).expected[valid_BT]
     error, their_error = (np.sqrt(np.mean((np.asarray(x)[valid_BT] - exact) ** 2)) for x in (ours, theirs))
@@ -125,7 +121,7 @@ def test_gradients_are_those_of_transformers(imported, case, tmp_path):
         logprobs_BT = token_logprobs(hidden_BTD, model.head(params), targets_BT, chunk=37, cap=here.arch.final_cap)
         return jnp.where(counted_BT, logprobs_BT, 0).sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(total), compiler_options=QUICK)(here.params)
+    value, gradients = quick_jit(jax.value_and_grad(total))(here.params)
 
     reference = copy.deepcopy(here.reference)
     logits = reference(torch.tensor(ids_BT, dtype=torch.long)).logits[:, :-1]
@@ -154,7 +150,7 @@ def test_every_read_out_of_the_head_is_capped(imported):
     ids_BT, valid_BT = families.random_rows()
     logits = torch.tensor(here.expected[valid_BT], dtype=torch.float64)
     verdict_ids = np.array([int(logits[0].argmax()), 3])  # a capped logit and another
-    hidden = jax.jit(here.model.hidden, compiler_options=QUICK)(here.params, ids_BT)[valid_BT]
+    hidden = quick_jit(here.model.hidden)(here.params, ids_BT)[valid_BT]
     head = here.model.head(here.params)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE)
     close(verdict_logits(hidden, head, verdict_ids, cap=cap), logits[:, verdict_ids])
@@ -220,27 +216,12 @@ SHARDED = {"qwen3": CASES[10], "gemma3_text": CASES[13]}
 
 
 @pytest.fixture(scope="module")
-def sharded(imported, tmp_path_factory):
-    """family -> hidden states on a 2x2x2 mesh, from a process with eight devices."""
-    directory = tmp_path_factory.mktemp("sharded")
-    models = {family: str(imported(case).directory) for family, case in SHARDED.items()}
-    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in QUICK.items())])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_families", str(directory), json.dumps(models)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=850,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return np.load(directory / "hidden.npz")
+def sharded(imported):
+    """family -> hidden states on a 2x2x2 mesh."""
+    return on_eight_devices(on_a_mesh, {family: str(imported(case).directory) for family, case in SHARDED.items()})
 
 
-def sharded_worker(directory, models):
-    """Runs in a process of its own with eight devices."""
-    assert jax.device_count() == 8
+def on_a_mesh(models):
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     hidden = {}
     for family, model_directory in models.items():
@@ -252,7 +233,7 @@ def sharded_worker(directory, models):
                 assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes / 4, path
         ids = meshes.put_batch(rows_to_share(), mesh)
         hidden[family] = np.asarray(jax.jit(model.hidden)(params, ids))
-    np.savez(directory / "hidden.npz", **hidden)
+    return hidden
 
 
 def rows_to_share():
@@ -263,9 +244,5 @@ def rows_to_share():
 @pytest.mark.parametrize("family", SHARDED)
 def test_a_mesh_does_not_change_the_hidden_states(sharded, imported, family):
     here = imported(SHARDED[family])
-    alone = jax.jit(here.model.hidden, compiler_options=QUICK)(here.params, rows_to_share())
+    alone = quick_jit(here.model.hidden)(here.params, rows_to_share())
     np.testing.assert_allclose(sharded[family], alone, rtol=0, atol=2e-5)
-
-
-if __name__ == "__main__":
-    sharded_worker(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,9 @@ from scir_jax.errors import InputError
 from scir_jax.model import decoder, weights
 from scir_jax.model.architecture import Architecture
 from tests import families
-from tests.families import CASES, FOREMOST, QUICK, TOLERANCE, refused
+from tests.families import CASES, FOREMOST, TOLERANCE, refused
 from tests.hub_configs import HUB
+from tests.processes import quick_jit
 
 
 def resolved(config):
@@ -226,6 +226,6 @@ def test_the_text_model_of_gemma3_with_images_is_taken_out_as_the_refusal_says(t
     text.save_pretrained(tmp_path / "text")
     arch, params = weights.load(tmp_path / "text")
     model, (ids_BT, valid_BT) = decoder.define(arch), families.random_rows()
-    logits = jax.jit(lambda params: model.logits(params, model.hidden(params, ids_BT)), compiler_options=QUICK)(params)
+    logits = quick_jit(lambda params: model.logits(params, model.hidden(params, ids_BT)))(params)
     expected = families.torch_logits(full.eval(), ids_BT, valid_BT)
     assert families.worst(np.asarray(logits)[valid_BT], expected[valid_BT]) <= TOLERANCE

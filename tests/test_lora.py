@@ -6,10 +6,6 @@ The world's model has no adapter; the one that most tests go on from is random, 
 import dataclasses
 import functools
 import math
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +15,6 @@ import optax
 import pytest
 from flax import nnx
 from test_engine import (
-    QUICK,
     STEPS,
     Stage,
     StopsAfter,
@@ -27,7 +22,6 @@ from test_engine import (
     host,
     make_dataset,
     make_session,
-    quick_jit,
 )
 
 from scir_jax.config import Config, MeshConfig, OptimizerConfig
@@ -41,6 +35,7 @@ from scir_jax.errors import Interrupted
 from scir_jax.loop import sampling, scoring
 from scir_jax.model import adapters, decoder, layers, lora, weights
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
+from tests.processes import on_eight_devices, quick_jit
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -355,9 +350,9 @@ def test_a_frozen_head_has_no_gradient_in_memory(tied):
 # --- a mesh -----------------------------------------------------------------------------------------------------------
 
 
-def train(config, **mesh):
+def train(config, mesh=(1, 1, 1)):
     """What a mesh must not change after three steps: name -> array; and the shardings of what is trained."""
-    session = make_session(config, **mesh)
+    session = make_session(config, **dict(zip(("data", "fsdp", "tensor"), mesh)))
     trainer, frozen = session.trainer, session.frozen
     state = trainer.init(session.initial_params())
     result = {}
@@ -397,35 +392,9 @@ def configurations(configure, world_dir, tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sharded(configurations, tmp_path_factory):
+def sharded(configurations):
     """sharded(name) -> the result of `train` with a configuration on 2 x 2 x 2 devices."""
-    found = {}
-
-    def get(name):
-        if name not in found:
-            found[name] = on_eight_devices(configurations[name], tmp_path_factory.mktemp(name))
-        return found[name]
-
-    return get
-
-
-def on_eight_devices(config, directory):
-    (directory / "config.pickle").write_bytes(pickle.dumps(config))
-    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in QUICK.items())])
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=850
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return pickle.loads((directory / "results.pickle").read_bytes())
-
-
-def sharded_worker(directory):
-    """Runs in a process of its own with 8 devices."""
-    assert jax.device_count() == 8
-    config = pickle.loads((directory / "config.pickle").read_bytes())
-    (directory / "results.pickle").write_bytes(pickle.dumps(train(config, data=2, fsdp=2, tensor=2)))
+    return functools.cache(lambda name: on_eight_devices(train, configurations[name], (2, 2, 2)))
 
 
 @pytest.mark.parametrize("name", ["adapters", pytest.param("adafactor", marks=pytest.mark.slow)])
@@ -492,7 +461,3 @@ def finished(dropping, tmp_path_factory):
     stage = Stage(dropping, tmp_path_factory.mktemp("finished") / "run")
     stage(StopsAfter())
     return stage
-
-
-if __name__ == "__main__":
-    sharded_worker(Path(sys.argv[1]))

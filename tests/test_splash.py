@@ -3,11 +3,7 @@ between implementations."""
 
 import functools
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -27,9 +23,8 @@ from scir_jax.model.attention import attention, refusal
 from scir_jax.model.logprobs import token_logprobs
 from scir_jax.model.sharding import Layout
 from scir_jax.model.splash import BLOCKS, LANES, blocks
+from tests.processes import elsewhere, on_eight_devices, quick_jit
 
-# Less time to compile, more to run.
-QUICK = {"xla_backend_optimization_level": 0}
 # Layers of one kind; and of two kinds, chosen at run time, one of which has a window and both a cap.
 MISTRAL = Architecture("mistral", 61, 32, 44, 4, 2, 8, layers=(Layer(window=40),) * 2)
 GEMMA = Architecture(
@@ -159,10 +154,6 @@ def logps_and_gradient(model, micro=1):
     return jax.value_and_grad(mean)
 
 
-def quick_jit(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 @functools.cache
 def expected(arch):
     """Log-probability and gradient of `random_ids` with XLA's attention, on one device."""
@@ -186,33 +177,16 @@ def test_the_kernel_belongs_to_no_trace():
     attention(q, k, v, window=40, implementation="splash")
 
 
-def worker(*arguments, **environment):
-    """Runs this file in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_splash", *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def sharded_worker(path):
+def sharded():
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = decoder.define(GEMMA, attention="splash", remat="full", layout=Layout(mesh))
     params = jax.device_put(random_params(GEMMA), meshes.param_shardings(model, mesh))
     result = quick_jit(logps_and_gradient(model))(params, meshes.put_batch(random_ids(), mesh))
-    np.savez(path, *map(np.asarray, jax.tree.leaves(result)))
+    return list(map(np.asarray, jax.tree.leaves(result)))
 
 
-def test_a_mesh_changes_nothing(tmp_path):
-    worker("sharded", tmp_path / "results.npz", JAX_NUM_CPU_DEVICES="8")
-    with np.load(tmp_path / "results.npz") as results:
-        close(list(results.values()), jax.tree.leaves(expected(GEMMA)), 2e-5)
+def test_a_mesh_changes_nothing():
+    close(on_eight_devices(sharded), jax.tree.leaves(expected(GEMMA)), 2e-5)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -324,8 +298,7 @@ COMPILED = {
 @pytest.mark.skipif(not TPU, reason="needs libtpu")
 def test_the_training_of_a_model_compiles_for_tpus():
     # The first lets a machine without TPUs load the compiler, the second two processes of one machine.
-    output = worker("compile", "v5e:2x2", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    found = json.loads(output.splitlines()[-1])
+    found = elsewhere(compiled_for, "v5e:2x2", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     for name, (arch, _, backward) in COMPILED.items():
         # forward, forward again and backward, of each kind of layer
         assert found[name]["auto"]["kernels"] == (2 + backward) * len(arch.kinds), name
@@ -333,7 +306,7 @@ def test_the_training_of_a_model_compiles_for_tpus():
     assert found["mistral"]["auto"]["bytes"] < 0.2 * found["mistral"]["xla"]["bytes"]
 
 
-def compile_worker(topology):
+def compiled_for(topology):
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -358,8 +331,4 @@ def compile_worker(topology):
                 "kernels": compiled.as_text().count("tpu_custom_call"),
                 "bytes": compiled.memory_analysis().temp_size_in_bytes,
             }
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    {"sharded": sharded_worker, "compile": compile_worker}[sys.argv[1]](sys.argv[2])
+    return found

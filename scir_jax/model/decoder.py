@@ -58,10 +58,13 @@ class Model:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits [..., V], float32, of hidden states [..., D]: for one position a row, never for whole rows."""
+        between = (None,) * (hidden.ndim - 2)
+        # Split like the head, which then stays where it is; of the sums every device keeps rows of its own.
+        hidden = self._lay(hidden, "replica", *between, "table")
         logits = jnp.einsum(
             "...d,vd->...v", hidden, self.head(params).astype(hidden.dtype), preferred_element_type=jnp.float32
         )
-        return soft_cap(logits, self.arch.final_cap)
+        return soft_cap(self._lay(logits, "token", *between, None), self.arch.final_cap)
 
     def hidden(self, params: Params, ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Final-normed hidden states [B, T, D] (compute dtype) of right-padded rows of token ids.
@@ -173,19 +176,20 @@ class Model:
         return nnx.merge(_definitions(self).norm, cast)(x_BTD)
 
     def _constrain(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.layout is None else self.layout.constrain(x_BTD, "batch", None, None)
+        return self._lay(x_BTD, "batch", None, None)
 
     def _split_places(self, x_PND: jax.Array) -> jax.Array:
-        return x_PND if self.layout is None else self.layout.constrain(x_PND, "batch", "place", None)
+        return self._lay(x_PND, "batch", "place", None)
 
     def _split_width(self, x_B1D: jax.Array) -> jax.Array:
         """One token a row, split like the weights: a few activations travel at each step, and no weights."""
-        return x_B1D if self.layout is None else self.layout.constrain(x_B1D, "replica", None, "embed")
+        return self._lay(x_B1D, "replica", None, "embed")
 
     def _lay_out(self, cache: Cache) -> Cache:
-        if self.layout is None:
-            return cache
-        return Cache(*(self.layout.constrain(x, None, "batch", None, "kv_heads", None) for x in cache))
+        return Cache(*(self._lay(x, None, "batch", None, "kv_heads", None) for x in cache))
+
+    def _lay(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return x if self.layout is None else self.layout.constrain(x, *axes)
 
     def _checkpoint(self, step):
         if self.remat == "none":
