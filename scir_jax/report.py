@@ -57,6 +57,7 @@ PANELS = (
     ("Optimiser", "steps", "gradient norm", ("grad_norm",), None),
     ("Optimiser", "steps", "learning rate", ("learning_rate",), None),
     ("Optimiser", "steps", "tokens per second", ("tokens_per_second",), None),
+    ("Optimiser", "steps", "model TFLOP/s a device", ("teraflops",), None),
 )
 
 # Mid-tones that stand out from a white and from a near-black page alike, and from each other for the colour-blind.

@@ -15,6 +15,7 @@ from scir_jax.data import pipelines
 from scir_jax.engine import hosts
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
+from scir_jax.engine.chips import CHIPS
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.metrics import AppendOnly, Metrics
 from scir_jax.engine.sampler import Sampling, stream_key
@@ -23,11 +24,12 @@ from scir_jax.errors import InputError, Interrupted
 from scir_jax.loop import console, sampling, scoring
 from scir_jax.loop.directory import RunDirectory
 from scir_jax.loop.session import Session
-from scir_jax.loop.training import train_stage
+from scir_jax.loop.training import TIMINGS, Speed, train_stage
 from tests.processes import on_eight_devices, quick_jit
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 STEPS = 5
+STEP_FLOPS = 10**9
 
 
 def make_session(config, **mesh) -> Session:
@@ -439,6 +441,7 @@ class Stage:
                 title="optimise",
                 dataset=self.dataset,
                 peak=1e-3,
+                flops=STEP_FLOPS,
                 params=self.session.initial_params,
                 frozen=lambda: self.session.frozen,
                 decisions=AppendOnly(self.decisions),
@@ -457,11 +460,19 @@ class Stage:
         rows = [json.loads(text) for text in (self.run.path / "metrics.jsonl").read_text().split("\n")[:-1]]
         for row in rows:
             if row["stage"] == "optimise":
-                assert row.pop("seconds") > 0 and row.pop("tokens_per_second") > 0
+                assert row["seconds"] * row["teraflops"] * 1e12 == pytest.approx(STEP_FLOPS)
+                assert all(row.pop(name) > 0 for name in TIMINGS if name in row)
         return sorted(rows, key=lambda row: row["step"])
 
     def params(self):
         return host(self.store.load(2, self.session.abstract_trained))
+
+
+def test_speed_is_of_a_device_and_mfu_of_its_peak():
+    found = Speed(2e12, CHIPS["v5e"]).of(1000, 0.5)
+    assert found == {"seconds": 0.5, "tokens_per_second": 2000, "teraflops": 4, "mfu": 4 / 197}
+    assert tuple(found) == TIMINGS
+    assert "mfu" not in Speed(2e12, None).of(1000, 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 
 from scir_jax import plan
 from scir_jax.engine import memory
+from scir_jax.engine.chips import CHIPS
+from scir_jax.engine.flops import Flops
 from scir_jax.loop import programs
 from scir_jax.loop.session import Session
 from scir_jax.planning import batches, iteration, machine, stages, topology
-from scir_jax.planning.chips import CHIPS
-from scir_jax.planning.flops import Flops
 from scir_jax.planning.limits import Planned
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scir_jax import options
+from scir_jax.loop.training import TIMINGS
 
 # Runs the training command; before the n-th call of a function the process gets a signal.
 DRIVER = """
@@ -122,7 +123,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+    return {k: v for k, v in row.items() if k not in TIMINGS}
 
 
 def arrays(directory: Path) -> dict[str, bytes]:

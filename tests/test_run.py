@@ -201,7 +201,7 @@ def test_metrics_hold_each_step_once(whole):
     assert [row["stage_step"] for row in sft] == [1, 2, 3]  # 24 conversations, 24 judge questions, 8 of each a step
     for row in sft:
         assert row["loss"] == pytest.approx(row["sft/ift"] + row["sft/eft"], abs=1e-5)
-    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row[name] > 0 for row in rows for name in ("seconds", "tokens_per_second", "teraflops"))
 
 
 def test_the_first_steps_preference_loss_is_ln_2(whole):

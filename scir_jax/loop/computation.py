@@ -15,6 +15,7 @@ from scir_jax.data.encode import Shapes
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine import sampler, steps
 from scir_jax.engine.checkpoint import abstract_params
+from scir_jax.engine.flops import Flops, by_program
 from scir_jax.errors import InputError
 from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import Architecture
@@ -80,6 +81,20 @@ class Computation(abc.ABC):
     def local_rows(self, size: int) -> np.ndarray:
         """The numbers of those rows of a batch that this host holds."""
         return meshes.local_rows(self.mesh, size)
+
+    @cached_property
+    def flops(self) -> dict[str, Flops]:
+        """Of one call of each program, by the names of scir_jax.loop.programs."""
+        return by_program(
+            self.config,
+            self.arch,
+            self.facts.shapes,
+            continued=self.facts.continued,
+            ift="ift" in self.files,
+            eft="eft" in self.files,
+            lora=self.model.lora,
+            flash=backend_of(self.model.layout) == "tpu" and self.config.model.attention in ("auto", "splash"),
+        )
 
     @cached_property
     def trainer(self) -> steps.Trainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from scir_jax.data.pipelines import iterator
 from scir_jax.engine.checkpoint import StageCheckpoints
+from scir_jax.engine.chips import Chip, of_device
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.metrics import AppendOnly, Metrics
 from scir_jax.engine.steps import learning_rates
@@ -20,6 +21,10 @@ from scir_jax.errors import InputError
 from scir_jax.loop import console
 from scir_jax.loop.directory import RunDirectory
 from scir_jax.loop.session import Session
+
+# Columns of metrics.jsonl that no two runs have in common: tokens with padding over all devices; model FLOPs (see
+# scir_jax.engine.flops) in 1e12/s and device, and as a share of the chip's peak.
+TIMINGS = ("seconds", "tokens_per_second", "teraflops", "mfu")
 
 
 def train_stage(
@@ -34,6 +39,7 @@ def train_stage(
     title: str,
     dataset: grain.MapDataset,
     peak: float,
+    flops: int,
     params: Callable[[], Any],
     frozen: Callable[[], Any],
     decisions: AppendOnly | None = None,
@@ -43,6 +49,7 @@ def train_stage(
 
     Args:
       name: of the stage's checkpoint directory.
+      flops: model FLOPs of a step over all devices.
       params: gives the trained parameters to start from, which are donated.
       frozen: gives those that stay as they are.
       decisions: file of the per-pair decisions of every step.
@@ -69,7 +76,8 @@ def train_stage(
     if decisions is not None:
         decisions.cut(lambda row: row["step"] <= done)
 
-    writer = _Writer(metrics, decisions, stage, iteration, min(config.optimizer.max_skipped, steps))
+    speed = Speed(flops / session.mesh.size, of_device(session.mesh.devices.flat[0].device_kind))
+    writer = _Writer(metrics, decisions, stage, iteration, min(config.optimizer.max_skipped, steps), speed)
     try:
         with console.stage(title, steps, done, "compiling") as bar:
             for step in range(done, steps):
@@ -103,10 +111,32 @@ def train_stage(
     checkpoints.remove()
 
 
+class Speed(NamedTuple):
+    """flops: model FLOPs of a step and device; chip: None where its peak is not known."""
+
+    flops: float
+    chip: Chip | None
+
+    def of(self, tokens: int, seconds: float) -> dict[str, float]:
+        """The columns TIMINGS of a step; "mfu" where there is a chip."""
+        rate = self.flops / max(seconds, 1e-9)
+        values = {"seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9), "teraflops": rate / 1e12}
+        return values if self.chip is None else values | {"mfu": rate / self.chip.flops}
+
+
 class _Writer:
     """Holds the last step's output until the next step is under way."""
 
-    def __init__(self, metrics: Metrics, decisions: AppendOnly | None, stage: str, iteration: int, max_skipped: int):
+    def __init__(
+        self,
+        metrics: Metrics,
+        decisions: AppendOnly | None,
+        stage: str,
+        iteration: int,
+        max_skipped: int,
+        speed: Speed,
+    ):
+        self._speed = speed
         self._metrics, self._decisions = metrics, decisions
         self._stage, self._iteration = stage, iteration
         self._max_skipped = max_skipped
@@ -124,12 +154,11 @@ class _Writer:
             now = time.monotonic()
             seconds, self._last = now - max(started, self._last), now
             in_a_row = int(values.pop("skipped_in_a_row"))
-            values["seconds"] = seconds
-            values["tokens_per_second"] = tokens / max(seconds, 1e-9)
+            values |= self._speed.of(tokens, seconds)
             self._metrics.write(self._stage, self._iteration, step, values)
             if self._decisions is not None:
                 self._write_decisions(step, jax.device_get(output.decisions))
-            self.note = f"loss {values['loss']:.3f}"
+            self.note = f"loss {values['loss']:.3f}" + (f", MFU {values['mfu']:.1%}" if "mfu" in values else "")
             if in_a_row >= self._max_skipped:
                 self._metrics.sync()
                 raise InputError(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from scir_jax.config import Config
 from scir_jax.data.files import read_rows
+from scir_jax.engine.chips import Chip
 from scir_jax.errors import InputError
 from scir_jax.loop.pairing import needs_frozen
-from scir_jax.planning.chips import Chip
 from scir_jax.planning.stages import Stage
 
 PROMPTS = 1000

@@ -9,12 +9,12 @@ import jax
 
 from scir_jax.config import Config
 from scir_jax.engine import memory
+from scir_jax.engine.chips import Chip, of_device
 from scir_jax.engine.mesh import make_mesh
 from scir_jax.errors import InputError
 from scir_jax.loop.session import resolve
 from scir_jax.model.architecture import Architecture
 from scir_jax.planning.architectures import architecture
-from scir_jax.planning.chips import Chip, of_device
 from scir_jax.planning.limits import Planned
 from scir_jax.planning.topology import topology
 

@@ -9,15 +9,14 @@ from collections.abc import Callable
 
 import jax
 
-from scir_jax.engine import memory
+from scir_jax.engine import flops, memory
+from scir_jax.engine.chips import Chip
+from scir_jax.engine.flops import Flops
 from scir_jax.engine.memory import Memory
 from scir_jax.engine.mesh import batch_shards
 from scir_jax.loop.programs import Program, compile_program, programs
 from scir_jax.model.attention import backend_of
-from scir_jax.planning import flops
-from scir_jax.planning.chips import Chip
 from scir_jax.planning.collectives import Collective, collectives
-from scir_jax.planning.flops import Flops
 from scir_jax.planning.limits import Planned
 
 SKIPPED = "not compiled, since another one does not fit"
@@ -69,23 +68,13 @@ def survey(run: Planned, limit: int, advance: Callable[[str], None], only: Calla
     Returns:
       [Stage].
     """
-    counted = flops.by_program(
-        run.config,
-        run.arch,
-        run.facts.shapes,
-        continued=run.facts.continued,
-        ift="ift" in run.files,
-        eft="eft" in run.files,
-        lora=run.model.lora,
-        flash=backend_of(run.model.layout) == "tpu" and run.config.model.attention in ("auto", "splash"),
-    )
     found = [program for program in programs(run) if only is None or only(program.name)]
     # A run needs all of them: where one is too large for certain, the others need not be compiled to know it.
     hopeless = any(program.known.total > limit for program in found)
     stages = []
     for program in found:
         advance(program.name)
-        stages.append(_stage(run, program, limit, counted[program.name], hopeless))
+        stages.append(_stage(run, program, limit, run.flops[program.name], hopeless))
     return stages
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from scir_jax.engine.chips import CHIPS, Chip
 from scir_jax.errors import InputError
-from scir_jax.planning.chips import CHIPS, Chip
 
 Shape = tuple[int, ...]
 

@@ -9,8 +9,9 @@ import sys
 import jax
 import pytest
 
+from scir_jax.engine import chips
 from scir_jax.errors import InputError
-from scir_jax.planning import chips, topology
+from scir_jax.planning import topology
 from scir_jax.planning.topology import parse
 
 needs_libtpu = pytest.mark.skipif(not topology._installed(), reason="libtpu is not installed")

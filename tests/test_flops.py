@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from scir_jax.data.rows import Rows
-from scir_jax.engine import forward, memory
+from scir_jax.engine import flops, forward, memory
+from scir_jax.engine.flops import Flops, Pass
 from scir_jax.loop import programs
 from scir_jax.loop.session import Session
 from scir_jax.model import decoder, logprobs
 from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.model.lora import Lora, join, split
-from scir_jax.planning import architectures, flops, hlo
-from scir_jax.planning.flops import Flops, Pass
+from scir_jax.planning import architectures, hlo
 
 ARCH = Architecture("llama", 300, 64, 96, 4, 2, 16, (Layer(), Layer(window=8), Layer()))
 ADAPTERS = {
