@@ -27,7 +27,7 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
     for step in range(sft):
         loss = 3 * math.exp(-step / 30) + 0.5 + source.gauss(0, 0.05)
         lines.append({"step": step, "stage": "sft", "iteration": 0, "loss": loss, "grad_norm": 1 + source.random(),
-                      "learning_rate": 1e-3, "tokens_per_second": 9000.0})  # fmt: skip
+                      "learning_rate": 1e-3, "tokens_per_second": 9000.0, "teraflops": 0.1})  # fmt: skip
     for step in range(sft, sft + steps * iterations):
         iteration = 1 + (step - sft) // steps
         gain = (step - sft) / (steps * iterations)
@@ -42,7 +42,7 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
             "generative/slot_bias": 0.4 - 0.5 * gain, "generative/flip_rate": 0.3 - 0.2 * gain,
             "generative/verdict_mass": 0.95, "generative/entropy": 0.6 - 0.2 * gain,
             "implicit/entropy": 0.69 - 0.4 * gain, "grad_norm": 0.5, "learning_rate": 1e-4 * (1 - gain),
-            "skipped": int(step == sft + 3), "tokens_per_second": 5e3,
+            "skipped": int(step == sft + 3), "tokens_per_second": 5e3, "teraflops": 0.1,
         })  # fmt: skip
     return lines
 
@@ -128,7 +128,7 @@ def test_full_run_shows_every_part(plain):
         assert words in page.text
     assert "Agreement alone is no success" in page.text
     assert "not there:" not in page.text.lower() and "What is not there" not in page.text
-    assert page.tags.count("svg") == 21
+    assert page.tags.count("svg") == 22
     assert [path.name for path in plain.parent.iterdir() if path.name.startswith(".")] == []
 
 
