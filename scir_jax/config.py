@@ -94,7 +94,7 @@ class MeshConfig:
     fsdp: int = 1
     """parameters and optimiser state split over batch shards"""
     tensor: int = 1
-    """heads, MLP and vocabulary split"""
+    """heads, feed-forward width and the width of embedding and head split"""
 
 
 @dataclass(frozen=True)

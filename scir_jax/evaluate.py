@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scir_jax import options
+from scir_jax.config import Config
 
 SECTIONS = ("world", "model", "lora", "mesh", "data", "text", "sample", "generative", "implicit", "evaluate")
 
@@ -26,30 +27,50 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "model directory: reference of the implicit reward, without one it is left out",
             ),
             "output": (str | None, None, "evaluation.json to write for a model directory"),
+            "distributed": (bool, False, "this is one of several processes, one a host, as run.distributed of train"),
         },
     )
+    from scir_jax.engine import hosts
     from scir_jax.errors import InputError
     from scir_jax.loop import console
 
     if own["run"]:
-        rows = _run(Path(own["run"]), own["again"])
+        rows = _run(Path(own["run"]), own["again"], own["distributed"])
         console.print_table(rows, own["run"])
         return 0
+    config = options.distributed(config, own["distributed"])
     if not (config.data.heldout_prompts or config.data.heldout_pairs):
         raise InputError("nothing to evaluate on: give --data.heldout_prompts or --data.heldout_pairs (or --run RUN)")
-    output = options.output_file(own["output"] or "evaluation.json")
+    options.join(config)
+    output = hosts.together(lambda: options.output_file(own["output"] or "evaluation.json"))
     values = _directory(config, own["reference"])
     from scir_jax.data.records import write_json
 
-    write_json(output, values)
+    if hosts.first():
+        write_json(output, values)
     console.print_table([values], config.model.path)
     console.say(f"written: {output}")
     return 0
 
 
-def _run(path: Path, again: bool) -> list[dict]:
+def _run(path: Path, again: bool, distributed: bool) -> list[dict]:
+    from scir_jax.errors import InputError
+    from scir_jax.loop.evaluation import read_json
+
+    if again:
+        return _again(path, options.of_run(path, distributed))
+    options.of_run(path)
+    evaluations = sorted(path.glob("iteration_*/evaluation.json"))
+    if not evaluations:
+        raise InputError(f"{path}: no model is evaluated yet; run train on, or give --again true")
+    return [read_json(file) for file in evaluations]
+
+
+def _again(path: Path, config: Config) -> list[dict]:
+    """Evaluates all models of a run anew, on the devices that are here."""
     from scir_jax.data.records import write_json
-    from scir_jax.engine.metrics import Metrics
+    from scir_jax.engine import hosts, mesh
+    from scir_jax.engine.metrics import NoMetrics
     from scir_jax.errors import InputError
     from scir_jax.loop import console
     from scir_jax.loop.directory import RunDirectory
@@ -57,34 +78,29 @@ def _run(path: Path, again: bool) -> list[dict]:
     from scir_jax.loop.iteration import Run
     from scir_jax.loop.session import Session
 
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{path}: not a run directory (no config.yaml)")
-    config, _ = options.parse("train", "", ["--config", str(path / "config.yaml")])
+    options.join(config)
+    config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
     directory = RunDirectory(path)
-    evaluations = sorted(path.glob("iteration_*/evaluation.json"))
-    if not again:
-        if not evaluations:
-            raise InputError(f"{path}: no model is evaluated yet; run train on, or give --again true")
-        return [read_json(file) for file in evaluations]
-    directory.open(config)
     try:
+        hosts.decide(lambda: directory.open(config))
         with console.Stopper() as stopper:
-            metrics = Metrics(path, tensorboard=False, wandb=False, config={})
-            run = Run(Session(config), directory, metrics, stopper)
+            run = hosts.together(lambda: Run(Session(config), directory, NoMetrics(), stopper))
             last = run.store.latest()
             if not last:
                 raise InputError(f"{path}: no model beyond M0 to evaluate yet")
             for iteration in range(last):
                 run.evaluate(iteration)
             rows = [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)]
-            if (path / "summary.json").exists():
+            if hosts.first() and (path / "summary.json").exists():
                 write_json(path / "summary.json", {"rows": run.rows()})
     finally:
-        directory.close()
+        if hosts.first():
+            directory.close()
     return rows
 
 
 def _directory(config, reference: str | None) -> dict:
+    from scir_jax.engine import hosts
     from scir_jax.loop import console, evaluation, scoring
     from scir_jax.loop.session import Session, check_positive, check_sampling, resolve
 
@@ -94,8 +110,7 @@ def _directory(config, reference: str | None) -> dict:
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, prompts=None, ift=None, eft=None, pairs=None)
     )
-    grader = evaluation.load_grader(config.evaluate.grader)
-    session = Session(config)
+    grader, session = hosts.together(lambda: (evaluation.load_grader(config.evaluate.grader), Session(config)))
     pairs, labels = evaluation.labelled_pairs(session.data.heldout_pairs)
     load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
     values: dict = {"model": config.model.path}

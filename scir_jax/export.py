@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,24 +17,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--model", help="M0, M1, ...; the newest by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one a host")
     arguments = parser.parse_args(argv)
 
+    from scir_jax.engine import hosts, mesh
     from scir_jax.engine.checkpoint import ModelStore
     from scir_jax.loop import console
     from scir_jax.loop.directory import RunDirectory
     from scir_jax.loop.export import export_adapter, export_model
     from scir_jax.loop.session import Session
 
-    recorded = arguments.run / "config.yaml"
-    if not recorded.is_file():
-        raise InputError(f"{arguments.run}: not a run directory (no config.yaml)")
-    config, _ = options.parse("train", "", ["--config", str(recorded)])
+    config = options.of_run(arguments.run, arguments.distributed)
+    options.join(config)
+    config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
     directory = RunDirectory(arguments.run)
     name = arguments.model or f"M{ModelStore(directory.checkpoints).latest() or 0}"
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model
-    export(Session(config), directory, int(name.removeprefix("M")), arguments.output)
+    session = hosts.together(lambda: Session(config))
+    export(session, directory, int(name.removeprefix("M")), arguments.output)
     console.say(f"{name} of {arguments.run}: {arguments.output}")
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scir_jax import options
 
-SECTIONS = ("world", "model", "lora", "mesh", "data", "text", "generative", "implicit", "evaluate")
+SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "generative", "implicit", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,20 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from scir_jax.data import records
+    from scir_jax.engine import hosts
     from scir_jax.loop import console, scoring
     from scir_jax.loop.evaluation import accuracy, implicit_logits, judge_summary
     from scir_jax.loop.session import Session, check_positive, resolve
 
     config = resolve(config)
     check_positive(config, "text", "generative", "evaluate")
-    output = options.output_file(own["output"])
-    session = Session(config)
-    tally = session.data.tally("input", own["input"])
-    given = records.read_comparisons_with_rows(own["input"], config.data.columns, tally)
-    encoded = session.data.encode_pairs("input", [comparison for comparison, _ in given])
+    options.join(config)
+    output = hosts.together(lambda: options.output_file(own["output"]))
+    session = hosts.together(lambda: Session(config))
+    encoded, rows = hosts.together(lambda: _read(session, own["input"]))
     session.data.tell_left_out()
-    row_at = {comparison.where: row for comparison, row in given}
-    rows = [row_at[pair.comparison.where] for pair in encoded]
     session.data.shapes_for([pair.prompt for pair in encoded])
     pairs = [(pair.prompt, pair.a, pair.b) for pair in encoded]
     reference = own["reference"]
@@ -70,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["reference_logps"] = [float(x) for x in scores.reference_logps[i]]
         if own["with_ids"]:
             row["judge_rows"] = _judge_rows(session, pairs[i], scores.judged.verdicts[i])
+    if not hosts.first():
+        return 0
     records.write_rows(output, rows)
 
     labels = np.array([np.nan if p.comparison.label is None else p.comparison.label for p in encoded])
@@ -85,6 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in summary.items():
         print(f"{name:<20} {value:.4f}" if name != "pairs" else f"{name:<20} {value}")
     return 0
+
+
+def _read(session, path: str) -> tuple[list, list[dict]]:
+    """The file's pairs that are not left out, encoded, and their rows."""
+    from scir_jax.data import records
+
+    tally = session.data.tally("input", path)
+    given = records.read_comparisons_with_rows(path, session.config.data.columns, tally)
+    encoded = session.data.encode_pairs("input", [comparison for comparison, _ in given])
+    row_at = {comparison.where: row for comparison, row in given}
+    return encoded, [row_at[pair.comparison.where] for pair in encoded]
 
 
 def _judge_rows(session, pair, verdicts) -> list[dict]:

@@ -78,6 +78,34 @@ def parse(
     return config, {name: parsed[name] for name in options}
 
 
+def join(config: Config) -> None:
+    """Joins the other hosts of `run.distributed`, where that is set, before anything is computed.
+
+    Raises:
+      InputError: they cannot be reached, or have another configuration.
+    """
+    from scir_jax.engine import hosts
+    from scir_jax.loop import console
+
+    hosts.start(config.run.distributed)
+    hosts.watch(config.run.host_timeout)
+    console.only_first_host_speaks()
+    hosts.same(to_dict(config), "configuration")
+
+
+def distributed(config: Config, several: bool) -> Config:
+    """The configuration for one process of several, or for one alone."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, distributed=several))
+
+
+def of_run(directory: Path, several: bool = False) -> Config:
+    """The configuration that a run directory records, `distributed` as it is here. InputError where there is none."""
+    recorded = directory / "config.yaml"
+    if not recorded.is_file():
+        raise InputError(f"{directory}: not a run directory (no config.yaml)")
+    return distributed(parse("train", "", ["--config", str(recorded)])[0], several)
+
+
 def output_file(name: str) -> Path:
     """Checks a file to be written before any work is done for it."""
     path = Path(name)

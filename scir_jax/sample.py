@@ -31,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sampling(config)
     if not config.data.prompts:
         raise InputError("no prompts: give --data.prompts FILE")
-    hosts.start(config.run.distributed)
-    hosts.watch(config.run.host_timeout)
-    console.only_first_host_speaks()
-    hosts.same(options.to_dict(config), "configuration")
+    options.join(config)
     output = hosts.together(lambda: options.output_file(own["output"]))
     hosts.shares(output.parent)
     if hosts.first():

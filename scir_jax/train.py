@@ -24,10 +24,7 @@ def train(config: Config) -> list[dict]:
     from scir_jax.loop.directory import RunDirectory
     from scir_jax.loop.session import check, resolve
 
-    hosts.start(config.run.distributed)
-    hosts.watch(config.run.host_timeout)
-    console.only_first_host_speaks()
-    hosts.same(options.to_dict(config), "configuration")
+    options.join(config)
     config = resolve(config)
     check(config)
     if config.run.compilation_cache:

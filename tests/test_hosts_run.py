@@ -80,15 +80,19 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
             place, count, when, number = rest if host == struck else ("-", 0, "before", signal.SIGKILL)
             return ["-c", DRIVER, place, count, int(number), when, "--config", file, *arguments]
 
-        environment = {
-            "JAX_NUM_CPU_DEVICES": str(DEVICES // hosts),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        return run_hosts(command, hosts, env=environment, seconds=seconds)
+        return run_hosts(command, hosts, env=quick(DEVICES // hosts), seconds=seconds)
 
     return run
+
+
+def quick(devices: int) -> dict[str, str]:
+    """The environment of a process with so many devices that compiles little, and nothing twice."""
+    return {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def ended_well(done) -> None:
@@ -285,6 +289,46 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
             assert abs(change).max() > 1e-4, name
             expected = expected + change
         np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_other_commands_on_two_hosts(uninterrupted, tmp_path):
+    """Judging, evaluating again and exporting, against one process with one device, which the run's mesh does not fit."""
+    world, runs = uninterrupted / "world", {2: tmp_path / "two", 1: tmp_path / "one"}
+    for hosts, run in runs.items():
+        shutil.copytree(uninterrupted / "run", run)
+        for file in run.glob("iteration_*/evaluation.json"):
+            file.unlink()
+        several = ["--distributed"] if hosts > 1 else []
+        pairs = ["--input", world / "heldout_pairs.jsonl", "--output", run / "judged.jsonl"]
+        model = ["--config", run / "config.yaml", "--model.path", run / "export", "--reference", world / "model"]
+        mesh = [] if hosts > 1 else ["--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+        for command in (
+            ["scir_jax.judge", *model, *pairs, *mesh, "--run.distributed", str(hosts > 1).lower()],
+            ["scir_jax.evaluate", "--run", run, "--again", *several],
+            ["scir_jax.export", run, run / "M1", "--model", "M1", *several],
+        ):
+            done = run_hosts(["-m", *command], hosts, env=quick(DEVICES // 2 if hosts > 1 else 1), seconds=240)
+            ended_well(done)
+            # What Gloo says of its connections apart, the first host speaks alone.
+            assert all(line.startswith("[Gloo]") for one in done[1:] for line in one.out.splitlines()), done
+    judged, expected = (rows_of(runs[hosts] / "judged.jsonl") for hosts in (2, 1))
+    assert len(judged) == len(expected) > 4
+    for found, wanted in zip(judged, expected):
+        assert found.keys() == wanted.keys() >= {"p_generative", "p_implicit"}
+        for name in ("p_generative", "p_implicit", "logps"):
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, err_msg=name)
+    for number in (0, 1):
+        found, wanted = (
+            json.loads((runs[hosts] / f"iteration_{number:02d}" / "evaluation.json").read_text()) for hosts in (2, 1)
+        )
+        assert found.keys() == wanted.keys() and found["model"] == wanted["model"]
+        for name in ("quality", "length", "generative_accuracy", "slot_bias"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
+    found, wanted = (load_file(runs[hosts] / "M1" / "model.safetensors") for hosts in (2, 1))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
 # --- refused before the first step -----------------------------------------------------------------------------------

@@ -48,6 +48,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def fitting(config: MeshConfig) -> MeshConfig:
+    """The mesh of a run that was perhaps made elsewhere, or, where the devices here make another, all on fsdp."""
+    try:
+        make_mesh(config)
+    except InputError:
+        return MeshConfig(data=1, fsdp=-1, tensor=1)
+    return config
+
+
 def check_model(mesh: Mesh, arch: Architecture) -> None:
     """InputError where the mesh does not divide the model: which number, and what would."""
     tensor = {
