@@ -90,13 +90,12 @@ def _again(path: Path, config: Config) -> list[dict]:
                 raise InputError(f"{path}: no model beyond M0 to evaluate yet")
             for iteration in range(last):
                 run.evaluate(iteration)
-            rows = [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)]
             if hosts.first() and (path / "summary.json").exists():
                 write_json(path / "summary.json", {"rows": run.rows()})
+            return hosts.decide(lambda: [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)])
     finally:
         if hosts.first():
             directory.close()
-    return rows
 
 
 def _directory(config, reference: str | None) -> dict:

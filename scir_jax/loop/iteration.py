@@ -192,6 +192,7 @@ class Run:
         self.metrics.evaluation(values)
         if hosts.first():
             records.write_json(folder / "evaluation.json", values)
+        hosts.barrier(f"evaluated M{number}")
 
     def rows(self) -> list[dict]:
         """The final table: a row a model, its seconds those of its iteration's stages."""
