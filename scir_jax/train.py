@@ -1,4 +1,4 @@
-"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one process."""
+"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one command."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def sample_file(
     stopper: console.Stopper,
     resumable: bool = True,
 ) -> None:
-    """Writes responses to `path`, every host its share. An interrupted file is taken up again after its last whole batch.
+    """Writes responses to `path`, every host its share. An interrupted file goes on after its last whole batch.
 
     Args:
       resumable: what Ctrl-C says: whether the same command goes on or starts again.

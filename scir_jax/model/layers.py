@@ -1,8 +1,10 @@
 """The decoder's Flax NNX modules, whose features an Architecture switches.
 
-Shapes: B batch, T tokens, N token places of several groups of rows, S places in the cache, D width, H heads, K key/value heads, d head dimension, F feed-forward
-width, r rank of an adapter. A weight has its output axes before its input axes, as in a Hugging Face checkpoint, so
-that import and export only reshape. Every parameter names its axes for scir_jax.engine.mesh.
+Shapes: B batch, T tokens, N token places of several groups of rows, S places in the cache, D width, H heads, K key/value
+heads, d head dimension, F feed-forward width, r rank of an adapter.
+
+A weight has its output axes before its input axes, as in a Hugging Face checkpoint, so that import and export only
+reshape. Every parameter names its axes for scir_jax.model.sharding.
 """
 
 from __future__ import annotations
