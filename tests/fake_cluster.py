@@ -102,8 +102,10 @@ case "$*" in
             asked() { echo "$1" >> "$FAKE/asked"; sleep 0.2; exit "$1"; }
             trap 'asked 143' TERM
             trap 'asked 130' INT
-            touch "$FAKE/serving"
-            for _ in $(seq 300); do sleep 0.1; done
+            # No process of its own for this and for counting: a shell that forks may miss a signal.
+            : > "$FAKE/serving"
+            i=0
+            while [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done
             exit 99
         fi
         eval "${now:-true}"
