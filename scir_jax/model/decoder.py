@@ -58,13 +58,10 @@ class Model:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits [..., V], float32, of hidden states [..., D]: for one position a row, never for whole rows."""
-        between = (None,) * (hidden.ndim - 2)
-        # Split like the head, which then stays where it is; of the sums every device keeps rows of its own.
-        hidden = self._lay(hidden, "replica", *between, "table")
         logits = jnp.einsum(
             "...d,vd->...v", hidden, self.head(params).astype(hidden.dtype), preferred_element_type=jnp.float32
         )
-        return soft_cap(self._lay(logits, "token", *between, None), self.arch.final_cap)
+        return soft_cap(logits, self.arch.final_cap)
 
     def hidden(self, params: Params, ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Final-normed hidden states [B, T, D] (compute dtype) of right-padded rows of token ids.
