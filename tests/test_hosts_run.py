@@ -158,6 +158,15 @@ def rows_once(run: Path) -> None:
         assert all(found[i][0] == found[i - i % samples][0] for i in range(len(found)))
 
 
+def sampled_as_scored(run: Path) -> None:
+    """The sampler's log-probabilities of the responses are the scorer's, of every pair of the iteration."""
+    folder = run / "iteration_01"
+    sampled = {(r["prompt"], tuple(r["response_ids"])): r["logprob"] for r in rows_of(folder / "responses.jsonl")}
+    for pair in rows_of(folder / "pairs.jsonl"):
+        logps = [sampled[pair["prompt"], tuple(pair[f"response_{side}_ids"])] for side in "ab"]
+        assert logps == pytest.approx(pair["start_logps"], abs=1e-4), pair
+
+
 def close(found, expected, where: str) -> None:
     """Equal JSON values, numbers with a point nearly so."""
     assert type(found) is type(expected), where
@@ -179,6 +188,8 @@ def close(found, expected, where: str) -> None:
 
 
 def same_but_for_rounding(run: Path, expected: Path) -> None:
+    sampled_as_scored(run)
+    sampled_as_scored(expected)
     assert names(run) == names(expected)
     assert not [name for name in names(run) if "partial" in name or "seen" in name or "tmp" in name]
     rows_once(run)
