@@ -1,4 +1,4 @@
-"""python -m scir_jax.ablate: methods against each other, from one M1 a seed, every method tuned with the same budget.
+"""python -m scir_jax.ablate: methods against each other, from one M1 per seed, every method tuned with the same budget.
 
 Each method's learning rate is the one of --rates with the best mean of --by on the tuning seeds; the table shows the
 other seeds. Runs that are finished are not done again.
@@ -19,22 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from scir_jax import options
+from scir_jax.config.files import find
 from scir_jax.errors import InputError
+from scir_jax.run import command
+from scir_jax.run.columns import KEYS
 
-COLUMNS = (
-    "quality",
-    "exact",
-    "greedy_quality",
-    "win_rate",
-    "generative_accuracy",
-    "implicit_accuracy",
-    "agreement",
-    "label_accuracy",
-    "selected",
-    "distinct",
-    "length",
-)
+COLUMNS = tuple(key for key in KEYS if key not in ("eos_rate", "seconds"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", default="configs/quickstart.yaml", help="the configuration that methods are laid over"
+        "--config", default="quickstart", help="the configuration that methods are laid over"
     )
     parser.add_argument(
-        "--methods", nargs="+", required=True, help="YAML files of settings, for example configs/methods/*.yaml"
+        "--methods", nargs="+", required=True, help="YAML files or names of settings, for example methods/scir methods/srlm"
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)"
@@ -64,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rates and len(arguments.rates) > 1 and not arguments.tune_seeds:
         raise InputError("--rates needs --tune_seeds to choose from")
     for file in (arguments.config, *arguments.methods):
-        if not Path(file).is_file():
-            raise InputError(f"{file}: no such file")
+        find(file)
     study = Study(arguments)
     study.starts([*arguments.tune_seeds, *arguments.seeds])
     methods = {Path(file).stem: file for file in arguments.methods}
@@ -190,4 +179,4 @@ def print_table(rows: Sequence[dict], seeds: int, iterations: int) -> None:
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

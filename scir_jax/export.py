@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from scir_jax import options
+from scir_jax.config import cli
 from scir_jax.errors import InputError
+from scir_jax.run import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,26 +21,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one a host")
     arguments = parser.parse_args(argv)
 
-    from scir_jax.engine import hosts, mesh
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.engine import mesh
     from scir_jax.engine.checkpoint import ModelStore
-    from scir_jax.loop import console
-    from scir_jax.loop.directory import RunDirectory
-    from scir_jax.loop.export import export_adapter, export_model
-    from scir_jax.loop.session import Session
+    from scir_jax.run import console
+    from scir_jax.run.directory import RunDirectory
+    from scir_jax.run.export import export_adapter, export_model
+    from scir_jax.run.setup import prepare
 
-    config = options.of_run(arguments.run, arguments.distributed)
-    options.join(config)
+    config = cli.of_run(arguments.run, arguments.distributed)
+    command.join(config)
     config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
     directory = RunDirectory(arguments.run)
     name = arguments.model or f"M{ModelStore(directory.checkpoints).latest() or 0}"
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model
-    session = hosts.together(lambda: Session(config))
-    export(session, directory, int(name.removeprefix("M")), arguments.output)
+    programs = hosts.together(lambda: prepare(config)).programs
+    export(config, programs, directory, int(name.removeprefix("M")), arguments.output)
     console.say(f"{name} of {arguments.run}: {arguments.output}")
     return 0
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

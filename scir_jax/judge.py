@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from scir_jax import options
+from scir_jax.config import cli
+from scir_jax.config.checks import check_positive, resolve
+from scir_jax.run import command
 
 SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "generative", "implicit", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, own = options.parse(
+    """Runs the command."""
+    config, own = cli.parse(
         "judge",
         __doc__,
         argv,
@@ -30,56 +33,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from scir_jax.data import records
-    from scir_jax.engine import hosts
-    from scir_jax.loop import console, scoring
-    from scir_jax.loop.evaluation import accuracy, implicit_logits, judge_summary
-    from scir_jax.loop.session import Session, check_positive, resolve
+    from scir_jax.data.jsonl import write_rows
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.method.rewards import REWARDS
+    from scir_jax.run import console, scoring
+    from scir_jax.run.evaluation import accuracy, reward_logits
+    from scir_jax.run.setup import prepare
 
     config = resolve(config)
     check_positive(config, "text", "generative", "evaluate")
-    options.join(config)
-    output = hosts.together(lambda: options.output_file(own["output"]))
-    session = hosts.together(lambda: Session(config))
-    encoded, rows = hosts.together(lambda: _read(session, own["input"]))
-    session.data.tell_left_out()
-    session.data.shapes_for([pair.prompt for pair in encoded])
-    pairs = [(pair.prompt, pair.a, pair.b) for pair in encoded]
+    command.join(config)
+    output = hosts.together(lambda: cli.output_file(own["output"]))
+    found: dict[str, list] = {}
+
+    def read(encoder, inputs):
+        tally = inputs.tally("input", own["input"])
+        given = records.read_comparisons_with_rows(own["input"], config.data.columns, tally)
+        row_at = {comparison.where: row for comparison, row in given}
+        found["pairs"] = inputs.encode_pairs("input", [comparison for comparison, _ in given])
+        found["rows"] = [row_at[pair.prompt.where] for pair in found["pairs"]]
+        return encoder.lengths([pair.prompt for pair in found["pairs"]])
+
+    encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config, read))
+    pairs, rows = found["pairs"], found["rows"]
+    inputs.tell_left_out()
     reference = own["reference"]
-    load_reference = (lambda: session.import_params(Path(reference), inference=True)) if reference else None
-    with console.stage("judge", scoring.score_batches(session, len(pairs), with_reference=bool(reference))) as bar:
-        scores = scoring.score_pairs(
-            session,
+    load_reference = (lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None
+    total = scoring.score_batches(programs, len(pairs), with_reference=bool(reference))
+    with console.stage("judge", total) as bar:
+        evidence = scoring.score_pairs(
+            encoder,
+            programs,
             pairs,
-            model=session.inference_params,
+            config=config,
+            model=parameters.configured,
             reference=load_reference,
             advance=bar.advance,
         )
-    judged = judge_summary(scores)
-    generative = judged["logit"]
-    implicit = implicit_logits(session, scores) if reference else None
+    logits = reward_logits(config, evidence)
+    generative, implicit = logits["generative"], logits.get("implicit")
+    health = {name: np.asarray(x) for name, x in REWARDS["generative"].health(evidence).items()}
     for i, row in enumerate(rows):
         row["p_generative"] = _sigmoid(generative[i])
-        row["slot_bias"] = float(judged["slot_bias"][i])
-        row["verdict_mass"] = float(scores.judged.mass[i].mean())
+        row["slot_bias"] = float(health["slot_bias"][i])
+        row["verdict_mass"] = float(health["verdict_mass"][i])
         if implicit is not None:
             row["p_implicit"] = _sigmoid(implicit[i])
             row["agreed"] = bool(generative[i] * implicit[i] > 0)
-            row["logps"] = [float(x) for x in scores.logps[i]]
-            row["reference_logps"] = [float(x) for x in scores.reference_logps[i]]
+            row["logps"] = [float(x) for x in evidence.fresh["logps"][i]]
+            row["reference_logps"] = [float(x) for x in evidence.cached["implicit_logps"][i]]
         if own["with_ids"]:
-            row["judge_rows"] = _judge_rows(session, pairs[i], scores.judged.verdicts[i])
+            row["judge_rows"] = _judge_rows(encoder, pairs[i], evidence.fresh["verdicts"][i])
     if not hosts.first():
         return 0
-    records.write_rows(output, rows)
+    write_rows(output, rows)
 
-    labels = np.array([np.nan if p.comparison.label is None else p.comparison.label for p in encoded])
+    labels = np.array([np.nan if pair.label is None else pair.label for pair in pairs])
     known = ~np.isnan(labels) & (labels != 0.5)
-    summary = {"pairs": len(rows), "slot_bias": judged["slot_bias"].mean(), "verdict_mass": scores.judged.mass.mean()}
-    summary["flip_rate"] = judged["flip"].mean()
+    summary = {"pairs": len(rows), **{name: values.mean() for name, values in health.items()}}
     if known.any():
-        summary["generative_accuracy"] = accuracy(generative[known], labels[known] > 0.5)
-        if implicit is not None:
-            summary["implicit_accuracy"] = accuracy(implicit[known], labels[known] > 0.5)
+        summary |= {f"{name}_accuracy": accuracy(x[known], labels[known] > 0.5) for name, x in logits.items()}
     if implicit is not None:
         summary["agreement"] = np.mean(generative * implicit > 0)
     for name, value in summary.items():
@@ -87,35 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(session, path: str) -> tuple[list, list[dict]]:
-    """The file's pairs that are not left out, encoded, and their rows."""
-    from scir_jax.data import records
-
-    tally = session.data.tally("input", path)
-    given = records.read_comparisons_with_rows(path, session.config.data.columns, tally)
-    encoded = session.data.encode_pairs("input", [comparison for comparison, _ in given])
-    row_at = {comparison.where: row for comparison, row in given}
-    return encoded, [row_at[pair.comparison.where] for pair in encoded]
-
-
-def _judge_rows(session, pair, verdicts) -> list[dict]:
+def _judge_rows(encoder, pair, verdicts) -> list[dict]:
     """Every judge row of a pair: what another implementation needs to check the probability."""
-    prompt, a, b = pair
-    result = []
-    for g, judge in enumerate(session.judges):
-        for order, (first, second) in enumerate(((a, b), (b, a))):
-            ids = session.encoder.judge_row(judge, prompt, first, second).ids
-            result.append(
-                {
-                    "template": judge.template.name,
-                    "shown_as_a": "ab"[order],
-                    "ids": list(ids),
-                    "verdict_position": len(ids) - 1,
-                    "verdict_ids": list(judge.verdict_ids),
-                    "verdict_logits": [float(x) for x in verdicts[g, order]],
-                }
-            )
-    return result
+    return [
+        {
+            "template": judge.template.name,
+            "shown_as_a": "ab"[order],
+            "ids": list(row.ids),
+            "verdict_position": len(row.ids) - 1,
+            "verdict_ids": list(judge.verdict_ids),
+            "verdict_logits": [float(x) for x in verdicts[g, order]],
+        }
+        for g, judge in enumerate(encoder.judges)
+        for order, row in enumerate(encoder.judge_rows(judge, pair))
+    ]
 
 
 def _sigmoid(x: float) -> float:
@@ -125,4 +123,4 @@ def _sigmoid(x: float) -> float:
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

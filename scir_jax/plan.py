@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from scir_jax import options
+from scir_jax.config import cli
+from scir_jax.config.checks import check
+from scir_jax.run import command
 
 OPTIONS = {
     "topology": (
@@ -16,7 +18,7 @@ OPTIONS = {
     "batch": (
         str | None,
         None,
-        "pairs a step (optimise.batch_size), or `largest`: look for the largest batches that fit",
+        "pairs per step (optimise.batch_size), or `largest`: look for the largest batches that fit",
     ),
     "prompts": (int | None, None, "prompts of an iteration; by default sample.prompts, or the rows of data.prompts"),
     "efficiency": (float, 0.4, "share of the least time's speed that the estimate of an iteration assumes"),
@@ -24,12 +26,12 @@ OPTIONS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, own = options.parse("plan", __doc__, argv, options=OPTIONS, default_config=options.QUICKSTART)
+    """Runs the command."""
+    config, own = cli.parse("plan", __doc__, argv, options=OPTIONS, default_config=cli.QUICKSTART)
 
     import jax
 
     from scir_jax.errors import InputError
-    from scir_jax.loop.session import check
     from scir_jax.planning import machine, tables
     from scir_jax.planning.batches import largest
 
@@ -59,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from scir_jax import options
-from scir_jax.config import GenerativeConfig
+from scir_jax.config import cli
+from scir_jax.config.checks import check_positive, check_sampling, resolve
+from scir_jax.config.schema import GenerativeConfig
+from scir_jax.errors import InputError
+from scir_jax.run import command
 
 SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "sample")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, own = options.parse(
+    """Runs the command."""
+    config, own = cli.parse(
         "sample",
         __doc__,
         argv,
         sections=SECTIONS,
-        options={"output": (str, ..., "JSONL file to write, a row a response")},
+        options={"output": (str, ..., "JSONL file to write, one row per response")},
     )
-    from scir_jax.engine import hosts
-    from scir_jax.engine.sampler import Sampling, stream_key
-    from scir_jax.errors import InputError
-    from scir_jax.loop import console, sampling
-    from scir_jax.loop.session import Session, check_positive, check_sampling, resolve
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.engine.sampler import stream_key
+    from scir_jax.run import console, sampling
+    from scir_jax.run.setup import prepare
 
     # No judge is asked here, and the model need not have room for one.
     config = resolve(dataclasses.replace(config, generative=GenerativeConfig(templates=())))
@@ -31,26 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sampling(config)
     if not config.data.prompts:
         raise InputError("no prompts: give --data.prompts FILE")
-    options.join(config)
-    output = hosts.together(lambda: options.output_file(own["output"]))
+    command.join(config)
+    output = hosts.together(lambda: cli.output_file(own["output"]))
     hosts.shares(output.parent)
     if hosts.first():
         # Left by an interrupted command, perhaps of other settings.
         for part in sampling.parts(output):
             part.unlink()
-    session = hosts.together(lambda: Session(config))
-    prompts = session.data.prompts[: config.sample.prompts]
-    session.data.shapes_for(prompts)
-    session.data.tell_left_out()
-    params = session.inference_params()
+    count = config.sample.prompts
+    encoder, inputs, programs, parameters = hosts.together(
+        lambda: prepare(config, lambda encoder, inputs: encoder.lengths(inputs.prompts[:count]))
+    )
+    prompts = inputs.prompts[:count]
+    inputs.tell_left_out()
+    params = parameters.configured()
     with console.Stopper() as stopper:
         sampling.sample_file(
-            session,
+            encoder,
+            programs,
             params,
             list(enumerate(prompts)),
             output,
             responses=config.sample.responses,
-            sampling=Sampling.of(config.sample.temperature, config.sample.top_p, config.sample.top_k),
+            sampling=sampling.settings_of(config.sample),
             key=stream_key(config.run.seed, "responses", 0),
             title="sample",
             stopper=stopper,
@@ -61,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

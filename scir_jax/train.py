@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scir_jax import options
-from scir_jax.config import Config
+from scir_jax.config import cli
+from scir_jax.config.checks import check, resolve
+from scir_jax.config.files import to_dict
+from scir_jax.config.schema import Config
+from scir_jax.run import command
 
 
 def train(config: Config) -> list[dict]:
-    """Runs or resumes the run of a configuration; returns the rows of its final table (also in summary.json).
+    """Runs or resumes the run of a configuration.
+
+    Returns:
+      The rows of its final table (also in summary.json).
 
     Raises:
-      InputError, Interrupted.
+      InputError: something of the configuration, the model or the data cannot be used.
+      Interrupted: on Ctrl-C or SIGTERM, after everything was saved.
     """
     import jax
 
-    from scir_jax.engine import hosts
-    from scir_jax.loop import console
-    from scir_jax.loop.directory import RunDirectory
-    from scir_jax.loop.session import check, resolve
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.run import console
+    from scir_jax.run.directory import RunDirectory
 
-    options.join(config)
+    command.join(config)
     config = resolve(config)
     check(config)
     if config.run.compilation_cache:
@@ -46,31 +51,32 @@ def train(config: Config) -> list[dict]:
 def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
     import jax
 
-    from scir_jax.data.records import write_json
-    from scir_jax.engine import hosts
-    from scir_jax.engine.metrics import Metrics, NoMetrics
-    from scir_jax.loop import console
-    from scir_jax.loop.base_model import build_world
-    from scir_jax.loop.directory import manifest
-    from scir_jax.loop.export import export_adapter, export_model
-    from scir_jax.loop.iteration import Run, check_inputs
-    from scir_jax.loop.programs import check_memory
-    from scir_jax.loop.session import Session
-    from scir_jax.model import adapters
-    from scir_jax.report import write_report
+    from scir_jax.data.jsonl import write_json
+    from scir_jax.engine.checkpoint import ModelStore
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.model.hf import adapters
+    from scir_jax.report.page import write_report
+    from scir_jax.run import console, iteration, preflight
+    from scir_jax.run.base_model import build_world
+    from scir_jax.run.directory import manifest
+    from scir_jax.run.export import export_adapter, export_model
+    from scir_jax.run.metrics import Metrics, NoMetrics
+    from scir_jax.run.models import Models
+    from scir_jax.run.setup import prepare, templates_of
 
     if config.world.directory:
         build_world(config, stopper)
-    session = hosts.together(lambda: Session(config))
+    encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
+    adapted = programs.model.lora
     console.say(
         f"{'resuming' if resumed else 'starting'} {directory.path}: "
-        f"{session.arch.parameter_count():,} parameters, "
-        f"{f'{session.model.lora}, ' if session.model.lora else ''}{config.model.dtype}, "
-        f"{session.mesh.size} {jax.default_backend()} device(s)"
+        f"{programs.arch.parameter_count():,} parameters, "
+        f"{f'{adapted}, ' if adapted else ''}{config.model.dtype}, "
+        f"{programs.mesh.size} {jax.default_backend()} device(s)"
         f"{f' on {hosts.count()} hosts' if hosts.count() > 1 else ''}"
     )
-    data = hosts.together(lambda: check_inputs(session))
-    templates = {t.name: dataclasses.asdict(t) for t in session.templates}
+    data = hosts.together(lambda: preflight.check_inputs(config, inputs, programs))
+    templates = templates_of(encoder)
     if hosts.count() > 1:
         # Where hosts have disks of their own. Of the weights a host may read its part only.
         hosts.same(hosts.together(lambda: manifest(config, templates, weights=False)), "files and versions")
@@ -85,40 +91,41 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     def metrics_here() -> Metrics:
         if not hosts.first():
             return NoMetrics()
+        settings = config.run
         return Metrics(
-            directory.path,
-            tensorboard=config.run.tensorboard,
-            wandb=config.run.wandb,
-            config=options.to_dict(config),
+            directory.path, tensorboard=settings.tensorboard, wandb=settings.wandb, config=to_dict(config)
         )
 
     metrics = hosts.together(metrics_here)
+    models = Models(ModelStore(directory.checkpoints), programs, parameters)
     last = config.run.iterations + 1
     try:
-        run = hosts.together(lambda: Run(session, directory, metrics, stopper))
-        if not hosts.decide(lambda: run.store.exists(last)):
-            check_memory(session)
-        rows = run.run()
+        if not hosts.decide(lambda: models.store.exists(last)):
+            preflight.check_memory(config, programs)
+        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
+        iteration.run_stages(stages, directory, stopper)
+        rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
     if hosts.first():
         write_json(directory.path / "summary.json", {"rows": rows})
     if not hosts.decide((directory.path / "export").exists):
-        export_model(session, directory, last, directory.path / "export")
-    if session.model.lora and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
-        export_adapter(session, directory, last, directory.path / "adapter")
+        export_model(config, programs, directory, last, directory.path / "export")
+    if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
+        export_adapter(config, programs, directory, last, directory.path / "adapter")
     return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
     started = time.monotonic()
-    config, _ = options.parse("train", __doc__, argv, default_config=options.QUICKSTART)
+    config, _ = cli.parse("train", __doc__, argv, default_config=cli.QUICKSTART)
     train(config)
-    from scir_jax.loop import console
+    from scir_jax.run import console
 
     console.say(f"total {time.monotonic() - started:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    options.main(main)
+    command.main(main)

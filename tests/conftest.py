@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from scir_jax import options
-from scir_jax.config import (
+from scir_jax.config import cli as options
+from scir_jax.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -23,7 +23,8 @@ from scir_jax.config import (
     TextConfig,
     WorldConfig,
 )
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.world.files import WorldSpec, write_world
 from tests.fake_cluster import Cluster

@@ -16,7 +16,8 @@ import numpy as np
 import transformers
 
 from scir_jax.data.records import write_rows
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import load_tokenizer
 from tests import chat_templates

@@ -13,12 +13,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from scir_jax.config import LoraConfig
-from scir_jax.data.rows import Targets, TrainBatch
+from scir_jax.config.schema import LoraConfig
+from scir_jax.data.batches import Targets, TrainBatch
 from scir_jax.engine import forward
 from scir_jax.errors import InputError
-from scir_jax.loop.session import adapters_of
-from scir_jax.model import adapters, decoder, lora, weights
+from scir_jax.run.session import adapters_of
+from scir_jax.model.hf import adapters, weights
+from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS
 from tests.processes import quick_jit
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from scir_jax import evaluate, export, judge, sample, train
 from scir_jax.errors import InputError
-from scir_jax.loop.iteration import Run
+from scir_jax.run.iteration import Run
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -605,8 +605,8 @@ def test_too_few_given_pairs_are_found_before_training(command, write_config, wo
 
 
 def test_given_pairs_are_shared_out_over_all_iterations(world_dir, tiny_config, tmp_path):
-    from scir_jax.loop.pairing import given_answers
-    from scir_jax.loop.session import Session
+    from scir_jax.run.pairing import given_answers
+    from scir_jax.run.session import Session
 
     rows = read_lines(world_dir / "eft.jsonl")[:4]
     config = tiny_config(

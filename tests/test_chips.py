@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from scir_jax.engine import chips
+from scir_jax.engine.cost import chips
 from scir_jax.errors import InputError
 from scir_jax.planning import topology
 from scir_jax.planning.topology import parse

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from scir_jax import judge, options, sample, train
-from scir_jax.config import ColumnsConfig
+from scir_jax import judge, sample, train
+from scir_jax.config import cli as options
+from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import statistics
 from scir_jax.data.encode import Encoder, middle_cut
 from scir_jax.data.files import read_rows
@@ -18,10 +19,10 @@ from scir_jax.data.pipelines import iterator, pairs_dataset
 from scir_jax.data.statistics import FileStatistics
 from scir_jax.data.tally import Tally
 from scir_jax.errors import InputError
-from scir_jax.loop import inputs, pairing
-from scir_jax.loop.directory import manifest
-from scir_jax.loop.iteration import Run, _label_columns, check_inputs
-from scir_jax.loop.session import Session
+from scir_jax.run import inputs, pairing
+from scir_jax.run.directory import manifest
+from scir_jax.run.iteration import Run, _label_columns, check_inputs
+from scir_jax.run.session import Session
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from scir_jax import options
-from scir_jax.config import ColumnsConfig
+from scir_jax.config import cli as options
+from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import records
 from scir_jax.data.tally import ALWAYS_ALLOWED, PromptTooLong, Tally
 from scir_jax.errors import InputError

@@ -10,21 +10,21 @@ import numpy as np
 import optax
 import pytest
 
-from scir_jax.config import MeshConfig, OptimizerConfig
+from scir_jax.config.schema import MeshConfig, OptimizerConfig
 from scir_jax.data import pipelines
-from scir_jax.engine import hosts
+from scir_jax.engine.hosts import hosts
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
-from scir_jax.engine.chips import CHIPS
+from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.mesh import put_batch
-from scir_jax.engine.metrics import AppendOnly, Metrics
+from scir_jax.run.metrics import AppendOnly, Metrics
 from scir_jax.engine.sampler import Sampling, stream_key
-from scir_jax.engine.steps import learning_rates
+from scir_jax.engine.trainer import learning_rates
 from scir_jax.errors import InputError, Interrupted
-from scir_jax.loop import console, sampling, scoring
-from scir_jax.loop.directory import RunDirectory
-from scir_jax.loop.session import Session
-from scir_jax.loop.training import TIMINGS, Speed, train_stage
+from scir_jax.run import console, sampling, scoring
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.session import Session
+from scir_jax.run.training import TIMINGS, Speed, train_stage
 from tests.processes import on_eight_devices, quick_jit
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))

@@ -11,10 +11,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from scir_jax.config import MeshConfig
+from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampling, sampler, stream_key
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
 from scir_jax.model.sharding import Layout
 from tests import families

@@ -10,7 +10,8 @@ import transformers
 
 from scir_jax import judge, sample, train
 from scir_jax.data.files import read_rows
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from tests import small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_compilation")]

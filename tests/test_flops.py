@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scir_jax.data.rows import Rows
-from scir_jax.engine import flops, forward, memory
-from scir_jax.engine.flops import Flops, Pass
-from scir_jax.loop import programs
-from scir_jax.loop.session import Session
+from scir_jax.data.batches import Rows
+from scir_jax.engine.cost import flops, memory
+from scir_jax.engine import forward
+from scir_jax.engine.cost.flops import Flops, Pass
+from scir_jax.run import programs
+from scir_jax.run.session import Session
 from scir_jax.model import decoder, logprobs
 from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.model.lora import Lora, join, split

@@ -7,7 +7,7 @@ import socket
 import jax
 import pytest
 
-from scir_jax.engine import coordination, hosts, liveness
+from scir_jax.engine.hosts import coordination, hosts, liveness
 from scir_jax.errors import InputError
 from tests.hosts import Kill, free_port, run_hosts
 
@@ -18,7 +18,7 @@ AGAIN = "; this host stops; start the same command on all hosts again to go on"
 MAIN = """
 import json, os, sys, time
 from pathlib import Path
-from scir_jax.engine import hosts
+from scir_jax.engine.hosts import hosts
 from scir_jax.errors import InputError, Interrupted
 
 def main(body, watch=60):

@@ -13,21 +13,21 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file
 
-from scir_jax import options
-from scir_jax.config import Config
-from scir_jax.engine.hosts import SEEN
-from scir_jax.engine.metrics import AppendOnly
+from scir_jax.config import cli as options
+from scir_jax.config.schema import Config
+from scir_jax.engine.hosts.hosts import SEEN
+from scir_jax.run.metrics import AppendOnly
 from scir_jax.errors import InputError
-from scir_jax.loop import sampling
-from scir_jax.loop.directory import RunDirectory
+from scir_jax.run import sampling
+from scir_jax.run.directory import RunDirectory
 from tests.hosts import run_hosts
 from tests.test_resume import COMMIT, DRIVER, STORE, rows_of, without_times
 
 LOSS = {"loss", "sft", "sft/ift", "sft/eft", "preference", "consistency"}
 LOST = "; this host stops; start the same command on all hosts again to go on"
 # Every host calls these once a step or a batch.
-WORLD_STEP, STEP = "scir_jax.loop.base_model:put_batch", "scir_jax.loop.training:put_batch"
-BATCH = "scir_jax.loop.sampling:sample_rows"
+WORLD_STEP, STEP = "scir_jax.run.base_model:put_batch", "scir_jax.run.training:put_batch"
+BATCH = "scir_jax.run.sampling:sample_rows"
 DEVICES = 8
 SETTINGS = {
     "world": dict(steps=3, documents=16, comparisons=16),
@@ -351,7 +351,8 @@ ELSEWHERE = """
 import os, sys
 os.chdir(sys.argv[1])
 sys.argv = ["train", *sys.argv[2:]]
-from scir_jax import options, train
+from scir_jax.config import cli as options
+from scir_jax import train
 options.main(train.main)
 """
 
@@ -438,8 +439,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8), (4, 
 ROWS = """
 import json
 import numpy as np
-from scir_jax.config import MeshConfig
-from scir_jax.engine import hosts
+from scir_jax.config.schema import MeshConfig
+from scir_jax.engine.hosts import hosts
 hosts.start(True, wait=60)
 import jax
 from scir_jax.engine.mesh import batch_sharding, batch_shards, local_rows, make_mesh, owned_rows, put_batch, replicated

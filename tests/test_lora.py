@@ -24,16 +24,17 @@ from test_engine import (
     make_session,
 )
 
-from scir_jax.config import Config, MeshConfig, OptimizerConfig
-from scir_jax.data.rows import Targets, TrainBatch
+from scir_jax.config.schema import Config, MeshConfig, OptimizerConfig
+from scir_jax.data.batches import Targets, TrainBatch
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.sampler import Sampling, stream_key
-from scir_jax.engine.steps import Trainer, make_optimizer
+from scir_jax.engine.trainer import Trainer, make_optimizer
 from scir_jax.errors import Interrupted
-from scir_jax.loop import sampling, scoring
-from scir_jax.model import adapters, decoder, layers, lora, weights
+from scir_jax.run import sampling, scoring
+from scir_jax.model.hf import adapters, weights
+from scir_jax.model import decoder, layers, lora
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
 from tests.processes import on_eight_devices, quick_jit
 

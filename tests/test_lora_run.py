@@ -16,12 +16,15 @@ import transformers
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
-from scir_jax import evaluate, export, judge, options, report, sample, train
+from scir_jax import evaluate, export, judge, sample, train
+from scir_jax.config import cli as options
+from scir_jax.report.page import page as report
 from scir_jax.engine.checkpoint import ModelStore
-from scir_jax.loop import scoring
-from scir_jax.loop.iteration import Run
-from scir_jax.loop.session import Session
-from scir_jax.model import adapters, lora
+from scir_jax.run import scoring
+from scir_jax.run.iteration import Run
+from scir_jax.run.session import Session
+from scir_jax.model.hf import adapters
+from scir_jax.model import lora
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

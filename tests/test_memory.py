@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from scir_jax import train
-from scir_jax.engine import memory
-from scir_jax.engine.metrics import Metrics
+from scir_jax.engine.cost import memory
+from scir_jax.run.metrics import Metrics
 from scir_jax.errors import InputError
-from scir_jax.loop import console, programs
-from scir_jax.loop.directory import RunDirectory
-from scir_jax.loop.iteration import Run
-from scir_jax.loop.session import Session
+from scir_jax.run import console, programs
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.iteration import Run
+from scir_jax.run.session import Session
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

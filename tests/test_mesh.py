@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from scir_jax.config import MeshConfig
+from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.errors import InputError
 from scir_jax.model.architecture import Architecture, Layer

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from scir_jax.errors import InputError
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from scir_jax.model.architecture import Architecture, Layer, Rope
 from scir_jax.model.attention import attention
 

@@ -9,12 +9,7 @@ import pytest
 
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
-from scir_jax.model.logprobs import (
-    log_normalizer,
-    token_logprobs,
-    verdict_logits,
-    verdict_mass,
-)
+from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
 
 ROWS, VOCAB, WIDTH = (3, 5), 301, 16
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from scir_jax.errors import InputError
-from scir_jax.model import decoder, weights
+from scir_jax.model import decoder
+from scir_jax.model.hf import weights
 from scir_jax.model.architecture import Architecture
 
 SIZES = {

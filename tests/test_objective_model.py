@@ -17,14 +17,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from scir_jax.config import Config
+from scir_jax.config.schema import Config
 from scir_jax.data.pipelines import pairs_dataset, targets_dataset
-from scir_jax.data.rows import TrainBatch
+from scir_jax.data.batches import TrainBatch
 from scir_jax.engine import forward
-from scir_jax.loop import scoring
-from scir_jax.loop.session import Session
+from scir_jax.run import scoring
+from scir_jax.run.session import Session
 from scir_jax.method import objective
-from scir_jax.model import weights
+from scir_jax.model.hf import weights
 
 STANDALONE, CONTINUATION = "judge.yaml", "judge_continuation.yaml"
 RESPONSE_TOKENS = 12

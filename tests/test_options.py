@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scir_jax import options
-from scir_jax.config import Config
+from scir_jax.config import cli as options
+from scir_jax.config.schema import Config
 from scir_jax.errors import InputError, Interrupted
 
 ROOT = Path(__file__).parents[1]

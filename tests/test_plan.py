@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from scir_jax import plan
-from scir_jax.engine import memory
-from scir_jax.engine.chips import CHIPS
-from scir_jax.engine.flops import Flops
-from scir_jax.loop import programs
-from scir_jax.loop.session import Session
+from scir_jax.engine.cost import memory
+from scir_jax.engine.cost.chips import CHIPS
+from scir_jax.engine.cost.flops import Flops
+from scir_jax.run import programs
+from scir_jax.run.session import Session
 from scir_jax.planning import batches, iteration, machine, stages, topology
 from scir_jax.planning.limits import Planned
 

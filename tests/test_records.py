@@ -7,17 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from scir_jax.config import ColumnsConfig, Config, TextConfig
+from scir_jax.config.schema import ColumnsConfig, Config, TextConfig
 from scir_jax.data import files, records
 from scir_jax.data.encode import Encoder
 from scir_jax.data.messages import prompt_text
-from scir_jax.data.pipelines import (
-    iterator,
-    pairs_dataset,
-    sft_dataset,
-    targets_dataset,
-)
-from scir_jax.data.rows import Row, pad, pad_rows, round_up, taken
+from scir_jax.data.pipelines import iterator, pairs_dataset, sft_dataset, targets_dataset
+from scir_jax.data.batches import Row, pad, pad_rows, round_up, taken
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Template, compile_judge

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from scir_jax.errors import InputError
-from scir_jax.report import MAX_POINTS, main, show_label, thin, write_report
-from scir_jax.report_data import read_run, sample_pairs
+from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
+from scir_jax.report.contents import read_run, sample_pairs
 
 HOSTILE = "</div><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> $\\frac{ \ud800 & \"'"
 GRADED = ("quality", "exact", "greedy_quality", "label_accuracy")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scir_jax import options
-from scir_jax.loop.training import TIMINGS
+from scir_jax.config import cli as options
+from scir_jax.run.training import TIMINGS
 
 # Runs the training command; before the n-th call of a function the process gets a signal.
 DRIVER = """
@@ -37,27 +37,28 @@ if count:
             os.kill(os.getpid(), number)
         return result
     setattr(owner, name, struck)
-from scir_jax import options, train
+from scir_jax.config import cli as options
+from scir_jax import train
 options.main(train.main)
 """
 
 # SFT and both iterations have 6 steps each, with checkpoints after 2 and 4.
-WRITE, SAVE = "scir_jax.engine.metrics:Metrics.write", "scir_jax.engine.checkpoint:StageCheckpoints.save"
+WRITE, SAVE = "scir_jax.run.metrics:Metrics.write", "scir_jax.engine.checkpoint:StageCheckpoints.save"
 STORE = "scir_jax.engine.checkpoint:ModelStore.save"
 COMMIT = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
 ROWS, JSON = "scir_jax.data.records:write_rows", "scir_jax.data.records:write_json"
 
 KILLS = {
-    "start": [("scir_jax.loop.directory:RunDirectory.check_manifest", 1, "before")],
+    "start": [("scir_jax.run.directory:RunDirectory.check_manifest", 1, "before")],
     "saving M0": [(STORE, 1, "before")],
     "SFT, first step": [(WRITE, 1, "before")],
     "SFT, between checkpoints": [(WRITE, 4, "after")],
     "SFT, saving M1": [(STORE, 2, "before")],
     "SFT, M1 saved": [(STORE, 2, "after")],
-    "evaluation of M1": [("scir_jax.loop.evaluation:response_metrics", 1, "before")],
-    "sampling, first batch": [("scir_jax.loop.sampling:sample_rows", 4, "before")],
-    "sampling, between batches": [("scir_jax.loop.sampling:sample_rows", 6, "before")],
-    "references": [("scir_jax.loop.scoring:response_logps", 4, "before")],
+    "evaluation of M1": [("scir_jax.run.evaluation:response_metrics", 1, "before")],
+    "sampling, first batch": [("scir_jax.run.sampling:sample_rows", 4, "before")],
+    "sampling, between batches": [("scir_jax.run.sampling:sample_rows", 6, "before")],
+    "references": [("scir_jax.run.scoring:response_logps", 4, "before")],
     "writing pairs": [(ROWS, 2, "before")],
     "pairs written": [(ROWS, 2, "after")],
     "optimise, between checkpoints": [(WRITE, 6 + 2, "after")],
@@ -66,9 +67,9 @@ KILLS = {
     "checkpoint of SFT not committed": [(COMMIT, 2, "before")],
     "checkpoint of optimise not committed": [(COMMIT, 5, "before")],
     "second iteration": [(WRITE, 6 + 6 + 5, "before")],
-    "evaluation of M3": [("scir_jax.loop.evaluation:decision_metrics", 2, "before")],
-    "export": [("scir_jax.model.weights:save_file", 1, "after")],
-    "report": [("scir_jax.report:write_report", 1, "before")],
+    "evaluation of M3": [("scir_jax.run.evaluation:decision_metrics", 2, "before")],
+    "export": [("scir_jax.model.hf.weights:save_file", 1, "after")],
+    "report": [("scir_jax.report.page:write_report", 1, "before")],
     "again and again": [(WRITE, 2, "after"), (WRITE, 3, "before"), (SAVE, 3, "after"), (WRITE, 3, "after"), (COMMIT, 2, "after")],
 }  # fmt: skip
 FAST = ("optimise, between checkpoints", "checkpoint of SFT not committed")
@@ -194,9 +195,9 @@ def test_killed_and_run_again(name, run, expected, tmp_path):
         (signal.SIGTERM, WRITE, 6 + 3),
         pytest.param(signal.SIGINT, WRITE, 3, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, SAVE, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "scir_jax.loop.sampling:sample_rows", 6, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "scir_jax.loop.scoring:response_logps", 4, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "scir_jax.loop.scoring:judge_pairs", 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "scir_jax.run.sampling:sample_rows", 6, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "scir_jax.run.scoring:response_logps", 4, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "scir_jax.run.scoring:judge_pairs", 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, STORE, 1, marks=pytest.mark.slow),
     ],
 )

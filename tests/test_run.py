@@ -15,14 +15,16 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from scir_jax import evaluate, options, report, train
+from scir_jax import evaluate, train
+from scir_jax.config import cli as options
+from scir_jax.report.page import page as report
 from scir_jax.engine.checkpoint import ModelStore
-from scir_jax.engine.metrics import Metrics
-from scir_jax.loop import console, scoring
-from scir_jax.loop.directory import RunDirectory
-from scir_jax.loop.export import export_model
-from scir_jax.loop.iteration import Run
-from scir_jax.loop.session import Session
+from scir_jax.run.metrics import Metrics
+from scir_jax.run import console, scoring
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.export import export_model
+from scir_jax.run.iteration import Run
+from scir_jax.run.session import Session
 from scir_jax.world.grader import grade
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")

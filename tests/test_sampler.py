@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from scir_jax.config import MeshConfig
-from scir_jax.data.rows import Rows
+from scir_jax.config.schema import MeshConfig
+from scir_jax.data.batches import Rows
 from scir_jax.engine import mesh as meshes
-from scir_jax.engine import steps
-from scir_jax.engine.metrics import AppendOnly
+from scir_jax.engine import trainer as steps
+from scir_jax.run.metrics import AppendOnly
 from scir_jax.engine.sampler import Sampling, choose, limit, sampler, stream_key
 from scir_jax.errors import Interrupted
-from scir_jax.loop import console, sampling
-from scir_jax.loop.session import Session
+from scir_jax.run import console, sampling
+from scir_jax.run.session import Session
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
 

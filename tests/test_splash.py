@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from scir_jax.config import MeshConfig
+from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.errors import InputError
-from scir_jax.loop.session import Session
+from scir_jax.run.session import Session
 from scir_jax.model import attention as attentions
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer

@@ -19,7 +19,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from scir_jax.config import Config, TextConfig
+from scir_jax.config.schema import Config, TextConfig
 from scir_jax.data.encode import Encoder, middle_cut
 from scir_jax.data.records import Comparison
 from scir_jax.errors import InputError

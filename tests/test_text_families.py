@@ -5,8 +5,8 @@ import itertools
 import pytest
 from chat_templates import NO_SYSTEM, QWEN_2, TEMPLATES, TOKENIZERS, chat, reference, stops, tokenizer, turns
 
-from scir_jax import options
-from scir_jax.config import Config, TextConfig
+from scir_jax.config import cli as options
+from scir_jax.config.schema import Config, TextConfig
 from scir_jax.data.encode import Encoder
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat

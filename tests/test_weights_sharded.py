@@ -18,11 +18,12 @@ import pytest
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
-from scir_jax.config import MeshConfig
+from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import abstract_params
 from scir_jax.errors import InputError
-from scir_jax.model import adapters, decoder, lora, tensors, transfer, weights
+from scir_jax.model.hf import adapters, tensors, transfer, weights
+from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
 
 MESHES = {1: ((1, 8, 1), (2, 2, 2)), 2: ((1, 8, 1), (4, 2, 1))}  # by the number of processes

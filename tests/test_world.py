@@ -16,15 +16,7 @@ from scir_jax.world import tasks
 from scir_jax.world.files import is_complete, write_world
 from scir_jax.world.grader import grade
 from scir_jax.world.spec import WorldSpec
-from scir_jax.world.tokenizer import (
-    ASSISTANT,
-    BOS,
-    EOS,
-    SPECIAL_TOKENS,
-    UNK,
-    USER,
-    VOCABULARY,
-)
+from scir_jax.world.tokenizer import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, UNK, USER, VOCABULARY
 
 SMALL = WorldSpec(
     base_documents=300,

@@ -1,1 +1,1 @@
-"""Files of rows in, arrays of fixed shapes out."""
+"""Rows of files in, pairs and arrays of fixed shapes out."""

@@ -1,4 +1,4 @@
-"""From records to rows: the token budget of a run, and every kind of row within it."""
+"""From records to ids: the token budget of a run, and every kind of row within it."""
 
 from __future__ import annotations
 
@@ -7,89 +7,81 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from scir_jax.config import Config
+from scir_jax.config.schema import TextConfig
 from scir_jax.data.messages import Messages, prompt_text
+from scir_jax.data.pairs import Answer, Pair, Prompt
 from scir_jax.data.records import Comparison
-from scir_jax.data.rows import Row, round_up
 from scir_jax.data.tally import PromptTooLong
 from scir_jax.errors import InputError
-from scir_jax.text.chat import Chat, Ids
+from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Judge
+from scir_jax.text.tokens import Ids
 
 
-class Prompt(NamedTuple):
-    """A prompt in the ids that are sampled from, and as the text that a judge is shown.
+class Row(NamedTuple):
+    """One row before padding.
 
-    `where` names its row; `tokens` is the conversation's length before it lost its middle.
-    """
-
-    messages: Messages
-    conversation: Ids
-    text: Ids
-    where: str = ""
-    tokens: int = 0
-
-    @property
-    def cut(self) -> bool:
-        return len(self.conversation) < self.tokens
-
-
-class Response(NamedTuple):
-    """A response: ids as sampled (with the stop token unless cut), and as the text that a judge is shown.
-
-    `tokens` is the ids' number before they were cut.
+    Attributes:
+      ids: token ids.
+      start, length: place and number of the scored tokens.
+      judged: the last token's hidden state predicts a verdict.
     """
 
     ids: Ids
-    text: Ids
-    tokens: int = 0
-
-    @property
-    def cut(self) -> bool:
-        return len(self.ids) < self.tokens
+    start: int = 0
+    length: int = 0
+    judged: bool = False
 
 
-class EncodedPair(NamedTuple):
-    """A comparison with its prompt and answers in ids."""
+class Marked(NamedTuple):
+    """A supervised row: `marks` says of every id whether it is to be learned."""
 
-    comparison: Comparison
-    prompt: Prompt
-    a: Response
-    b: Response
+    ids: Ids
+    marks: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The static lengths of a run, in tokens: one compilation each."""
+class Lengths:
+    """The static lengths of a run, in tokens: one compilation each.
+
+    Attributes:
+      prompt, answer: of the sampler.
+      scored: [prompt answer].
+      judges: the question of every template.
+      targets: supervised rows by name, "ift" and "eft"; 0 where there are none.
+    """
 
     prompt: int
-    response: int
-    scored: int  # [prompt response]
-    row: int  # the training step's response rows
-    judges: tuple[int, ...]  # of every template
-    ift: int
-    eft: int
+    answer: int
+    scored: int
+    judges: tuple[int, ...]
+    targets: dict[str, int]
 
 
 class Encoder:
-    """Makes rows. Cutting happens here and nowhere else."""
+    """Makes ids and rows. Cutting happens here and nowhere else.
 
-    def __init__(self, config: Config, chat: Chat, judges: Sequence[Judge], context: int):
-        self.config = config.text
+    Attributes:
+      chat: the tokenizer with its chat template.
+      judges: the compiled judge templates.
+      context: tokens that the model can take.
+    """
+
+    def __init__(
+        self, text: TextConfig, chat: Chat, judges: Sequence[Judge], context: int, *, quote_thinking: bool = False
+    ):
+        self.config = text
         self.chat = chat
         self.judges = tuple(judges)
         self.context = context
+        self._quote_thinking = quote_thinking
 
     @property
     def continued(self) -> bool:
-        """The first template continues the conversation: its rows are the response rows too."""
+        """Whether the first template continues the conversation, so that its rows can be the answers' rows too."""
         return bool(self.judges) and self.judges[0].template.layout == "continuation"
 
-    @property
-    def separate_judges(self) -> tuple[Judge, ...]:
-        return self.judges[1:] if self.continued else self.judges
-
-    # --- prompts and responses ---------------------------------------------------------------------------------------
+    # --- prompts, answers, pairs -------------------------------------------------------------------------------------
 
     @cached_property
     def _around_prompt(self) -> tuple[int, int]:
@@ -99,15 +91,15 @@ class Encoder:
         return ids.index(-1), len(ids) - ids.index(-1) - 1
 
     def prompt(self, messages: Messages, where: str = "") -> Prompt | None:
-        """None where an over-long prompt is left out.
+        """Encodes a prompt; None where an over-long one is left out.
 
         Raises:
           PromptTooLong: text.long_prompts is error.
           InputError: the chat template refuses the conversation, or leaves no room within text.max_prompt_tokens.
         """
         limit = self.config.max_prompt_tokens
-        conversation = self.chat.prompt(messages)
-        tokens = len(conversation)
+        ids = self.chat.prompt(messages)
+        tokens = len(ids)
         if tokens > limit:
             if self.config.long_prompts == "error":
                 raise PromptTooLong(
@@ -122,63 +114,72 @@ class Encoder:
                     f"text.max_prompt_tokens={limit} leaves no room beside the chat template's own {before + behind} "
                     "tokens; raise it"
                 )
-            conversation = middle_cut(conversation, limit, behind + 1)
-        text = middle_cut(self.chat.encode_text(prompt_text(messages)), limit)
-        return Prompt(messages, conversation, text, where, tokens)
+            ids = middle_cut(ids, limit, behind + 1)
+        shown = [{**m, "content": self._quoted(m["content"])} if m["role"] == "assistant" else m for m in messages]
+        quote = middle_cut(self.chat.encode_text(prompt_text(shown)), limit)
+        return Prompt(messages, ids, quote, where, tokens)
 
-    def response(self, text: str) -> Response:
-        """A given answer. One that is too long is cut, and a cut answer gets no stop token."""
+    def answer(self, text: str) -> Answer:
+        """Encodes a given answer. One that is too long is cut, and a cut answer gets no stop token."""
         limit = self.config.max_response_tokens
         ids = self.chat.answer(text)
-        return Response(ids[:limit], self.chat.encode_text(text)[:limit], len(ids))
+        return Answer(text, ids[:limit], self._quote(text), len(ids))
 
-    def pair(self, comparison: Comparison) -> EncodedPair | None:
-        """None where the prompt is left out for its length."""
+    def sampled(self, ids: Sequence[int]) -> Answer:
+        """Takes an answer's ids as they were sampled."""
+        text = self.chat.decode(ids)
+        return Answer(text, tuple(ids), self._quote(text), len(ids))
+
+    def pair(self, comparison: Comparison) -> Pair | None:
+        """Encodes two given answers; None where the prompt is left out for its length."""
         prompt = self.prompt(comparison.messages, comparison.where)
         if prompt is None:
             return None
-        return EncodedPair(comparison, prompt, self.response(comparison.a), self.response(comparison.b))
+        return Pair(prompt, self.answer(comparison.a), self.answer(comparison.b), comparison.label)
 
-    def sampled(self, ids: Sequence[int]) -> Response:
-        text = self.chat.encode_text(self.chat.decode(ids))
-        return Response(tuple(ids), text[: self.config.max_response_tokens], len(ids))
+    def _quoted(self, text: str) -> str:
+        return text if self._quote_thinking else self.chat.spoken(text)
+
+    def _quote(self, text: str) -> Ids:
+        return self.chat.encode_text(self._quoted(text))[: self.config.max_response_tokens]
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
-    def scored_row(self, prompt: Prompt, response: Response) -> Row:
-        """[x y]."""
-        return Row(prompt.conversation + response.ids, len(prompt.conversation), len(response.ids))
+    def scored_row(self, prompt: Prompt, answer: Answer) -> Row:
+        """Returns [x y], with y scored."""
+        return Row(prompt.ids + answer.ids, len(prompt.ids), len(answer.ids))
 
-    def judge_row(self, judge: Judge, prompt: Prompt, a: Response, b: Response) -> Row:
-        """The judge's question with a shown first; both answers are cut alike where they do not fit."""
-        quote = self.quote_tokens(judge, len(prompt.conversation), len(prompt.text), _at(prompt))
+    def judge_row(self, judge: Judge, prompt: Prompt, a: Answer, b: Answer) -> Row:
+        """Returns the judge's question with `a` shown first; both answers are cut alike where they do not fit.
+
+        In the continuation layout the row holds [x a question(b)], and `a` is scored too.
+        """
+        quote = self.quote_tokens(judge, len(prompt.ids), len(prompt.quote), _at(prompt))
         ids = judge.row(
-            conversation=prompt.conversation,
-            prompt=prompt.text,
+            conversation=prompt.ids,
+            prompt=prompt.quote,
             a=a.ids,
             b=b.ids,
-            a_text=a.text[:quote],
-            b_text=b.text[:quote],
+            a_text=a.quote[:quote],
+            b_text=b.quote[:quote],
         )
         if judge.template.layout == "continuation":
-            return Row(ids, len(prompt.conversation), len(a.ids), judged=True)
+            return Row(ids, len(prompt.ids), len(a.ids), judged=True)
         return Row(ids, judged=True)
 
-    def pair_rows(self, prompt: Prompt, a: Response, b: Response) -> tuple[tuple[Row, Row], list[tuple[Row, Row]]]:
-        """The two response rows, and for each further template the two judge rows."""
-        orders = ((a, b), (b, a))
-        if self.continued:
-            responses = tuple(self.judge_row(self.judges[0], prompt, *order) for order in orders)
-        else:
-            responses = tuple(self.scored_row(prompt, y) for y in (a, b))
-        judged = [tuple(self.judge_row(j, prompt, *order) for order in orders) for j in self.separate_judges]
-        return responses, judged
+    def answer_rows(self, pair: Pair) -> tuple[Row, Row]:
+        """Returns the rows of both answers, each behind the prompt."""
+        return self.scored_row(pair.prompt, pair.a), self.scored_row(pair.prompt, pair.b)
 
-    def conversation_rows(self, messages: Messages) -> list[tuple[Ids, tuple[bool, ...]]]:
-        """A conversation, of any length, with its assistants' turns (and stop tokens) marked.
+    def judge_rows(self, judge: Judge, pair: Pair) -> tuple[Row, Row]:
+        """Returns the judge's question about a pair with the first, and with the second answer shown as A."""
+        return self.judge_row(judge, pair.prompt, pair.a, pair.b), self.judge_row(judge, pair.prompt, pair.b, pair.a)
+
+    def conversation_rows(self, messages: Messages) -> list[Marked]:
+        """Returns a conversation, of any length, with its assistants' turns (and stop tokens) marked.
 
         One row, unless the template shows an earlier answer otherwise than it was sampled (without its thinking, say):
-        then a row for each such beginning, so that every answer is learned once, behind what it is sampled behind.
+        then one row for each such beginning, so that every answer is learned once, behind what it is sampled behind.
         """
         rows = []
         ids: Ids = ()
@@ -188,83 +189,87 @@ class Encoder:
                 prefix = self.chat.prompt(messages[:i])
                 answer = self.chat.answer(message["content"])
                 if prefix[: len(ids)] != ids:
-                    rows.append((ids, marks))
+                    rows.append(Marked(ids, marks))
                     ids, marks = (), ()
                 marks += (False,) * (len(prefix) - len(ids)) + (True,) * len(answer)
                 ids = prefix + answer
-        return [*rows, (ids, marks)] if ids else rows
+        return [*rows, Marked(ids, marks)] if ids else rows
 
-    def verdict_rows(self, judge: Judge, pair: EncodedPair) -> list[tuple[Ids, tuple[bool, ...]]]:
-        """The judge's question in both orders with the right verdict; [] where neither answer is said to be better."""
-        comparison = pair.comparison
-        if comparison.label in (None, 0.5):
+    def verdict_rows(self, judge: Judge, pair: Pair) -> list[Marked]:
+        """Returns the judge's question in both orders with the right verdict; [] where neither answer is better."""
+        if pair.label in (None, 0.5):
             return []
         rows = []
-        for swapped in (False, True):
-            a, b = (pair.b, pair.a) if swapped else (pair.a, pair.b)
-            question = self.judge_row(judge, pair.prompt, a, b).ids
-            first_is_better = (comparison.label > 0.5) != swapped
+        for swapped, row in enumerate(self.judge_rows(judge, pair)):
+            first_is_better = (pair.label > 0.5) != bool(swapped)
             verdict = judge.verdict_ids[0 if first_is_better else 1]
             # The stop token behind it is not learned here: that would halve the verdict's share of the loss.
-            marks = (False,) * (len(question) + 1 - judge.answer_tokens) + (True,) * judge.answer_tokens
-            rows.append(((*question, verdict), marks))
+            marks = (False,) * (len(row.ids) + 1 - judge.answer_tokens) + (True,) * judge.answer_tokens
+            rows.append(Marked((*row.ids, verdict), marks))
         return rows
 
     # --- budget -----------------------------------------------------------------------------------------------------
 
     def quote_tokens(self, judge: Judge, conversation: int, prompt: int, at: str = "") -> int:
-        """Tokens of each quoted answer that fit into the context; InputError, beginning with `at`, if none do."""
-        response = self.config.max_response_tokens
+        """Returns how many tokens of each quoted answer fit into the context.
+
+        Args:
+          conversation, prompt: tokens of the prompt's ids and of its quote.
+          at: beginning of the error's sentence.
+
+        Raises:
+          InputError: none fit.
+        """
+        answer = self.config.max_response_tokens
         fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 1  # the verdict
         if judge.template.layout == "continuation":
-            fixed += conversation + response + 1
+            fixed += conversation + answer + 1
         room = (self.context - fixed) // (judge.slots("response_a") + judge.slots("response_b"))
         # In a continuation only the other answer is quoted: cutting it alone would not be alike.
-        least = response if judge.template.layout == "continuation" else 1
+        least = answer if judge.template.layout == "continuation" else 1
         if room < least:
             raise InputError(
                 f"{at}judge template {judge.template.name}: a question of {fixed} tokens leaves no room for the "
                 f"answers in the model's context of {self.context}; lower text.max_prompt_tokens or "
                 "text.max_response_tokens"
             )
-        return min(room, response)
+        return min(room, answer)
 
-    def shapes(self, prompts: Sequence[Prompt], ift_tokens: int = 0, eft_tokens: int = 0) -> Shapes:
-        """Static lengths for these prompts and for supervised rows of at most so many tokens.
+    def lengths(self, prompts: Sequence[Prompt], targets: dict[str, int] | None = None) -> Lengths:
+        """Returns the static lengths for these prompts, and for supervised rows of at most so many tokens by name.
 
-        Raises InputError where prompt and response do not fit into the context.
+        Raises:
+          InputError: there is no prompt, or prompt and answer do not fit into the context.
         """
         if not prompts:
             raise InputError("no prompt is left: every one is longer than text.max_prompt_tokens")
-        longest = max(prompts, key=lambda p: len(p.conversation))
-        longest_text = max(prompts, key=lambda p: len(p.text))
-        conversation, text = len(longest.conversation), len(longest_text.text)
-        response = self.config.max_response_tokens
-        if conversation + response > self.context:
+        longest = max(prompts, key=lambda p: len(p.ids))
+        longest_quote = max(prompts, key=lambda p: len(p.quote))
+        conversation, quoted = len(longest.ids), len(longest_quote.quote)
+        answer = self.config.max_response_tokens
+        if conversation + answer > self.context:
             raise InputError(
-                f"{_at(longest)}a prompt of {conversation} and a response of {response} tokens exceed the model's "
+                f"{_at(longest)}a prompt of {conversation} and a response of {answer} tokens exceed the model's "
                 f"context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
             )
-        lengths = []
+        judges = []
         for judge in self.judges:
-            quote = self.quote_tokens(judge, conversation, text, _at(longest_text))
-            length = judge.fixed_tokens + judge.slots("prompt") * text
+            quote = self.quote_tokens(judge, conversation, quoted, _at(longest_quote))
+            length = judge.fixed_tokens + judge.slots("prompt") * quoted
             length += (judge.slots("response_a") + judge.slots("response_b")) * quote
             if judge.template.layout == "continuation":
-                length += conversation + response + 1
-            lengths.append(length)
+                length += conversation + answer + 1
+            judges.append(length)
 
-        def shape(tokens: int) -> int:
+        def static(tokens: int) -> int:
             return min(round_up(tokens), self.context)
 
-        return Shapes(
-            prompt=shape(conversation),
-            response=response,
-            scored=shape(conversation + response),
-            row=shape(lengths[0] if self.continued else conversation + response),
-            judges=tuple(map(shape, lengths)),
-            ift=shape(ift_tokens) if ift_tokens else 0,
-            eft=shape(eft_tokens) if eft_tokens else 0,
+        return Lengths(
+            prompt=static(conversation),
+            answer=answer,
+            scored=static(conversation + answer),
+            judges=tuple(map(static, judges)),
+            targets={name: static(tokens) if tokens else 0 for name, tokens in (targets or {}).items()},
         )
 
 
@@ -278,6 +283,12 @@ def middle_cut(ids: Ids, limit: int, least_end: int = 0) -> Ids:
         return ids
     end = min(max(limit - limit // 2, least_end), limit)
     return ids[: limit - end] + ids[len(ids) - end :]
+
+
+def round_up(tokens: int) -> int:
+    """Returns a row length that suits the hardware: a multiple of 8, of 128 where long."""
+    unit = 8 if tokens <= 256 else 128
+    return -(-tokens // unit) * unit
 
 
 def _at(prompt: Prompt) -> str:

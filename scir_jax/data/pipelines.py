@@ -5,105 +5,69 @@ Of a batch, a host of several makes its own rows only: `share` maps a batch's si
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
 
-from scir_jax.data.encode import Encoder, Shapes
-from scir_jax.data.messages import prompt_messages
-from scir_jax.data.records import external_label
-from scir_jax.data.rows import (
-    PairBatch,
-    Targets,
-    TrainBatch,
-    pad,
-    pad_rows,
-    stack,
-)
-from scir_jax.errors import InputError
-
-MarkedIds = tuple[tuple[int, ...], tuple[bool, ...]]
-Share = Callable[[int], np.ndarray]
+from scir_jax.data.batches import Share, TrainSpec
+from scir_jax.data.encode import Encoder, Marked
+from scir_jax.data.pairs import Pair
 
 
-def targets_dataset(
-    rows: Sequence[MarkedIds], tokens: int, batch_size: int, pad_id: int, seed: int, share: Share = np.arange
-) -> grain.MapDataset | None:
-    """Endless batches of supervised rows, shuffled anew each pass. None where there is nothing to take."""
-    if not rows or not batch_size:
-        return None
+def supervised_batches(
+    spec: TrainSpec,
+    encoder: Encoder,
+    rows: Mapping[str, Sequence[Marked]],
+    *,
+    steps: int,
+    seeds: Mapping[str, int],
+    share: Share = np.arange,
+) -> grain.MapDataset:
+    """Makes `steps` batches of supervised rows.
 
-    def example(i: int) -> Targets:
-        ids, marks = rows[i]
-        mask = np.zeros(tokens, np.float32)
-        mask[: len(marks)] = marks
-        return Targets(pad(ids, tokens, pad_id), mask)
-
-    indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat()
-    mine = share(batch_size)
-    batches = grain.MapDataset.range(sys.maxsize // batch_size)
-    return batches.map(lambda b: stack([example(indices[b * batch_size + int(row)]) for row in mine]))
-
-
-def sft_dataset(ift: grain.MapDataset | None, eft: grain.MapDataset | None, steps: int) -> grain.MapDataset:
-    """`steps` batches of conversations and judge questions side by side."""
-    return grain.MapDataset.source(np.arange(steps)).map(
-        lambda i: TrainBatch(None, ift[i] if ift is not None else None, eft[i] if eft is not None else None)
+    Args:
+      rows: rows by name, those of `spec.targets` at least.
+      seeds: of the shuffling of each name's rows.
+    """
+    parts = _shuffled(spec, rows, seeds)
+    return grain.MapDataset.range(steps).map(
+        lambda number: spec.arrays((), _taken(spec, rows, parts, number), encoder, share)
     )
 
 
-def pairs_dataset(
-    rows: Sequence[tuple[str, dict]],
+def pair_batches(
+    spec: TrainSpec,
     encoder: Encoder,
-    shapes: Shapes,
+    pairs: Sequence[Pair],
+    rows: Mapping[str, Sequence[Marked]],
     *,
-    rewards: int,
-    need_label: tuple[str, ...] | None,
-    batch_size: int,
     epochs: int,
     seed: int,
-    ift: grain.MapDataset | None,
-    eft: grain.MapDataset | None,
+    seeds: Mapping[str, int],
     share: Share = np.arange,
 ) -> grain.MapDataset:
-    """Batches of SCIR training: every pair once an epoch, the last batch filled up with weight 0, and replay.
+    """Makes batches of pairs beside replayed rows: every pair once an epoch, the last batch filled up with padding.
 
     Args:
-      rows: (where, row) of pairs.jsonl.
-      rewards: R, the number of reward models.
-      need_label: the column that must hold an external label (of several the first that a row has), or None.
+      seed: of the shuffling of the pairs, anew in each epoch.
+      rows, seeds: as in `supervised_batches`.
     """
-    examples = [_pair_source(row, where, encoder, rewards, need_label) for where, row in rows]
+    parts = _shuffled(spec, rows, seeds)
+    order = grain.MapDataset.source(np.arange(len(pairs))).seed(seed).shuffle().repeat(epochs)
+    size = spec.pairs.pairs
 
-    def example(i: int) -> PairBatch:
-        prompt, a, b, values = examples[i]
-        responses, judged = encoder.pair_rows(prompt, a, b)
-        separate = shapes.judges[1:] if encoder.continued else shapes.judges
-        return PairBatch(
-            responses=pad_rows(responses, shapes.row, encoder.chat.pad_id),
-            judges=tuple(pad_rows(r, t, encoder.chat.pad_id) for r, t in zip(judged, separate, strict=True)),
-            index=np.int32(i),
-            **values,
-        )
+    def batch(number: int):
+        places = range(number * size, (number + 1) * size)
+        taken = [int(order[place]) if place < len(order) else None for place in places]
+        numbered = [None if i is None else (i, pairs[i]) for i in taken]
+        return spec.arrays(numbered, _taken(spec, rows, parts, number), encoder, share)
 
-    indices = grain.MapDataset.source(np.arange(len(rows))).seed(seed).shuffle().repeat(epochs)
-    mine = share(batch_size)
-
-    def batch(number: int) -> TrainBatch:
-        first = number * batch_size
-        places = [first + int(row) for row in mine]
-        pairs = [example(indices[p]) if p < len(indices) else filler(example(indices[first])) for p in places]
-        return TrainBatch(
-            stack(pairs), ift[number] if ift is not None else None, eft[number] if eft is not None else None
-        )
-
-    return grain.MapDataset.range(-(-len(indices) // batch_size)).map(batch)
+    return grain.MapDataset.range(-(-len(order) // size)).map(batch)
 
 
 def iterator(dataset: grain.MapDataset, state: dict | None = None):
-    """An iterator that prepares a few batches ahead; its get_state() is the position of what was taken."""
+    """Iterates over batches and prepares a few ahead; its get_state() is the position of what was taken."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     result = iter(dataset.to_iter_dataset(options))
     if state is not None:
@@ -111,29 +75,16 @@ def iterator(dataset: grain.MapDataset, state: dict | None = None):
     return result
 
 
-def filler(pair: PairBatch) -> PairBatch:
-    """A pair that counts for nothing."""
-    return pair._replace(weight=np.zeros_like(pair.weight), index=np.full_like(pair.index, -1))
-
-
-def _pair_source(row: dict, where: str, encoder: Encoder, rewards: int, need_label: tuple[str, ...] | None):
-    prompt = encoder.prompt(prompt_messages(row["messages"], f"{where}: messages"))
-    a, b = (encoder.sampled(row[f"response_{side}_ids"]) for side in "ab")
-    label = external_label(row, need_label or ("label",), where)
-    if need_label and label is None:
-        raise InputError(
-            f"{where}: lacks the external label {need_label[0]!r} (1 where response_a is better, 0 where response_b is)"
-            "; add it to every row and run the same command again"
-        )
-    lengths = np.array([len(a.ids), len(b.ids)], np.float32)
-    frozen = row.get("frozen_logits")
-    if frozen is not None and len(frozen) != rewards:
-        raise InputError(f"{where}: frozen_logits has {len(frozen)} values for {rewards} reward models")
-    values = {
-        f"{role}_logps": np.array(row[f"{role}_logps"], np.float32) for role in ("preference", "implicit", "start")
+def _shuffled(spec: TrainSpec, rows: Mapping[str, Sequence], seeds: Mapping[str, int]) -> dict[str, grain.MapDataset]:
+    """Endless orders of each name's rows, shuffled anew each pass."""
+    return {
+        name: grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
+        for name, _ in spec.targets
     }
-    values["length_penalty"] = np.float32(row.get("length_penalty", 0.0)) * lengths
-    values["frozen_logits"] = np.array(frozen if frozen is not None else [0.0] * rewards, np.float32)
-    values["external"] = np.float32(0.5 if label is None else label)
-    values["weight"] = np.float32(1.0)
-    return prompt, a, b, values
+
+
+def _taken(spec: TrainSpec, rows: Mapping[str, Sequence[Marked]], parts: dict[str, grain.MapDataset], number: int):
+    return {
+        name: [rows[name][int(parts[name][place])] for place in range(number * group.rows, (number + 1) * group.rows)]
+        for name, group in spec.targets
+    }

@@ -1,15 +1,13 @@
-"""What the rows of data files mean: prompts, conversations, pairs of answers. And the run's own JSON files."""
+"""What the rows of data files mean: prompts, conversations, pairs of answers."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scir_jax.config import ColumnsConfig
+from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import sources
 from scir_jax.data.messages import Messages, answer_text, check_messages, hh_messages, prompt_messages
 from scir_jax.data.tally import Tally
@@ -232,44 +230,3 @@ def need(row: dict, key: str, where: str) -> Any:
 def _keys(row: Sequence[str] | dict) -> str:
     names = [repr(name) for name in row]
     return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"
-
-
-# --- the run's own files ----------------------------------------------------------------------------------------------
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Writes a JSONL file whole or not at all."""
-    _write(path, map(line, rows))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    _write(path, [json.dumps(value, indent=1, ensure_ascii=False) + "\n"])
-
-
-def _write(path: Path, texts: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(texts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def line(row: dict) -> str:
-    """One line of a JSONL file. A lone surrogate, which a model's bytes may decode to, is written escaped."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(row, allow_nan=False)
-    return text + "\n"
-
-
-def batched(items: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -1,1 +1,1 @@
-"""What runs on devices: mesh, jitted steps, sampler, checkpoints, metrics."""
+"""What runs on devices: mesh, compiled programs, trainer, sampler, checkpoints."""

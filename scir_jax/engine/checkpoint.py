@@ -10,7 +10,7 @@ import jax
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
-from scir_jax.engine import hosts
+from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
 from scir_jax.model import lora

@@ -1,17 +1,18 @@
 """From rows to log-probabilities and verdicts: the one forward pass that training, scoring and judging share.
 
-Shapes: P pairs, M = 2P rows, T tokens, R response tokens, D width, G templates.
+Shapes: P pairs, M rows, T tokens, R answer tokens, D width, G templates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from scir_jax.data.rows import PairBatch, Rows, Targets, TrainBatch
-from scir_jax.method.objective import Pairs
+from scir_jax.data.batches import PairBatch, Rows, Targets, TrainBatch
+from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
 from scir_jax.model.logprobs import token_logprobs, verdict_logits, verdict_mass
 
@@ -25,33 +26,77 @@ class Judged(NamedTuple):
     mass: Array
 
 
-def response_logps(model: Model, params: Params, rows: Rows, response_tokens: int) -> Array:
-    """log pi(y|x) of each row's scored span, summed over its tokens in float32; rows' leading shape.
+class Outputs(NamedTuple):
+    """What a training step reads off the model.
 
-    The head is applied at response positions only: `response_tokens` bounds every span.
+    Attributes:
+      fresh: readings of the pairs, see method.rewards.Evidence; empty without pairs.
+      sft: supervised part -> (negative log-likelihood in nats, number of tokens), float32 scalars.
     """
+
+    fresh: dict[str, Array]
+    sft: dict[str, tuple[Array, Array]]
+
+
+def _logps(model: Model, params: Params, hidden_MRD: Array, targets_MR: Array, scored_MR: Array) -> Array:
+    logps_MR = token_logprobs(hidden_MRD, model.head(params), targets_MR, **_head(model))
+    return jnp.where(scored_MR, logps_MR, 0).sum(axis=1)
+
+
+SPANS = {"logps": _logps}
+"""Readings of a row's scored span: (model, params, hidden states [M, R, D] before the tokens, the tokens [M, R] int32,
+which of them are scored [M, R] bool) -> [M] float32."""
+
+
+def read_spans(
+    model: Model, params: Params, hidden_MTD: Array, rows: Rows, answer_tokens: int, wanted: Sequence[str]
+) -> dict[str, Array]:
+    """Reads values of each row's scored span.
+
+    The head is applied at answer positions only.
+
+    Args:
+      hidden_MTD: hidden states of `rows`, whose leading axes are flattened to [M].
+      answer_tokens: bound of every span.
+      wanted: keys of SPANS.
+
+    Returns:
+      [M] float32 for each.
+    """
+    offsets_R = jnp.arange(answer_tokens)
+    places_MR = jnp.minimum(rows.start[:, None] + offsets_R, rows.ids.shape[1] - 1)
+    scored_MR = offsets_R < rows.length[:, None]
+    targets_MR = jnp.take_along_axis(rows.ids, places_MR, axis=1)
+    # A token is predicted by the hidden state before it.
+    before_MRD = jnp.take_along_axis(hidden_MTD, jnp.maximum(places_MR - 1, 0)[..., None], axis=1)
+    return {name: SPANS[name](model, params, before_MRD, targets_MR, scored_MR) for name in wanted}
+
+
+def score(
+    model: Model, params: Params, rows: Rows, answer_tokens: int, wanted: Sequence[str] = ("logps",)
+) -> dict[str, Array]:
+    """Computes readings of each row's scored span; "logps" is log pi(y|x) summed over tokens. Rows' leading shape."""
     flat = _flat(rows)
-    logps = _span_logps(model, params, model.hidden(params, flat.ids), flat, response_tokens)
-    return logps.reshape(rows.start.shape)
+    read = read_spans(model, params, model.hidden(params, flat.ids), flat, answer_tokens, wanted)
+    return jax.tree.map(lambda x: x.reshape(rows.start.shape), read)
 
 
-def judge_verdicts(
-    model: Model, params: Params, judges: tuple[Rows, ...], verdict_ids: tuple[tuple[int, int], ...]
+def judge(
+    model: Model,
+    params: Params,
+    judges: Sequence[Rows],
+    verdict_ids: Sequence[tuple[int, int]],
+    key: Array | None = None,
 ) -> Judged:
-    """Verdicts of judge rows [P, 2, T], one element of `judges` a template."""
+    """Reads verdicts off judge rows [P, 2, T], one element of `judges` and of `verdict_ids` for each template.
+
+    Args:
+      key: of the adapters' dropout; None drops nothing.
+    """
     flat = [_flat(rows) for rows in judges]
-    hidden = model.hidden_of(params, [rows.ids for rows in flat])
+    hidden = model.hidden_of(params, [rows.ids for rows in flat], key)
     read = [_verdict(model, params, *one) for one in zip(hidden, flat, verdict_ids, strict=True)]
     return _stack(read, judges[0].start.shape[0])
-
-
-class Outputs(NamedTuple):
-    """Of a training batch: log-probabilities [P, 2] and verdicts of its pairs (None without pairs), and the sums of its
-    supervised parts by name, (negative log-likelihood in nats, number of tokens), float32 scalars."""
-
-    logps: Array | None
-    judged: Judged | None
-    sft: dict[str, tuple[Array, Array]]
 
 
 def outputs(
@@ -59,50 +104,51 @@ def outputs(
     params: Params,
     batch: TrainBatch,
     *,
-    verdict_ids: tuple[tuple[int, int], ...],
-    continued: bool,
-    response_tokens: int,
+    verdict_ids: Sequence[tuple[int, int]] = (),
+    continued: bool = False,
+    answer_tokens: int = 0,
+    wanted: Sequence[str] = (),
     key: Array | None = None,
 ) -> Outputs:
-    """Everything that a training step computes with the model, in one pass over its layers.
+    """Computes everything that a training step reads off the model, in one pass over its layers.
 
     Args:
+      verdict_ids: of the templates that the batch asks.
+      continued: the answers' rows carry the first template's verdict.
+      answer_tokens: bound of every answer.
+      wanted: keys of SPANS to read off the answers.
       key: of the adapters' dropout.
     """
-    supervised = {name: part for name, part in (("ift", batch.ift), ("eft", batch.eft)) if part is not None}
-    pairs = [] if batch.pairs is None else [_flat(rows) for rows in (batch.pairs.responses, *batch.pairs.judges)]
-    ids = [rows.ids for rows in pairs] + [targets.ids for targets in supervised.values()]
+    pairs = [] if batch.pairs is None else [_flat(rows) for rows in (batch.pairs.answers, *batch.pairs.judges)]
+    ids = [rows.ids for rows in pairs] + [targets.ids for targets in batch.targets.values()]
     hidden = model.hidden_of(params, ids, key)
     sft = {
         name: _sft_sums(model, params, hidden_BTD, targets)
-        for hidden_BTD, (name, targets) in zip(hidden[len(pairs) :], supervised.items(), strict=True)
+        for hidden_BTD, (name, targets) in zip(hidden[len(pairs) :], batch.targets.items(), strict=True)
     }
     if batch.pairs is None:
-        return Outputs(None, None, sft)
-    logps = _span_logps(model, params, hidden[0], pairs[0], response_tokens)
-    # A template that continues the conversation is read in the response rows.
-    asked = pairs if continued else pairs[1:]
-    read = [
-        _verdict(model, params, *one)
-        for one in zip(hidden[len(pairs) - len(asked) : len(pairs)], asked, verdict_ids, strict=True)
-    ]
-    count = batch.pairs.responses.start.shape[0]
-    return Outputs(logps.reshape(count, 2), _stack(read, count), sft)
+        return Outputs({}, sft)
+    count = batch.pairs.weight.shape[0]
+    spans = read_spans(model, params, hidden[0], pairs[0], answer_tokens, wanted)
+    fresh = {name: values.reshape(count, 2) for name, values in spans.items()}
+    first = 0 if continued else 1
+    asked = list(zip(hidden[first : len(pairs)], pairs[first:], verdict_ids, strict=True)) if verdict_ids else []
+    if asked:
+        judged = _stack([_verdict(model, params, *one) for one in asked], count)
+        fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
+    return Outputs(fresh, sft)
 
 
-def objective_inputs(batch: PairBatch, logps: Array, judged: Judged) -> Pairs:
-    """The freshly computed and the cached quantities of a batch, as the method takes them."""
-    return Pairs(
-        logps=logps,
-        verdicts=judged.verdicts,
-        verdict_mass=judged.mass,
-        lengths=batch.responses.length,
-        preference_logps=batch.preference_logps,
-        implicit_logps=batch.implicit_logps,
-        start_logps=batch.start_logps,
+def evidence(batch: PairBatch, fresh: dict[str, Array]) -> Evidence:
+    """Puts the freshly computed and the cached quantities of a batch together, as the method takes them."""
+    return Evidence(
+        fresh=fresh,
+        cached=batch.cached,
+        frozen=batch.frozen,
+        lengths=batch.answers.length,
         length_penalty=batch.length_penalty,
-        frozen_logits=batch.frozen_logits,
-        external=batch.external,
+        verdicts=batch.verdicts,
+        label=batch.label,
         weight=batch.weight,
     )
 
@@ -118,17 +164,6 @@ def _flat(rows: Rows) -> Rows:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[rows.start.ndim :]), rows)
 
 
-def _span_logps(model: Model, params: Params, hidden_MTD: Array, rows: Rows, response_tokens: int) -> Array:
-    offsets_R = jnp.arange(response_tokens)
-    places_MR = jnp.minimum(rows.start[:, None] + offsets_R, rows.ids.shape[1] - 1)
-    scored_MR = offsets_R < rows.length[:, None]
-    targets_MR = jnp.take_along_axis(rows.ids, places_MR, axis=1)
-    # A token is predicted by the hidden state before it.
-    before_MRD = jnp.take_along_axis(hidden_MTD, jnp.maximum(places_MR - 1, 0)[..., None], axis=1)
-    logps_MR = token_logprobs(before_MRD, model.head(params), targets_MR, **_head(model))
-    return jnp.where(scored_MR, logps_MR, 0).sum(axis=1)
-
-
 def _verdict(
     model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: tuple[int, int]
 ) -> tuple[Array, Array]:
@@ -142,7 +177,7 @@ def _head(model: Model) -> dict[str, Any]:
     return {"cap": model.arch.final_cap, "layout": model.layout}
 
 
-def _stack(read: list[tuple[Array, Array]], pairs: int) -> Judged:
+def _stack(read: Sequence[tuple[Array, Array]], pairs: int) -> Judged:
     return Judged(
         verdicts=jnp.stack([logits.reshape(pairs, 2, 2) for logits, _ in read], axis=1),
         mass=jnp.stack([mass.reshape(pairs, 2) for _, mass in read], axis=1),

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from scir_jax.config import MeshConfig
+from scir_jax.config.schema import MeshConfig
 from scir_jax.errors import InputError
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.decoder import Model

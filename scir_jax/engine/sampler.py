@@ -1,8 +1,8 @@
-"""Sampling responses: one prefill a prompt, shared by its N responses, then cached decoding.
+"""Sampling responses: one prefill for each prompt, shared by its N responses, then cached decoding.
 
 Every response's randomness is keyed by (seed, iteration, prompt, sample), so that it does not depend on the batch it
 is in. Temperature, top-p and top-k are arrays: changing them compiles nothing.
-Shapes: B prompts, N responses a prompt, M = B N rows, P prompt tokens, R response tokens, V vocabulary.
+Shapes: B prompts, N responses to each prompt, M = B N rows, P prompt tokens, R response tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from scir_jax.data.batches import Prompts, PromptSpec
 from scir_jax.engine import mesh as meshes
 from scir_jax.model.decoder import Cache, Model, Params
 
@@ -52,14 +53,16 @@ class _State(NamedTuple):
 
 
 def sampler(
-    model: Model, mesh: Mesh, *, responses: int, response_tokens: int, stop_ids: tuple[int, ...], pad_id: int
+    model: Model, mesh: Mesh, spec: PromptSpec, *, stop_ids: tuple[int, ...], pad_id: int
 ) -> Callable[..., Samples]:
-    """Jitted (params, ids [B, P], lengths [B], prompt_index [B], key, Sampling) -> Samples.
+    """Makes the jitted (params, Prompts, key, Sampling) -> Samples.
 
-    A negative prompt_index marks a padding row, which stops at once.
+    A prompt with a negative index is padding and stops at once.
     """
+    responses, response_tokens = spec.answers, spec.answer_tokens
 
-    def sample(params: Params, ids_BP, lengths_B, index_B, key, sampling: Sampling) -> Samples:
+    def sample(params: Params, prompts: Prompts, key, sampling: Sampling) -> Samples:
+        ids_BP, lengths_B, index_B = prompts
         # Cast once: decoding would otherwise read and cast the float32 weights for every token.
         params = jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
         hidden_BPD, cache = model.prefill(params, ids_BP, ids_BP.shape[1] + response_tokens)
@@ -111,7 +114,7 @@ def sampler(
     batch, one = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     return jax.jit(
         sample,
-        in_shardings=(meshes.param_shardings(model, mesh), batch, batch, batch, one, one),
+        in_shardings=(meshes.param_shardings(model, mesh), batch, one, one),
         out_shardings=one,
     )
 

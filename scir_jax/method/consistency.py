@@ -7,27 +7,31 @@ formula could not be read, and the kinds below are this project's candidates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from scir_jax.config.schema import ConsistencyConfig
 
 Array = jax.Array
 
 
 def cross_entropy(target_P: Array, logits_P: Array) -> Array:
-    """-[q log p + (1-q) log(1-p)] with q = sigmoid(target), p = sigmoid(logits); [P] nats."""
+    """Computes -[q log p + (1-q) log(1-p)] with q = sigmoid(target), p = sigmoid(logits); [P] nats."""
     q = jax.nn.sigmoid(target_P)
     return -(q * jax.nn.log_sigmoid(logits_P) + (1 - q) * jax.nn.log_sigmoid(-logits_P))
 
 
 def entropy(logits: Array) -> Array:
-    """Entropy of sigmoid(logits), in nats; the shape of `logits`."""
+    """Computes the entropy of sigmoid(logits), in nats; the shape of `logits`."""
     return cross_entropy(logits, logits)
 
 
 def kl(target_P: Array, logits_P: Array) -> Array:
-    """KL(sigmoid(target) || sigmoid(logits)), [P] nats."""
+    """Computes KL(sigmoid(target) || sigmoid(logits)), [P] nats."""
     q = jax.nn.sigmoid(target_P)
     return q * (jax.nn.log_sigmoid(target_P) - jax.nn.log_sigmoid(logits_P)) + (1 - q) * (
         jax.nn.log_sigmoid(-target_P) - jax.nn.log_sigmoid(-logits_P)
@@ -46,17 +50,17 @@ def _mean_over_pairs(function, logits_PR: Array) -> Array:
 
 
 def symmetric_kl(logits_PR: Array) -> Array:
-    """Mean over the pairs of reward models of 1/2 [KL(p_i||p_j) + KL(p_j||p_i)]; 0 where all agree."""
+    """Averages 1/2 [KL(p_i||p_j) + KL(p_j||p_i)] over the pairs of reward models: [P, R] -> [P]; 0 where all agree."""
     return _mean_over_pairs(kl, logits_PR)
 
 
 def symmetric_cross_entropy(logits_PR: Array) -> Array:
-    """Symmetric KL plus the mean entropy, so that confidence is asked for too."""
+    """Adds the mean entropy to the symmetric KL, so that confidence is asked for too: [P, R] -> [P]."""
     return _mean_over_pairs(cross_entropy, logits_PR)
 
 
 def jensen_shannon(logits_PR: Array) -> Array:
-    """1/R sum_r KL(p_r || mean p), from log-probabilities; at most ln 2."""
+    """Computes 1/R sum_r KL(p_r || mean p) from log-probabilities: [P, R] -> [P]; at most ln 2."""
     total = 0.0
     for sign in (1, -1):
         log_p = jax.nn.log_sigmoid(sign * logits_PR)
@@ -66,55 +70,63 @@ def jensen_shannon(logits_PR: Array) -> Array:
 
 
 def agreement(logits_PR: Array) -> Array:
-    """-log [prod_r p_r + prod_r (1 - p_r)]: 0 only where all agree and all are certain."""
+    """Computes -log [prod_r p_r + prod_r (1 - p_r)]: [P, R] -> [P]; 0 only where all agree and all are certain."""
     return -jnp.logaddexp(jax.nn.log_sigmoid(logits_PR).sum(axis=1), jax.nn.log_sigmoid(-logits_PR).sum(axis=1))
 
 
 def pseudo_label(logits_PR: Array, sharpen: float) -> Array:
-    """Mean cross-entropy to sigmoid(mean logit / sharpen), the sharpened consensus, which gets no gradient."""
+    """Averages the cross-entropy to sigmoid(mean logit / sharpen), which gets no gradient: [P, R] -> [P]."""
     target_P = jax.lax.stop_gradient(logits_PR.mean(axis=1) / sharpen)
     return jnp.mean(jax.vmap(cross_entropy, in_axes=(None, 1), out_axes=1)(target_P, logits_PR), axis=1)
 
 
-def penalty(
-    logits_PR: Array,
-    names: tuple[str, ...],
-    *,
-    kind: str,
-    stop_gradient: str = "none",
-    target: str = "mutual",
-    consensus_P: Array | None = None,
-    sharpen: float = 0.5,
-) -> Array:
-    """The consistency penalty of each pair.
+class Kind(NamedTuple):
+    """An entry of KINDS.
+
+    Attributes:
+      mutual: (logits [P, R], settings) -> [P]: the reward models against each other.
+      towards: (target [P], logits [P], settings) -> [P]: one reward model against a frozen target; None: `mutual` of
+        both.
+    """
+
+    mutual: Callable[[Array, ConsistencyConfig], Array]
+    towards: Callable[[Array, Array, ConsistencyConfig], Array] | None = None
+
+
+KINDS = {
+    # One-directional kinds teach towards the target itself.
+    "kl": Kind(lambda logits, _: symmetric_kl(logits), lambda target, logits, _: kl(target, logits)),
+    "js": Kind(lambda logits, _: jensen_shannon(logits)),
+    "cross_entropy": Kind(
+        lambda logits, _: symmetric_cross_entropy(logits), lambda target, logits, _: cross_entropy(target, logits)
+    ),
+    "agreement": Kind(lambda logits, _: agreement(logits)),
+    "pseudo_label": Kind(lambda logits, settings: pseudo_label(logits, settings.sharpen)),
+}
+"""The kinds of penalty by name."""
+
+
+def penalty(logits: dict[str, Array], settings: ConsistencyConfig, consensus_P: Array | None = None) -> Array:
+    """Computes the consistency penalty of each pair.
 
     Args:
-      logits_PR: float32; names: the reward model of each column ("generative" may occur several times).
-      kind: "kl", "js", "cross_entropy", "agreement" or "pseudo_label".
-      stop_gradient: reward models of this name teach and do not learn.
-      target: "mutual", the reward models against each other; "consensus", the mean over reward models of the penalty
-        between each and the frozen consensus.
+      logits: reward model -> [P, C] float32; every column counts as a reward model of its own.
+      settings: with `target` "mutual" the reward models are compared with each other; with "consensus" it is the mean
+        over them of the penalty between each and the frozen consensus. The one that `stop_gradient` names teaches and
+        does not learn.
       consensus_P: logits of the consensus, for target "consensus".
 
     Returns:
       [P] float32, nats.
     """
-    columns = [
-        jax.lax.stop_gradient(logits_PR[:, r]) if name == stop_gradient else logits_PR[:, r]
-        for r, name in enumerate(names)
-    ]
-    kinds = {
-        "kl": symmetric_kl,
-        "js": jensen_shannon,
-        "cross_entropy": symmetric_cross_entropy,
-        "agreement": agreement,
-        "pseudo_label": lambda logits: pseudo_label(logits, sharpen),
+    kind = KINDS[settings.kind]
+    stopped = {
+        name: jax.lax.stop_gradient(values) if name == settings.stop_gradient else values
+        for name, values in logits.items()
     }
-    if target == "mutual":
-        return kinds[kind](jnp.stack(columns, axis=1))
+    logits_PR = jnp.concatenate(list(stopped.values()), axis=1)
+    if settings.target == "mutual":
+        return kind.mutual(logits_PR, settings)
     frozen = jax.lax.stop_gradient(consensus_P)
-    # One-directional kinds teach towards the consensus itself.
-    towards = {"kl": lambda c: kl(frozen, c), "cross_entropy": lambda c: cross_entropy(frozen, c)}.get(
-        kind, lambda c: kinds[kind](jnp.stack([frozen, c], axis=1))
-    )
-    return sum(towards(column) for column in columns) / len(columns)
+    towards = kind.towards or (lambda target, column, s: kind.mutual(jnp.stack([target, column], axis=1), s))
+    return sum(towards(frozen, column, settings) for column in logits_PR.T) / logits_PR.shape[1]

@@ -6,193 +6,194 @@ So accumulation, sharding and padding cannot change the result, and a term with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from scir_jax.config import Config
-from scir_jax.method import consistency, preference, rewards
+from scir_jax.config.schema import Config
+from scir_jax.method import consistency, labels, preference
+from scir_jax.method.labels import LABELS
+from scir_jax.method.pairing import PAIRING
+from scir_jax.method.rewards import REWARDS, Evidence, consensus, reward_logits
+from scir_jax.method.selection import SELECTION
 
 Array = jax.Array
 Sums = dict[str, tuple[Array, Array]]
 
 
-class Pairs(NamedTuple):
-    """What the objective knows of P pairs; float32 but for what is said.
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the configured method must compute and store.
 
     Attributes:
-      logps: [P, 2] log pi(y|x) under the parameters being trained, summed over tokens, nats.
-      verdicts: [P, G, 2, 2] logits of (A, B) for G templates, first or second response shown as A.
-      verdict_mass: [P, G, 2] P(A) + P(B).
-      lengths: [P, 2] int32 tokens.
-      preference_logps, implicit_logps, start_logps: [P, 2] cached, under DPO's reference, the implicit reward's
-        reference, and the policy that the iteration started from.
-      length_penalty: [P, 2] alpha |y|.
-      frozen_logits: [P, R] the reward models' logits at the start of the iteration (zeros where not needed).
-      external: [P] the user's label: probability that the first response is better (1/2 without one).
-      weight: [P] 1, or 0 for padding.
+      fresh: readings of the policy in every step (names in `Evidence.fresh`).
+      rewards: reward models that those readings allow, so that a step shows them.
+      cached: names in `Evidence.cached` that a step takes.
+      frozen: reward models whose logits from the start of the iteration a step takes.
+      start: reward models whose logits are made at the start of the iteration.
+      verdicts: a step takes the judge's single verdicts from the start of the iteration.
+      judged: the judge is asked about every candidate pair at the start of the iteration.
     """
 
-    logps: Array
-    verdicts: Array
-    verdict_mass: Array
-    lengths: Array
-    preference_logps: Array
-    implicit_logps: Array
-    start_logps: Array
-    length_penalty: Array
-    frozen_logits: Array
-    external: Array
-    weight: Array
+    fresh: tuple[str, ...]
+    rewards: tuple[str, ...]
+    cached: tuple[str, ...]
+    frozen: tuple[str, ...]
+    start: tuple[str, ...]
+    verdicts: bool
+    judged: bool
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether the judge is asked in every step."""
+        return "verdicts" in self.fresh
 
 
-def reward_names(config: Config) -> tuple[str, ...]:
-    """The reward model of each column of the logits: one "generative" a template."""
-    names: list[str] = []
-    for name in config.rewards.models:
-        names += ["generative"] * len(config.generative.templates) if name == "generative" else [name]
-    return tuple(names)
+def needs(config: Config) -> Needs:
+    """Derives from the tables what the configured method needs.
+
+    A reward model is computed in every step where the consistency penalty, the selection or the label of that step
+    looks at it. With weight 0, selection `all` and labels that are frozen or given none is, and the judge is not asked.
+    """
+    label, rule, way = (
+        LABELS[config.preference.labels],
+        SELECTION[config.selection.rule],
+        PAIRING[config.pairs.kind],
+    )
+    models = set(config.rewards.models)
+    now: set[str] = set()
+    frozen: set[str] = set()
+    (now if config.preference.update == "dynamic" else frozen).update(label.rewards(config))
+    if rule.rewards:
+        now |= models
+    if config.consistency.weight:
+        now |= models
+        frozen |= models if config.consistency.target == "consensus" else set()
+    readings = {"logps"}.union(*(REWARDS[name].reads for name in now))
+    shown = _ordered(
+        name
+        for name, reward in REWARDS.items()
+        if set(reward.reads) <= readings and (reward.reads or name in now | models)
+    )
+    cached = {"preference_logps"}.union(*(REWARDS[name].cached for name in shown))
+    start = frozen | ({"generative"} if way.judged else set())
+    return Needs(
+        fresh=tuple(sorted(readings)),
+        rewards=shown,
+        cached=tuple(sorted(cached)),
+        frozen=_ordered(frozen),
+        start=_ordered(start),
+        verdicts=rule.verdicts,
+        judged=rule.verdicts or any("verdicts" in REWARDS[name].reads for name in start),
+    )
 
 
-def reward_logits(pairs: Pairs, config: Config) -> tuple[Array, dict[str, Array]]:
-    """The reward models' logits [P, R], and by name the logit of each kind [P] whether it is in the set or not."""
-    judged = jax.vmap(rewards.generative, in_axes=1, out_axes=1)(pairs.verdicts)  # [P, G] each
-    kinds = {
-        "generative": judged["logit"].mean(axis=1),
-        "implicit": rewards.implicit(
-            pairs.logps,
-            pairs.implicit_logps,
-            pairs.lengths,
-            pairs.length_penalty,
-            beta=config.implicit.beta,
-            length=config.implicit.length,
-        ),
-        "likelihood": rewards.likelihood(pairs.start_logps, pairs.lengths, length=config.rewards.likelihood_length),
-    }
-    columns = []
-    for name in config.rewards.models:
-        columns += list(judged["logit"].T) if name == "generative" else [kinds[name]]
-    return jnp.stack(columns, axis=1), {**kinds, "slot_bias": judged["slot_bias"], "flip": judged["flip"]}
+def _ordered(names) -> tuple[str, ...]:
+    wanted = set(names)
+    return tuple(name for name in REWARDS if name in wanted)
 
 
-def consensus_logits(logits_PR: Array, config: Config) -> Array:
-    """The consensus's logit [P]; the templates of the judge share its weight."""
-    names = reward_names(config)
-    weight = {name: getattr(config.rewards, f"{name}_weight") / names.count(name) for name in names}
-    return rewards.consensus(logits_PR, tuple(weight[name] for name in names))
+def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array]]:
+    """Computes the preference and consistency terms of a batch with its metrics, and what was decided for each pair.
 
-
-def objective(pairs: Pairs, config: Config) -> tuple[Sums, dict[str, Array]]:
-    """The preference and consistency terms of a batch with its metrics, and what was decided for each pair.
+    Args:
+      evidence: with everything that `needs(config)` names.
 
     Returns:
-      sums: name -> (sum, count); "preference" and "consistency" are the terms of the loss.
-      decisions: [P] (or [P, G]) p_generative, p_implicit, agreed, selected, label.
+      sums: name -> (sum, count), float32 scalars; "preference" and "consistency" are terms of the loss.
+      decisions: [P] (or [P, C]) p_REWARD of each reward model, agreed, selected, label, and the pair's weight in the
+        preference term.
     """
     settings = config.preference
-    pairs = _blank(pairs)
-    logits, kinds = reward_logits(pairs, config)
-    stopped = jax.lax.stop_gradient(logits)
-    agreed = preference.agreed(stopped, config.selection.confidence)
-    if settings.labels in ("external", "cream"):
-        label = pairs.external
-    else:
-        chosen_by = _label_logits(pairs, stopped, jax.tree.map(jax.lax.stop_gradient, kinds), config)
-        label = preference.label(chosen_by, soft=settings.soft)
-    # A pair without a preference (q = 1/2: identical responses, say) teaches DPO nothing but regression to the start.
-    decided = jnp.abs(label - 0.5) > 0
-    selected = (agreed & decided) if config.selection.rule == "agreement" else decided
-    chosen_weight = pairs.weight * selected
+    wanted = needs(config)
+    evidence = _blank(evidence)
+    logits = reward_logits(evidence, config, wanted.rewards)
+    stopped = jax.tree.map(jax.lax.stop_gradient, logits)
+    models = tuple(config.rewards.models)
+    together = _columns(stopped, models) if set(models) <= set(logits) else None
 
-    margin = preference.margin(
-        pairs.logps, pairs.preference_logps, pairs.lengths, length_normalised=settings.length_normalised
-    )
-    losses = preference.loss(
-        margin, label, kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing
-    )
-    penalties = consistency.penalty(
-        logits,
-        reward_names(config),
-        kind=config.consistency.kind,
-        stop_gradient=config.consistency.stop_gradient,
-        target=config.consistency.target,
-        consensus_P=consensus_logits(pairs.frozen_logits, config),
-        sharpen=config.consistency.sharpen,
-    )
+    label = LABELS[settings.labels]
+    if label.logit is None:
+        q = evidence.label
+    else:
+        source = stopped if settings.update == "dynamic" else evidence.frozen
+        q = labels.probability(
+            label.logit({name: source[name] for name in label.rewards(config)}, config), soft=settings.soft
+        )
+    # A pair without a preference (q = 1/2: identical answers, say) teaches DPO nothing but regression to the start.
+    chosen = SELECTION[config.selection.rule].weight(together, evidence, config.selection) * (jnp.abs(q - 0.5) > 0)
+    chosen_weight = evidence.weight * jax.lax.stop_gradient(chosen)
+
+    logps, reference = evidence.fresh["logps"], evidence.cached["preference_logps"]
+    margin = preference.margin(logps, reference, evidence.lengths, length_normalised=settings.length_normalised)
+    losses = preference.loss(margin, q, kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing)
 
     def mean(values: Array, weight: Array) -> tuple[Array, Array]:
         return (values * weight).sum(), weight.sum()
 
-    first = label >= 0.5
-    rewards_P2 = settings.beta * jax.lax.stop_gradient(pairs.logps - pairs.preference_logps)
-    sums = {
-        "preference": mean(losses, chosen_weight),
-        "consistency": mean(penalties, pairs.weight),
-        "agreement": mean(agreed.astype(jnp.float32), pairs.weight),
-        "selected": mean(selected.astype(jnp.float32), pairs.weight),
-        "generative/slot_bias": mean(kinds["slot_bias"].mean(axis=1), pairs.weight),
-        "generative/flip_rate": mean(kinds["flip"].mean(axis=1), pairs.weight),
-        "generative/verdict_mass": mean(pairs.verdict_mass.mean(axis=(1, 2)), pairs.weight),
-        "generative/entropy": mean(consistency.entropy(kinds["generative"]), pairs.weight),
-        "implicit/entropy": mean(consistency.entropy(kinds["implicit"]), pairs.weight),
-        **{
-            f"{name}/{side}": mean(jnp.where(first == wanted, values[:, 0], values[:, 1]), chosen_weight)
-            for name, values in (("rewards", rewards_P2), ("logps", pairs.logps))
-            for side, wanted in (("chosen", True), ("rejected", False))
-        },
-        "rewards/margins": mean(jnp.where(first, 1, -1) * (rewards_P2[:, 0] - rewards_P2[:, 1]), chosen_weight),
-        "rewards/accuracies": mean(
-            (jnp.where(first, 1, -1) * (rewards_P2[:, 0] - rewards_P2[:, 1]) > 0).astype(jnp.float32), chosen_weight
-        ),
+    sums = {"preference": mean(losses, chosen_weight)}
+    if set(models) <= set(logits):
+        target = None
+        if config.consistency.target == "consensus" and config.consistency.weight:
+            target = consensus({name: evidence.frozen[name] for name in models}, config.rewards.weights)
+        if target is not None or config.consistency.target == "mutual":
+            penalties = consistency.penalty({name: logits[name] for name in models}, config.consistency, target)
+            sums["consistency"] = mean(penalties, evidence.weight)
+        sums["agreement"] = mean(_agreed(together, config), evidence.weight)
+    sums["selected"] = mean((chosen > 0).astype(jnp.float32), evidence.weight)
+    for name, values in logits.items():
+        health = REWARDS[name].health
+        found = {} if health is None else health(evidence)
+        found["entropy"] = consistency.entropy(values.mean(axis=1))
+        sums |= {f"{name}/{key}": mean(value, evidence.weight) for key, value in found.items()}
+
+    first = q >= 0.5
+    rewards_P2 = settings.beta * jax.lax.stop_gradient(logps - reference)
+    ahead = jnp.where(first, 1, -1) * (rewards_P2[:, 0] - rewards_P2[:, 1])
+    sums |= {
+        f"{name}/{side}": mean(jnp.where(first == wanted_side, values[:, 0], values[:, 1]), chosen_weight)
+        for name, values in (("rewards", rewards_P2), ("logps", logps))
+        for side, wanted_side in (("chosen", True), ("rejected", False))
     }
+    sums["rewards/margins"] = mean(ahead, chosen_weight)
+    sums["rewards/accuracies"] = mean((ahead > 0).astype(jnp.float32), chosen_weight)
+
     decisions = {
-        "p_generative": jax.nn.sigmoid(rewards_by_template(pairs)),
-        "p_implicit": jax.nn.sigmoid(kinds["implicit"]),
-        "agreed": agreed,
-        "selected": selected & (pairs.weight > 0),
-        "label": label,
+        f"p_{name}": jax.nn.sigmoid(values if REWARDS[name].columns else values[:, 0])
+        for name, values in logits.items()
     }
+    if together is not None:
+        decisions["agreed"] = _agreed(together, config) > 0
+    decisions |= {"selected": chosen_weight > 0, "label": q, "weight": chosen_weight}
     return sums, jax.tree.map(jax.lax.stop_gradient, decisions)
 
 
-def rewards_by_template(pairs: Pairs) -> Array:
-    """The generative reward model's logits [P, G], one column a template."""
-    return jax.vmap(rewards.generative, in_axes=1, out_axes=1)(pairs.verdicts)["logit"]
-
-
-def _blank(pairs: Pairs) -> Pairs:
-    """Zeros in place of what padded pairs hold, which may be anything: masked later, 0 * NaN would be a gradient."""
-
-    def blank(values: Array) -> Array:
-        real = pairs.weight > 0
-        return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.zeros_like(values))
-
-    return jax.tree.map(blank, pairs)
-
-
-def _label_logits(pairs: Pairs, logits: Array, kinds: dict[str, Array], config: Config) -> Array:
-    """The logit that labels a pair, [P]: made anew from the parameters, or frozen at the iteration's start."""
-    labels = config.preference.labels
-    if labels == "consensus":
-        return consensus_logits(pairs.frozen_logits if config.preference.update == "frozen" else logits, config)
-    if labels == "likelihood":
-        return kinds["likelihood"]  # frozen by definition
-    if config.preference.update == "frozen":
-        logits = pairs.frozen_logits
-        names = reward_names(config)
-        columns = [r for r, name in enumerate(names) if labels in ("agreement", name)]
-        return logits[:, jnp.asarray(columns)].mean(axis=1)
-    return logits.mean(axis=1) if labels == "agreement" else kinds[labels]
-
-
 def total(sums: Sums, config: Config, sft_terms: tuple[str, ...] = ()) -> Array:
-    """The loss: each term's sum over its count, weighted; scalar float32."""
+    """Returns the loss: each term's sum over its count, weighted; scalar float32."""
     weights = {"preference": config.preference.weight, "consistency": config.consistency.weight}
     weights |= dict.fromkeys(sft_terms, config.replay.weight)
     return sum(weight * divide(*sums[name]) for name, weight in weights.items() if weight)
 
 
 def divide(sum_: Array, count: Array) -> Array:
-    """sum / count, and 0 (with zero gradient) for a count of 0."""
+    """Returns sum / count, and 0 (with zero gradient) for a count of 0."""
     return jnp.where(count > 0, sum_ / jnp.maximum(count, 1e-9), 0.0)
+
+
+def _agreed(logits_PR: Array, config: Config) -> Array:
+    return SELECTION["agreement"].weight(logits_PR, None, config.selection)
+
+
+def _columns(logits: dict[str, Array], models: tuple[str, ...]) -> Array:
+    return jnp.concatenate([logits[name] for name in models], axis=1)
+
+
+def _blank(evidence: Evidence) -> Evidence:
+    """Zeros in place of what padded pairs hold, which may be anything: masked later, 0 * NaN would be a gradient."""
+
+    def blank(values: Array) -> Array:
+        real = evidence.weight > 0
+        return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.zeros_like(values))
+
+    return jax.tree.map(blank, evidence)

@@ -1,22 +1,72 @@
-"""Internal reward models: each turns log-probabilities or verdict logits into one logit a pair."""
+"""Internal reward models: each turns what is known of a pair into a logit that the first answer is better."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scir_jax.config.schema import Config
+
 Array = jax.Array
 
 
-def generative(verdicts_P22: Array) -> dict[str, Array]:
-    """The generative reward model: the policy's verdict, read in both orders.
+class Evidence(NamedTuple):
+    """What is known of P pairs; float32 but for what is said.
+
+    Attributes:
+      fresh: readings under the parameters being trained: "logps" [P, 2] log pi(y|x), summed over tokens, nats;
+        "verdicts" [P, G, 2, 2] logits of (A, B) with the first or the second answer shown as A; "verdict_mass"
+        [P, G, 2] P(A) + P(B).
+      cached: ROLE_READING -> [P, 2] under another model: "preference_logps" under DPO's reference, "implicit_logps"
+        under the implicit reward's, "start_logps" under the policy that the iteration started from.
+      frozen: reward model -> [P, C] its logits at the start of the iteration.
+      lengths: [P, 2] tokens of the answers, int32.
+      length_penalty: [P, 2] alpha |y|.
+      verdicts: [P, S] the judge's single verdicts at the start of the iteration, logits in favour of the first answer.
+      label: [P] the given probability that the first answer is better (1/2 without one).
+      weight: [P] of the pair in every term; 0 for padding.
+    """
+
+    fresh: dict[str, Array]
+    cached: dict[str, Array]
+    frozen: dict[str, Array]
+    lengths: Array
+    length_penalty: Array
+    verdicts: Array
+    label: Array
+    weight: Array
+
+
+class Reward(NamedTuple):
+    """An entry of REWARDS.
+
+    Attributes:
+      logits: (evidence, config) -> [P, C] float32.
+      reads: names in `Evidence.fresh` that it needs; without any it is frozen by definition.
+      cached: names in `Evidence.cached` that it needs.
+      columns: config -> C, where that is not 1.
+      health: evidence -> values [P] by name that are worth watching.
+    """
+
+    logits: Callable[[Evidence, Config], Array]
+    reads: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    columns: Callable[[Config], int] | None = None
+    health: Callable[[Evidence], dict[str, Array]] | None = None
+
+
+def verdict_logits(verdicts_P22: Array) -> dict[str, Array]:
+    """Reads the generative reward model's logit off the policy's verdicts in both orders.
 
     z(y1, y2) = logit(A) - logit(B) with y1 shown as A. The logit 1/2 [z(y1, y2) - z(y2, y1)] is free of any additive
     preference for a slot, 0 for y1 = y2, and changes its sign when the pair is swapped.
 
     Args:
-      verdicts_P22: float32, logits of (A, B) [..., 2] with the first (index 0 of axis 1) or second response as A.
+      verdicts_P22: float32, logits of (A, B) [..., 2] with the first (index 0 of axis 1) or second answer as A.
 
     Returns:
       [P] each: `logit`; `slot_bias` 1/2 [z(y1, y2) + z(y2, y1)] in nats; `flip` 1 where both orders name the same
@@ -31,8 +81,19 @@ def generative(verdicts_P22: Array) -> dict[str, Array]:
     }
 
 
+def judged(verdicts_PG22: Array) -> dict[str, Array]:
+    """Returns `verdict_logits` of every template, [P, G] each."""
+    return jax.vmap(verdict_logits, in_axes=1, out_axes=1)(verdicts_PG22)
+
+
+def single_verdicts(verdicts_PG22: np.ndarray) -> np.ndarray:
+    """Returns every single verdict as a logit in favour of the first answer, [P, 2 G]: z(y1, y2) and -z(y2, y1)."""
+    z_PG2 = verdicts_PG22[..., 0] - verdicts_PG22[..., 1]
+    return (z_PG2 * np.array([1, -1], z_PG2.dtype)).reshape(len(z_PG2), -1)
+
+
 def log_ratio(logps: Array, reference_logps: Array, lengths: Array, *, per_token: bool) -> Array:
-    """log pi(y|x) - log pi_ref(y|x), in nats (or nats a token); an empty response's is 0. Shapes alike, float32."""
+    """Returns log pi(y|x) - log pi_ref(y|x) in nats (or nats per token); 0 for an empty answer. Shapes alike, float32."""
     difference = logps - reference_logps
     return difference / jnp.maximum(lengths, 1) if per_token else difference
 
@@ -40,9 +101,13 @@ def log_ratio(logps: Array, reference_logps: Array, lengths: Array, *, per_token
 def implicit(
     logps_P2: Array, reference_logps_P2: Array, lengths_P2: Array, penalty_P2: Array, *, beta: float, length: str
 ) -> Array:
-    """The implicit reward model's logit r(y1) - r(y2), r(y) = beta log(pi / pi_ref) (DPO, arXiv 2305.18290, eq. 5).
+    """Computes the implicit reward model's logit r(y1) - r(y2), r(y) = beta log(pi / pi_ref).
+
+    Source: DPO, arXiv 2305.18290, eq. 5.
 
     Args:
+      logps_P2, reference_logps_P2: log pi(y|x) and log pi_ref(y|x), nats, float32.
+      lengths_P2: tokens.
       penalty_P2: alpha |y|, subtracted from r where `length` is "penalty" (DICE, arXiv 2406.09760).
       length: "none"; "mean", the log-ratio per token; "penalty".
 
@@ -56,13 +121,14 @@ def implicit(
 
 
 def likelihood(start_logps_P2: Array, lengths_P2: Array, *, length: str) -> Array:
-    """The likelihood reward model's logit: log pi_t(y1|x) - log pi_t(y2|x) of the iteration's start, frozen.
+    """Computes the likelihood reward model's logit log pi_t(y1|x) - log pi_t(y2|x), without gradient.
 
     Args:
+      start_logps_P2: under the policy that the iteration started from, nats, float32.
       length: "none" or "mean" (per token).
 
     Returns:
-      [P] float32, without gradient.
+      [P] float32.
     """
     reward_P2 = jax.lax.stop_gradient(start_logps_P2)
     if length == "mean":
@@ -70,31 +136,73 @@ def likelihood(start_logps_P2: Array, lengths_P2: Array, *, length: str) -> Arra
     return reward_P2[:, 0] - reward_P2[:, 1]
 
 
-def consensus(logits_PR: Array, weights_R: tuple[float, ...]) -> Array:
-    """The weighted sum of the reward models' logits, [P]: sigmoid of it is the soft consensus."""
-    return logits_PR @ jnp.asarray(weights_R, logits_PR.dtype)
+def _generative(evidence: Evidence, config: Config) -> Array:
+    return judged(evidence.fresh["verdicts"])["logit"]
 
 
-def rank_agreement(first: list[np.ndarray], second: list[np.ndarray]) -> float:
-    """C = mean over prompts of (tau + 1) / 2, tau Kendall's correlation of two rewards of a prompt's N responses.
+def _judges_health(evidence: Evidence) -> dict[str, Array]:
+    found = judged(evidence.fresh["verdicts"])
+    return {
+        "slot_bias": found["slot_bias"].mean(axis=1),
+        "flip_rate": found["flip"].mean(axis=1),
+        "verdict_mass": evidence.fresh["verdict_mass"].mean(axis=(1, 2)),
+    }
 
-    CREAM (arXiv 2410.12735, section 4). 1 where two models rank all responses alike, 1/2 by chance.
+
+def _implicit(evidence: Evidence, config: Config) -> Array:
+    settings = config.implicit
+    return implicit(
+        evidence.fresh["logps"],
+        evidence.cached["implicit_logps"],
+        evidence.lengths,
+        evidence.length_penalty,
+        beta=settings.beta,
+        length=settings.length,
+    )[:, None]
+
+
+def _likelihood(evidence: Evidence, config: Config) -> Array:
+    length = config.rewards.likelihood_length
+    return likelihood(evidence.cached["start_logps"], evidence.lengths, length=length)[:, None]
+
+
+REWARDS = {
+    "generative": Reward(
+        _generative,
+        reads=("verdicts", "verdict_mass"),
+        columns=lambda config: len(config.generative.templates),
+        health=_judges_health,
+    ),
+    "implicit": Reward(_implicit, reads=("logps",), cached=("implicit_logps",)),
+    "likelihood": Reward(_likelihood, cached=("start_logps",)),
+}
+"""The internal reward models by name."""
+
+
+def columns(name: str, config: Config) -> int:
+    """Returns C, the number of logits that a reward model gives to a pair."""
+    count = REWARDS[name].columns
+    return 1 if count is None else count(config)
+
+
+def reward_logits(evidence: Evidence, config: Config, names: Iterable[str]) -> dict[str, Array]:
+    """Computes the logits of reward models by name, [P, C] float32 each."""
+    return {name: REWARDS[name].logits(evidence, config) for name in names}
+
+
+def consensus(logits: dict[str, Array], weights: dict[str, float]) -> Array:
+    """Returns the consensus's logit [P]: the weighted sum of the reward models' mean logits, absent weights 0.
 
     Args:
-      first, second: a prompt each, [N] rewards; prompts with fewer than two responses say nothing.
+      logits: reward model -> [P, C].
     """
-    agreement = []
-    for x, y in zip(first, second, strict=True):
-        i, j = np.triu_indices(len(x), 1)
-        if len(i):
-            agreement.append((np.mean(np.sign((x[i] - x[j]) * (y[i] - y[j]))) + 1) / 2)
-    return float(np.mean(agreement)) if agreement else 0.5
+    return sum(weights.get(name, 0.0) * values.mean(axis=1) for name, values in logits.items())
 
 
 def fit_length_penalty(rewards: np.ndarray, lengths: np.ndarray) -> float:
-    """alpha for which the responses that r - alpha |y| prefers are, on average, no longer than the others.
+    """Finds the alpha for which the answers that r - alpha |y| prefers are, on average, no longer than the others.
 
-    DICE (arXiv 2406.09760, section 4.1). The mean length gap of the preferred responses falls stepwise as alpha
+    Source: DICE, arXiv 2406.09760, section 4.1. The mean length gap of the preferred answers falls stepwise as alpha
     grows; it changes only where a pair's preference flips, at alpha = (r1 - r2) / (|y1| - |y2|). The gaps between
     these points are searched exhaustively.
 
@@ -102,7 +210,7 @@ def fit_length_penalty(rewards: np.ndarray, lengths: np.ndarray) -> float:
       rewards: [P, 2] implicit rewards; lengths: [P, 2] tokens.
 
     Returns:
-      the alpha >= 0 with the smallest absolute mean gap, the smallest such; 0.0 without pairs of different lengths.
+      The alpha >= 0 with the smallest absolute mean gap, the smallest such; 0.0 without pairs of different lengths.
     """
     reward_gap = (rewards[:, 0] - rewards[:, 1]).astype(np.float64)
     length_gap = (lengths[:, 0] - lengths[:, 1]).astype(np.float64)

@@ -92,21 +92,6 @@ class Architecture:
         """The different layers."""
         return tuple(dict.fromkeys(self.layers))
 
-    @classmethod
-    def from_hf_config(cls, config: dict[str, Any], where: str) -> Architecture:
-        """The architecture that a parsed config.json describes, in its old or new spelling.
-
-        Args:
-          config: the parsed JSON object.
-          where: the file it came from, for messages.
-
-        Raises:
-          InputError: for a model, a setting or a value that this decoder does not compute.
-        """
-        from scir_jax.model import families
-
-        return families.read(config, where)
-
     def linear_axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Sizes of the output and of the input axes of each of LINEARS."""
         width, inner = (self.hidden_size,), (self.intermediate_size,)

@@ -76,8 +76,15 @@ def attention(
     tokens = q_BTHd.shape[1]
     if window is not None and window >= tokens:
         window = None
-    if implementation == "auto":
-        implementation = _choice(q_BTHd, cap, segments_BT is not None, backend)
+    implementation = chosen(
+        implementation,
+        backend,
+        q_BTHd.dtype,
+        tokens=tokens,
+        head_dim=q_BTHd.shape[-1],
+        cap=cap,
+        segmented=segments_BT is not None,
+    )
     if implementation == "splash":
         return splash(
             q_BTHd,
@@ -145,12 +152,28 @@ def refusal(implementation: str, backend: str, dtype, cap: float | None) -> str 
     return None
 
 
-def _choice(q_BTHd: jax.Array, cap: float | None, segmented: bool, backend: str) -> str:
-    """The implementation that "auto" stands for."""
-    tokens, _, head_dim = q_BTHd.shape[1:]
-    if backend == "gpu" and not refusal("cudnn", backend, q_BTHd.dtype, cap):
+def chosen(
+    implementation: str,
+    backend: str,
+    dtype,
+    *,
+    tokens: int,
+    head_dim: int,
+    cap: float | None = None,
+    segmented: bool = False,
+) -> str:
+    """Returns the implementation that computes rows of `tokens`: "xla", "cudnn" or "splash".
+
+    Args:
+      implementation: what is asked for; "auto" is decided here.
+      backend, dtype, cap: as in `refusal`.
+      segmented: rows hold several segments.
+    """
+    if implementation != "auto":
+        return implementation
+    if backend == "gpu" and not refusal("cudnn", backend, dtype, cap):
         return "cudnn" if not segmented and head_dim % 8 == 0 and head_dim <= 128 else "xla"
-    if backend == "tpu" and not refusal("splash", backend, q_BTHd.dtype, cap):
+    if backend == "tpu" and not refusal("splash", backend, dtype, cap):
         return "splash" if tokens >= SPLASH_TOKENS else "xla"
     return "xla"
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from scir_jax.config import Config
-from scir_jax.loop import console
+from scir_jax.config.schema import Config
+from scir_jax.run import console
 from scir_jax.planning import machine
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage, survey
@@ -16,7 +16,7 @@ MOST = 4096
 SECANTS = 6
 """compilations after which the search halves its interval: memory was no line"""
 KEYS = {
-    "optimise.batch_size": ("SCIR step",),
+    "optimise.batch_size": ("optimise",),
     "sample.batch_size": ("sample",),
     "evaluate.batch_size": ("score", "judge"),
 }
@@ -25,7 +25,7 @@ KEYS = {
 class Largest(NamedTuple):
     """Of one key: the configured batch, the largest that fits (0: none), and what it was compared with.
 
-    `total` is what the largest one needs, bytes a device; `next` the smallest batch that was seen not to fit, 0 where
+    `total` is what the largest one needs, bytes per device; `next` the smallest batch that was seen not to fit, 0 where
     the search ended at MOST.
     """
 
@@ -38,15 +38,15 @@ class Largest(NamedTuple):
 
 def largest(config: Config, target: Machine) -> Iterator[Largest]:
     """One after the other, each key alone, all else as configured."""
-    for key, names in KEYS.items():
+    for key, kinds in KEYS.items():
         section, field = key.split(".")
         configured = getattr(getattr(config, section), field)
 
-        def need(size: int, section=section, field=field, names=names) -> list[Stage]:
+        def need(size: int, section=section, field=field, kinds=kinds) -> list[Stage]:
             values = dataclasses.replace(getattr(config, section), **{field: size})
             run = machine.plan(dataclasses.replace(config, **{section: values}), target)
             with console.stage(f"{section}.{field} {size}", 1) as bar:
-                return survey(run, target.limit, bar.advance, lambda name: name.startswith(names))
+                return survey(run, target.limit, bar.advance, lambda program: program.stage in kinds)
 
         unit = units(config, target, key)
         found, total, above = _search(need, configured, unit)
@@ -56,7 +56,7 @@ def largest(config: Config, target: Machine) -> Iterator[Largest]:
 def units(config: Config, target: Machine, key: str) -> int:
     """What a batch must be a multiple of."""
     mesh = machine.make_mesh(config.mesh, target.devices)
-    micro = config.optimizer.accumulate if key.startswith("optimise.") else 1
+    micro = config.training.accumulate if key.startswith("optimise.") else 1
     return mesh.shape["data"] * mesh.shape["fsdp"] * micro
 
 

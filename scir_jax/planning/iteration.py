@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from scir_jax.config import Config
+from scir_jax.config.schema import Config
 from scir_jax.data.files import read_rows
-from scir_jax.engine.chips import Chip
+from scir_jax.engine.cost.chips import Chip
+from scir_jax.engine.programs import sample_name
 from scir_jax.errors import InputError
-from scir_jax.loop.pairing import needs_frozen
+from scir_jax.method.objective import needs
+from scir_jax.method.pairing import PAIRING
+from scir_jax.run.models import roles
 from scir_jax.planning.stages import Stage
 
 PROMPTS = 1000
@@ -22,12 +25,14 @@ class Cost:
     """Of one stage of an iteration.
 
     Attributes:
-      program: that is called.
+      kind: the stage of the program that is called.
+      program: its name.
       calls: how often.
       least: seconds at the least, all calls.
     """
 
     stage: str
+    kind: str
     program: str
     calls: int
     least: float
@@ -47,32 +52,34 @@ def prompts_of(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
-    """(stage, program, calls) of an iteration. Evaluation, which depends on the held-out files, is left out."""
-    responses, size = config.sample.responses, config.evaluate.batch_size
-    every = responses * (responses - 1) // 2
-    chosen = min(config.pairs.per_prompt, every)
-    pairs = prompts * {"all": every, "random": chosen, "best_worst": min(chosen, responses - 1)}[config.pairs.kind]
-    judged = pairs if config.pairs.kind != "best_worst" else prompts * every
-    # M_t, and the models that rewards and preferences refer to: in later iterations all are different.
-    kinds = {"start", {"previous": "before"}.get(config.implicit.reference, config.implicit.reference)}
-    kinds.add(config.preference.reference)
-    if config.preference.labels == "cream":
-        kinds.add("before")
+    """Counts (stage, stage of the program, calls) of an iteration; evaluation depends on the held-out files.
+
+    Args:
+      prompts: of the iteration.
+    """
+    responses, way = config.sample.responses, PAIRING[config.pairs.kind]
+    pairs = prompts * way.count(responses, config)
+    candidates = prompts * PAIRING["all"].count(responses, config) if way.choose else pairs
+    # In later iterations the models in different roles are different ones.
+    numbers = roles(config, iteration=3)
+    models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
+    size = 2 * config.evaluate.batch_size
     found = [
-        ("sample", f"sample {responses} a prompt", math.ceil(prompts / config.sample.batch_size)),
-        ("references", "score responses", len(kinds) * math.ceil(prompts * responses / (2 * size))),
-        ("optimise", "SCIR step", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
+        ("sample", "sample", math.ceil(prompts / config.sample.batch_size)),
+        ("score", "score", len(models) * math.ceil(prompts * responses / size)),
+        ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
-    if needs_frozen(config):
-        found.insert(2, ("references", "judge pairs", math.ceil(judged / size)))
+    if needs(config).judged:
+        found.insert(2, ("score", "judge", math.ceil(candidates / config.evaluate.batch_size)))
     return found[1:] if config.data.pairs else found
 
 
 def costs(config: Config, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int) -> list[Cost]:
     """The cost of every stage of an iteration whose program fits."""
-    by_name = {stage.name: stage for stage in stages if stage.fits}
+    sampler = sample_name(config.sample.responses)
+    fitting = {stage.kind: stage for stage in stages if stage.fits and (stage.kind != "sample" or stage.name == sampler)}
     return [
-        Cost(stage, name, count, count * max(by_name[name].least(chip, devices).values()))
-        for stage, name, count in calls(config, prompts)
-        if name in by_name
+        Cost(stage, kind, fitting[kind].name, count, count * max(fitting[kind].least(chip, devices).values()))
+        for stage, kind, count in calls(config, prompts)
+        if kind in fitting
     ]

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import jax
 
-from scir_jax.config import Config
-from scir_jax.engine import memory
-from scir_jax.engine.chips import Chip, of_device
+from scir_jax.config.checks import resolve
+from scir_jax.config.schema import Config
+from scir_jax.engine.cost import memory
+from scir_jax.engine.cost.chips import Chip, of_device
 from scir_jax.engine.mesh import make_mesh
+from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.loop.session import resolve
-from scir_jax.model.architecture import Architecture
+from scir_jax.model import families
 from scir_jax.planning.architectures import architecture
-from scir_jax.planning.limits import Planned
+from scir_jax.planning.limits import planned
 from scir_jax.planning.topology import topology
 
 
@@ -41,7 +42,7 @@ class Machine:
 
 
 def describe(name: str | None) -> Machine:
-    """The slice of a name, or what is here. InputError where there is no such slice, or no compiler for it."""
+    """Describes the slice of a name, or what is here. InputError where there is no such slice, or no compiler for it."""
     if name is not None:
         found = topology(name)
         return Machine(found.name, found.devices, found.chip, found.chip.usable, found.hosts)
@@ -50,8 +51,8 @@ def describe(name: str | None) -> Machine:
     return Machine(f"{len(devices)} x {kind}", devices, of_device(kind), memory.limit(), jax.process_count())
 
 
-def plan(config: Config, machine: Machine) -> Planned:
-    """The configuration's programs for the machine. InputError where they cannot be made."""
+def plan(config: Config, machine: Machine) -> Programs:
+    """Makes the configuration's programs for the machine. InputError where they cannot be made."""
     config = resolve(config)
     if config.world.directory and not Path(config.model.path, "config.json").is_file():
         raise InputError(
@@ -59,5 +60,5 @@ def plan(config: Config, machine: Machine) -> Planned:
             "or set model.path to the model to plan for and world.directory to null"
         )
     hf_config, where = architecture(config.model.path)
-    arch = Architecture.from_hf_config(hf_config, where)
-    return Planned(config, arch, make_mesh(config.mesh, machine.devices))
+    arch = families.read(hf_config, where)
+    return planned(config, arch, make_mesh(config.mesh, machine.devices))

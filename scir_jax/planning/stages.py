@@ -9,15 +9,12 @@ from collections.abc import Callable
 
 import jax
 
-from scir_jax.engine import flops, memory
-from scir_jax.engine.chips import Chip
-from scir_jax.engine.flops import Flops
-from scir_jax.engine.memory import Memory
-from scir_jax.engine.mesh import batch_shards
-from scir_jax.loop.programs import Program, compile_program, programs
-from scir_jax.model.attention import backend_of
+from scir_jax.engine.cost import memory
+from scir_jax.engine.cost.chips import Chip
+from scir_jax.engine.cost.flops import Flops
+from scir_jax.engine.cost.memory import Memory
+from scir_jax.engine.programs import Program, Programs
 from scir_jax.planning.collectives import Collective, collectives
-from scir_jax.planning.limits import Planned
 
 SKIPPED = "not compiled, since another one does not fit"
 
@@ -27,7 +24,8 @@ class Stage:
     """One program on a mesh.
 
     Attributes:
-      memory: bytes a device; without what the compiler would add where `reason` says why there is no program.
+      name, kind: the program's name and stage.
+      memory: bytes per device; without what the compiler would add where `reason` says why there is no program.
       flops: of one call, over all devices.
       streamed: bytes that each device reads from its memory in one call at the least; counted for samplers only.
       collectives: of one device in one call.
@@ -36,6 +34,7 @@ class Stage:
     """
 
     name: str
+    kind: str
     memory: Memory
     limit: int
     flops: Flops
@@ -57,43 +56,42 @@ class Stage:
         }
 
 
-def survey(run: Planned, limit: int, advance: Callable[[str], None], only: Callable[[str], bool] | None = None):
+def survey(
+    run: Programs, limit: int, advance: Callable[[str], None], only: Callable[[Program], bool] | None = None
+) -> list[Stage]:
     """Compiles a run's programs, unless the weights of one alone do not fit.
 
     Args:
       limit: bytes that a program may use on a device.
       advance: is told each program's name before it is compiled.
-      only: says of a name whether its program is wanted.
-
-    Returns:
-      [Stage].
+      only: says whether a program is wanted.
     """
-    found = [program for program in programs(run) if only is None or only(program.name)]
+    found = [program for program in run.all() if only is None or only(program)]
     # A run needs all of them: where one is too large for certain, the others need not be compiled to know it.
     hopeless = any(program.known.total > limit for program in found)
     stages = []
     for program in found:
         advance(program.name)
-        stages.append(_stage(run, program, limit, run.flops[program.name], hopeless))
+        stages.append(_stage(run, program, limit, hopeless))
     return stages
 
 
-def _stage(run: Planned, program: Program, limit: int, count: Flops, hopeless: bool) -> Stage:
-    stage = Stage(program.name, program.known, limit, count, _streamed(run, program))
+def _stage(run: Programs, program: Program, limit: int, hopeless: bool) -> Stage:
+    stage = Stage(program.name, program.stage, program.known, limit, program.flops, program.streamed)
     if program.known.total > limit:
         return dataclasses.replace(stage, reason="too large before a single activation; not compiled")
     if hopeless:
         return dataclasses.replace(stage, reason=SKIPPED)
     started = time.monotonic()
     try:
-        compiled = compile_program(run, program)
+        compiled = program.compile(run.mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(stage, seconds=time.monotonic() - started, reason=_short(str(error)))
     return dataclasses.replace(
         stage,
-        memory=memory.whole(program.known, compiled, backend_of(run.model.layout)),
+        memory=memory.whole(program.known, compiled, run.backend),
         collectives=tuple(collectives(compiled.as_text())),
         seconds=time.monotonic() - started,
     )
@@ -104,23 +102,3 @@ def _short(error: str) -> str:
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", error)
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of", error)
     return f"the compiler finds no way: {found[1]} {found[2]}iB" if found else "the compiler finds no way"
-
-
-def _streamed(run: Planned, program: Program) -> int:
-    """Bytes that a device reads while it decodes: at every step its share of the weights, and of the cache so far."""
-    match = re.match(r"sample (\d+) a prompt", program.name)
-    if match is None:
-        return 0
-    shapes, rows = run.facts.shapes, run.config.sample.batch_size * int(match[1])
-    itemsize = jax.numpy.dtype(run.config.model.dtype).itemsize
-    step = flops.decode_bytes(
-        run.arch,
-        rows,
-        shapes.prompt + shapes.response // 2,
-        itemsize,
-        lora=run.model.lora,
-        fsdp=run.mesh.shape["fsdp"],
-        tensor=run.mesh.shape["tensor"],
-        batch_shards=batch_shards(run.mesh),
-    )
-    return step * shapes.response

@@ -8,20 +8,20 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from scir_jax.config import Config
-from scir_jax.engine.memory import GIB, Memory
-from scir_jax.loop import console
-from scir_jax.loop.programs import advice
+from scir_jax.config.schema import Config
+from scir_jax.engine.cost.memory import GIB, Memory
+from scir_jax.engine.programs import Programs
+from scir_jax.run import console
+from scir_jax.run.preflight import advice
 from scir_jax.planning import iteration, stages
 from scir_jax.planning.batches import Largest
-from scir_jax.planning.limits import Planned
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage
 
 
-def show_machine(run: Planned, machine: Machine) -> None:
+def show_machine(run: Programs, machine: Machine) -> None:
     """The model, the machine and the lengths of rows."""
-    chip, config, shapes = machine.chip, run.config, run.facts.shapes
+    chip, config, lengths = machine.chip, run.config, run.facts.lengths
     how = f"{run.model.lora}" if run.model.lora else "full fine-tuning"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     hosts = f" on {machine.hosts} host(s)" if machine.hosts else ""
@@ -38,24 +38,25 @@ def show_machine(run: Planned, machine: Machine) -> None:
     else:
         _print(f"a device: {machine.limit / GIB:.2f} GiB; its speed is not in the table of chips: no times are given")
     _print(
-        f"rows at the limits of `text`: prompt {shapes.prompt}, response row {shapes.row}, judge rows "
-        f"{', '.join(map(str, shapes.judges))} (about: a template's tokens are estimated), answers {shapes.response}"
+        f"rows at the limits of `text`: prompts {lengths.prompt}, answers {lengths.answer}; a training step has "
+        f"{', '.join(f'{group.rows} x {group.tokens}' for group in run.optimise_spec.groups)} tokens (about: a "
+        "template's tokens are estimated)"
     )
 
 
-def survey(run: Planned, machine: Machine) -> list[Stage]:
+def survey(run: Programs, machine: Machine) -> list[Stage]:
     """Compiles the run's programs, with a bar."""
     with console.stage("compile", 0) as bar:
         return stages.survey(run, machine.limit, lambda name: bar.advance(name, by=0))
 
 
-def show_stages(run: Planned, found: Sequence[Stage], machine: Machine) -> None:
-    """Fits or not, and bytes a device by kind."""
+def show_stages(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
+    """Shows what fits, and bytes per device by kind."""
     kinds = [field.name for field in dataclasses.fields(Memory)]
     largest = max(stage.memory.total for stage in found)
     unit, name = (GIB, "GiB") if largest > GIB else (2**20, "MiB")
     table = _table(
-        f"memory a device, {name}, of {machine.limit / unit:.2f}", "program", "fits", *kinds, "total", "compiled"
+        f"memory per device, {name}, of {machine.limit / unit:.2f}", "program", "fits", *kinds, "total", "compiled"
     )
     for stage in found:
         values = [getattr(stage.memory, kind) for kind in kinds]
@@ -75,14 +76,14 @@ def show_stages(run: Planned, found: Sequence[Stage], machine: Machine) -> None:
             _print(f"{stage.name}: {stage.reason}")
 
 
-def show_times(run: Planned, found: Sequence[Stage], machine: Machine) -> None:
+def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     """FLOPs and communication of a call, and the least time that it takes."""
     devices = len(machine.devices)
     found = [stage for stage in found if stage.reason is None]
     kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives))
     table = _table(
         "one call: PFLOP over all devices (of the mathematics, and as executed), seconds at the least by what bounds them, "
-        "GiB a device by collective",
+        "GiB per device by collective",
         *("program", "model", "executed", "arithmetic", "memory", "links", *kinds),
     )
     for stage in found:
@@ -118,18 +119,19 @@ def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, pro
     total = sum(cost.least for cost in costs)
     table.add_row("", "together", "", _time(total), _time(total / share), f"{total / share / 3600 * machine.chips:.2f}")
     _print(table)
-    missing = [name for _, name, _ in iteration.calls(config, number) if name not in {c.program for c in costs}]
+    counted = {cost.kind for cost in costs}
+    missing = [kind for _, kind, _ in iteration.calls(config, number) if kind not in counted]
     absent = f" Not counted, for they do not fit: {', '.join(dict.fromkeys(missing))}." if missing else ""
     _print(
         f"Assumed: {share:.0%} of the least time's speed (--efficiency), all rows and answers as long as the limits allow, "
-        f"{config.sample.responses} answers a prompt. Compilation, loading and saving, SFT and evaluation come on top.{absent}"
+        f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation come on top.{absent}"
     )
 
 
 def show_largest(config: Config, found: Iterable[Largest], machine: Machine) -> None:
     """The largest batches that fit."""
     table = _table(
-        "largest batches that fit, each alone", "key", "configured", "largest", "GiB a device", "does not fit"
+        "largest batches that fit, each alone", "key", "configured", "largest", "GiB per device", "does not fit"
     )
     for one in found:
         total = f"{one.total / GIB:.2f}" if one.largest else "-"
@@ -137,13 +139,13 @@ def show_largest(config: Config, found: Iterable[Largest], machine: Machine) -> 
     _print(table)
 
 
-def verdict(run: Planned, found: Sequence[Stage], searched: bool) -> int:
+def verdict(run: Programs, found: Sequence[Stage], searched: bool) -> int:
     """The last line, and the command's exit code: 0 where everything fits, else 1."""
     missing = [stage for stage in found if not stage.fits and stage.reason != stages.SKIPPED]
     if missing:
         worst = max(missing, key=lambda stage: stage.memory.total)
         need = worst.memory if worst.reason is None else dataclasses.replace(worst.memory, other=worst.limit)
-        _print(f"does not fit: {', '.join(stage.name for stage in missing)}; {advice(run, need)}")
+        _print(f"does not fit: {', '.join(stage.name for stage in missing)}; {advice(run.config, run, need)}")
         return 1
     hint = "" if searched else "; --batch largest looks for the largest batches that do"
     _print(f"fits{hint}")

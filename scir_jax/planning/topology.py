@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from scir_jax.engine.chips import CHIPS, Chip
+from scir_jax.engine.cost.chips import CHIPS, Chip
 from scir_jax.errors import InputError
 
 Shape = tuple[int, ...]

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from scir_jax.errors import InputError
-from scir_jax.text.tokens import Ids, TextEncoder, Writer
+from scir_jax.text.tokens import THINKING, Ids, TextEncoder, Writer
 
 # Private-use characters around a message's number; a template passes them through untouched.
 _SLOT = "\ue000{}\ue001"
 _SLOT_PATTERN = re.compile("\ue000(\\d+)\ue001")
-
-# The beginning and the end of a thinking block, of Qwen and DeepSeek, and of Mistral.
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 # What a template that asks for the date is told: a run resumed tomorrow has the same prompts.
 DATE = date(2024, 7, 26)
@@ -126,12 +123,27 @@ class Chat:
         return self.flatten(self.pieces(messages, generation_prompt=True))
 
     def answer(self, text: str) -> Ids:
-        """Ids of a complete given answer, with its stop token, as they stand behind a prompt."""
+        """Returns the ids of a complete given answer, with its stop token, as they stand behind a prompt.
+
+        An answer that begins with a thinking block of its own takes the place of the empty one that the template
+        writes; where the prompt has opened the block, the answer's opening mark is left out.
+        """
         writer = Writer(self._text, self._answer_state)
-        writer.template(self.lead)
-        writer.text(self._trimmed_answer(text))
+        lead, text = self.lead, self._trimmed_answer(text)
+        for begin, _ in THINKING:
+            if lead.strip() and text.startswith(begin):
+                lead, text = "", text.removeprefix(begin).removeprefix("\n") if self._opened else text
+        writer.template(lead)
+        writer.text(text)
         writer.template(self._trail)
         return self.flatten(writer.finish()) + self.stop_ids[:1]
+
+    def spoken(self, text: str) -> str:
+        """Returns an answer's text without the thinking block before it; "" where that block does not end."""
+        for begin, end in THINKING:
+            if self._opened == begin or text.lstrip().startswith(begin):
+                return text.partition(end)[2].lstrip()
+        return text
 
     @staticmethod
     def flatten(pieces: Sequence[Ids]) -> Ids:
@@ -300,7 +312,10 @@ class Chat:
             )
         self._header = header
         lead = lead or ""
+        self._opened = ""  # the mark of a thinking block that the prompt opens
         for begin, end in THINKING:
+            if header.rfind(begin) > header.rfind(end):
+                self._opened = begin
             if (header + lead).rfind(begin) > (header + lead).rfind(end):
                 lead += ("\n" if (header + lead).endswith("\n") else "\n\n") + end + "\n\n"
         control = [self._text.added[part] for part in behind if part in self._text.added]

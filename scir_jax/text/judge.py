@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from scir_jax.errors import InputError
-from scir_jax.text.chat import THINKING, Chat, Ids, Literal
+from scir_jax.text.chat import Chat, Literal
+from scir_jax.text.tokens import THINKING, Ids
 
 # {name} is a field, {{name}} the same in braces; all other braces are text as they stand.
 _FIELD = re.compile(r"\{\{([a-z_][a-z0-9_]*)\}\}|\{([a-z_][a-z0-9_]*)\}")

@@ -17,6 +17,10 @@ from scir_jax.errors import InputError
 
 Ids = tuple[int, ...]
 
+# The beginning and the end of a thinking block, of Qwen and DeepSeek, and of Mistral.
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+THINKING_MARKS = tuple(mark for block in THINKING for mark in block)
+
 
 class Before(Enum):
     """What a text stands behind; some tokenizers mark the beginning of a text with a space."""
@@ -30,7 +34,7 @@ class TextEncoder:
     """A tokenizer's view on text.
 
     Attributes:
-      added: added tokens by spelling, (id, token) each; runs of white space are left out.
+      added: the control tokens among the added tokens by spelling, (id, token) each.
       control_ids: ids that no text of users or models becomes.
     """
 
@@ -43,11 +47,12 @@ class TextEncoder:
         """
         self.tokenizer = tokenizer
         self.where = where
-        # Added runs of white space that are not special (Gemma, Phi) only shorten text; other added tokens are control.
+        # Of added tokens that are not special, runs of white space (Gemma, Phi) only shorten text, and the marks of a
+        # thinking block (Qwen) are text of a model; all others are control, whatever their flag says.
         self.added = {
             token.content: (index, token)
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or token.content.replace("▁", " ").strip()
+            if token.special or token.content.replace("▁", " ").strip() and token.content not in THINKING_MARKS
         }
         self.control_ids = {index for index, _ in self.added.values()}
         model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)

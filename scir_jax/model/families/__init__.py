@@ -1,7 +1,7 @@
-"""One module a family of models: what its config.json says in terms of an Architecture.
+"""One module for each family of models: what its config.json says in terms of an Architecture.
 
 A new family is a module with MODEL_TYPE, HF_CLASS and `read(Reader) -> Architecture`, listed here. Tensor names are
-those that transformers gives to every family here (scir_jax.model.weights).
+those that transformers gives to every family here (scir_jax.model.hf.weights).
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, qwen2, qwen
 
 
 def read(config: dict[str, Any], where: str) -> Architecture:
-    """The architecture of a parsed config.json; see Architecture.from_hf_config."""
+    """Reads the architecture that a parsed config.json describes, in its old or new spelling.
+
+    Args:
+      config: the parsed JSON object.
+      where: the file it came from, for messages.
+
+    Raises:
+      InputError: for a model, a setting or a value that the decoder does not compute.
+    """
     classes = {module.HF_CLASS: name for name, module in FAMILIES.items()}
     supported = ", ".join(classes)
     name = config.get("model_type")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scir_jax.errors import InputError
-from scir_jax.model import weights
+from scir_jax.model.hf import weights
 
 _DIRECTORY = Path(__file__).parent
 # Parts of a name that tell models of one shape apart.

@@ -1,0 +1,1 @@
+"""The settings: typed sections, YAML files, command lines, and what contradicts itself."""

@@ -1,0 +1,111 @@
+"""Settings that contradict each other are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
+
+POSITIVE = (
+    "optimise.batch_size",
+    "optimise.epochs",
+    "training.accumulate",
+    "training.max_skipped",
+    "sample.responses",
+    "sample.batch_size",
+    "sample.prompts",
+    "pairs.per_prompt",
+    "text.max_prompt_tokens",
+    "text.max_response_tokens",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluate.batch_size",
+    "evaluate.samples",
+)
+
+DIVIDED = (
+    "optimise.batch_size",
+    "sft.ift_batch_size",
+    "sft.eft_batch_size",
+    "replay.ift_batch_size",
+    "replay.eft_batch_size",
+)
+"""batch sizes that micro-batches divide"""
+
+
+def resolve(config: Config) -> Config:
+    """Replaces {world} in paths by the world's directory. InputError where there is none."""
+    world = config.world.directory
+
+    def fill(value: Any, key: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fill(v, key) for v in value)
+        if isinstance(value, str) and "{world}" in value:
+            if world is None:
+                raise InputError(f"{key} is {value!r} but world.directory is not set; give a path")
+            return value.replace("{world}", world)
+        return value
+
+    sections = {}
+    for name in ("model", "lora", "data", "generative"):
+        section = getattr(config, name)
+        sections[name] = dataclasses.replace(
+            section, **{f.name: fill(getattr(section, f.name), f"{name}.{f.name}") for f in dataclasses.fields(section)}
+        )
+    return dataclasses.replace(config, **sections)
+
+
+def check(config: Config) -> None:
+    """Refuses settings that contradict each other, before anything is loaded."""
+    models, labels = config.rewards.models, config.preference.labels
+    if not (config.preference.weight or config.consistency.weight or config.replay.weight):
+        raise InputError(
+            "preference.weight, consistency.weight and replay.weight are all 0: there is nothing to train on"
+        )
+    if not models or len(set(models)) != len(models):
+        raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
+    if (labels == "cream") != (config.pairs.kind == "cream"):
+        raise InputError("preference.labels cream and pairs.kind cream belong together; set both or neither")
+    if labels == "cream" and config.data.pairs:
+        raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
+    weights = config.rewards.weights
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise InputError(f"rewards.weights.{name} must be a number, not {weight!r}")
+    if config.consistency.target == "consensus" or labels == "consensus":
+        if unknown := [name for name in weights if name not in models]:
+            raise InputError(f"rewards.weights.{unknown[0]}: {unknown[0]} is not in rewards.models ({', '.join(models)})")
+        if not any(weights.values()):
+            raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.weights.{models[0]}")
+    check_positive(config)
+    if config.run.iterations < 0:
+        raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
+    check_sampling(config)
+    if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
+        raise InputError("sample.responses must be at least 2: a pair needs two responses")
+    micro = config.training.accumulate
+    for key in DIVIDED:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value % micro:
+            raise InputError(f"{key}={value} does not divide into training.accumulate={micro} micro-batches")
+
+
+def check_positive(config: Config, *sections: str) -> None:
+    """Refuses counts below 1 in the sections that a command reads (all by default)."""
+    for key in POSITIVE:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if (not sections or section in sections) and value is not None and value < 1:
+            raise InputError(f"{key} must be at least 1, not {value}")
+    if (not sections or "generative" in sections) and not config.generative.templates:
+        raise InputError("generative.templates is empty; name at least one judge template")
+
+
+def check_sampling(config: Config) -> None:
+    """Refuses settings of `sample` that mean nothing."""
+    sample = config.sample
+    if sample.temperature < 0 or not 0 < sample.top_p <= 1 or sample.top_k < 0:
+        raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")

@@ -1,0 +1,88 @@
+"""Configuration files: YAML of one mapping per section, those that come with the package by name, and how they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
+
+BUNDLED = Path(__file__).parents[1] / "configs"
+"""configurations that come with the package"""
+
+
+def find(name: str) -> Path:
+    """Returns the file of a configuration: a path of the user's, or a name like "quickstart" or "methods/srlm".
+
+    Raises:
+      InputError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = BUNDLED / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if not path.is_absolute() and bundled.is_file():
+        return bundled
+    names = ", ".join(bundled_names())
+    raise InputError(f"--config {name}: no such file, and no configuration of that name; there are {names}")
+
+
+def bundled_names() -> list[str]:
+    """Returns the names of the configurations that come with the package."""
+    return sorted(path.relative_to(BUNDLED).with_suffix("").as_posix() for path in BUNDLED.rglob("*.yaml"))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Reads the mapping of a configuration file.
+
+    Raises:
+      InputError: it is no YAML file, or a section is no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a mapping of sections, found {type(content).__name__}")
+    for section in dataclasses.fields(Config):
+        values = content.get(section.name)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise InputError(f"{file}: {section.name!r} must be a mapping of keys, found {type(values).__name__}")
+        for field in dataclasses.fields(section.default_factory):
+            inner = values.get(field.name, {})
+            if dataclasses.is_dataclass(field.default_factory) and not isinstance(inner, dict):
+                name = f"{section.name}.{field.name}"
+                raise InputError(f"{file}: {name!r} must be a mapping of keys, found {type(inner).__name__}")
+    return content
+
+
+def keys(content: dict) -> list[str]:
+    """Returns the keys of nested mappings, joined by dots."""
+    found: list[str] = []
+    for name, value in content.items():
+        found += [f"{name}.{key}" for key in keys(value)] if isinstance(value, dict) and value else [str(name)]
+    return found
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Returns the configuration as plain nested mappings, tuples as lists."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the configuration as a YAML text."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,397 @@
+"""The configuration: frozen dataclasses, the only place with defaults.
+
+A YAML file holds one mapping per section (``model:``, ``data:``, ...); a later file or a dotted option
+(``--optimise.learning_rate 1e-5``) is laid over an earlier one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run as a whole."""
+
+    directory: str = "runs/quickstart"
+    """where every file of the run is written; the same command resumes it"""
+    seed: int = 0
+    """seed of data order, sampling and pairing"""
+    iterations: int = 2
+    """rounds of SCIR training: 2 turns M1 into M3"""
+    distributed: bool = False
+    """this is one of several processes, one a host, started alike: they find each other on a TPU slice and under Slurm,
+    elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
+    host_timeout: float = 60.0
+    """seconds without a sign of another host after which the others stop"""
+    start_from: str | None = None
+    """run directory whose M0 and M1 are taken instead of SFT, so that methods start from one model"""
+    tensorboard: bool = True
+    """write TensorBoard events beside metrics.jsonl"""
+    wandb: bool = False
+    """log to Weights & Biases too (needs the extra [wandb])"""
+    compilation_cache: str | None = None
+    """directory of compiled programs, so that a second run does not compile again"""
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The embedded world of the quickstart; unused when `directory` is empty."""
+
+    directory: str | None = None
+    """made here if absent; `{world}` in any path of `model` and `data` stands for it"""
+    seed: int = 0
+    """another seed is another world: other words, answers and model"""
+    steps: int = 1000
+    """training steps of the base model M0"""
+    documents: int = 48
+    """documents a step"""
+    comparisons: int = 96
+    """comparisons a step"""
+    learning_rate: float = 3e-3
+    """peak of the cosine schedule"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, a Hugging Face directory with safetensors and a chat template."""
+
+    path: str = "{world}/model"
+    """directory with config.json, *.safetensors, tokenizer files"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the computation; trained weights and log-probabilities stay float32"""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: cuDNN on a GPU in bfloat16 without a cap, splash on a TPU for rows of 256 tokens and more, else XLA"""
+    remat: Literal["none", "dots", "full"] = "none"
+    """what the backward pass computes again instead of keeping"""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: only they are trained and checkpointed, the model's own weights stay as they are."""
+
+    rank: int = 0
+    """0: no adapters, full fine-tuning"""
+    alpha: float = 16.0
+    """an adapter's output is multiplied by alpha / rank"""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead"""
+    dropout: float = 0.0
+    """share of the adapters' inputs that training leaves out"""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """adapted layers"""
+    adapter: str | None = None
+    """PEFT adapter directory to go on from; it says rank, alpha, targets and the rest"""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; one axis may be -1 (all devices that are left)."""
+
+    data: int = -1
+    """replicas"""
+    fsdp: int = 1
+    """parameters and optimiser state split over batch shards"""
+    tensor: int = 1
+    """heads, feed-forward width and the width of embedding and head split"""
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of columns in the data files, one or several: then the first that a row has."""
+
+    prompt: tuple[str, ...] | str = ("prompt",)
+    """a text or a list of messages"""
+    messages: tuple[str, ...] | str = ("messages", "conversations")
+    """a conversation, `role` and `content` or ShareGPT's `from` and `value`"""
+    response: tuple[str, ...] | str = ("response", "completion")
+    """the answer beside a prompt"""
+    chosen: tuple[str, ...] | str = ("chosen",)
+    """the better answer, alone or as the end of a conversation"""
+    rejected: tuple[str, ...] | str = ("rejected",)
+    """the other one"""
+    response_a: tuple[str, ...] | str = ("response_a",)
+    """an answer of a pair with a label, or without"""
+    response_b: tuple[str, ...] | str = ("response_b",)
+    """the other one"""
+    label: tuple[str, ...] | str = ("label",)
+    """of response_a and response_b: 1 response_a is better, 0 response_b, or a probability; also the column that
+    external labels have in an iteration's pairs.jsonl"""
+
+    def __post_init__(self) -> None:
+        for column in fields(self):
+            names = getattr(self, column.name)
+            if isinstance(names, str):
+                object.__setattr__(self, column.name, (names,))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The user's data: JSON Lines, JSON, Parquet, a directory, or OWNER/NAME:CONFIG:SPLIT of the Hugging Face hub."""
+
+    prompts: str | None = None
+    """rows with `prompt`: a text or a list of messages"""
+    ift: str | None = None
+    """instruction fine-tuning rows: `messages`, or `prompt` and `response` (or `completion`)"""
+    eft: str | None = None
+    """judging examples: `prompt`, `chosen`, `rejected`"""
+    heldout_prompts: str | None = None
+    """prompts for evaluation only"""
+    heldout_pairs: str | None = None
+    """labelled pairs for evaluation only: `prompt`, `chosen`, `rejected`"""
+    pairs: str | None = None
+    """pairs made elsewhere, used instead of sampling: `prompt`, `response_a`, `response_b`, or chosen/rejected"""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """other names of columns"""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """a row that cannot be understood stops the run, or is left out and counted"""
+    max_bad_rows: float = 0.01
+    """with skip: more bad rows than this share of a file stop the run all the same; 10 rows are always allowed"""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Token limits. Rows are padded to the longest that the data files and these limits allow."""
+
+    max_prompt_tokens: int = 512
+    """with the chat template's tokens"""
+    max_response_tokens: int = 512
+    """with the stop token"""
+    long_prompts: Literal["middle", "drop", "error"] = "middle"
+    """an over-long prompt loses its middle, is left out, or stops the run"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """options of the model's chat template, true, false, texts or numbers: `{"enable_thinking": false}`"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What SFT and SCIR training share: the optimiser, the schedule, micro-batches."""
+
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: no first moment, a factored second one; its state is a few percent of AdamW's"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of AdamW's first moment"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.95
+    """decay of the second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    clip: float = 1.0
+    """gradients are scaled down to this global norm"""
+    warmup: float = 0.1
+    """share of a stage's steps with linear warm-up"""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """after warm-up; cosine and linear fall towards `final` times the peak by the end of the stage"""
+    final: float = 0.1
+    """see schedule"""
+    accumulate: int = 1
+    """micro-batches a step; changes memory, not the result (but for which inputs lora.dropout leaves out)"""
+    max_skipped: int = 5
+    """consecutive steps with a non-finite loss or gradient after which the run stops"""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning M0 -> M1 on IFT conversations and EFT judge questions."""
+
+    epochs: float = 1.0
+    """passes over the longer of the two files; 0 leaves SFT out (M1 = M0)"""
+    ift_batch_size: int = 16
+    """conversations a step"""
+    eft_batch_size: int = 16
+    """judge questions a step"""
+    learning_rate: float = 5e-6
+    """peak"""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sampling responses."""
+
+    responses: int = 4
+    """N, responses a prompt"""
+    prompts: int | None = None
+    """prompts an iteration; empty: the file divided evenly over the iterations"""
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_p: float = 1.0
+    """nucleus"""
+    top_k: int = 0
+    """0: no limit"""
+    batch_size: int = 16
+    """prompts sampled at once, each N times"""
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which responses of a prompt are compared."""
+
+    kind: Literal["random", "all", "best_worst", "cream"] = "random"
+    """best_worst ranks the N responses by the judge's wins and pairs the best with the worst and the second-worst;
+    cream pairs the implicit reward's best with its worst, for preference.labels cream"""
+    per_prompt: int = 2
+    """pairs a prompt (random and best_worst)"""
+    likelihood_weight: float = 0.0
+    """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
+
+
+@dataclass(frozen=True)
+class GenerativeConfig:
+    """The generative reward model: the policy as a pairwise judge."""
+
+    templates: tuple[str, ...] = ("standalone",)
+    """judge templates, built-in names or YAML files; each is a reward model of its own"""
+    quote_thinking: bool = False
+    """show the judge the thinking block of an answer too, not only what follows it"""
+
+
+@dataclass(frozen=True)
+class ImplicitConfig:
+    """The implicit reward model: beta * log(pi / pi_ref)."""
+
+    beta: float = 0.1
+    """reward per nat"""
+    reference: Literal["previous", "sft", "base"] = "previous"
+    """must lag the policy: M_{t-1}, M1 or M0"""
+    length: Literal["none", "mean", "penalty"] = "none"
+    """mean: per token; penalty: r - alpha |y|, alpha fitted once an iteration"""
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """The set of internal reward models and their consensus."""
+
+    models: tuple[Literal["generative", "implicit", "likelihood"], ...] = ("generative", "implicit")
+    """reward models that must agree"""
+    likelihood_length: Literal["none", "mean"] = "none"
+    """the likelihood reward is a sum or a mean over tokens"""
+    weights: dict[str, float] = field(default_factory=lambda: {"generative": 1.0})
+    """reward model -> weight; the consensus is the sigmoid of the weighted sum of logits, absent weights are 0"""
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """The consistency penalty over all pairs."""
+
+    kind: Literal["kl", "js", "cross_entropy", "agreement", "pseudo_label"] = "kl"
+    """kl and cross_entropy are symmetric"""
+    weight: float = 1.0
+    """0 leaves the penalty out"""
+    stop_gradient: Literal["none", "generative", "implicit"] = "none"
+    """this reward model teaches and does not learn"""
+    target: Literal["mutual", "consensus"] = "mutual"
+    """consensus: each reward model against the consensus frozen at the start of the iteration"""
+    sharpen: float = 0.5
+    """temperature of the pseudo-label"""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which pairs the preference loss sees."""
+
+    rule: Literal["agreement", "all"] = "agreement"
+    """agreement: all reward models on the same side of 1/2"""
+    confidence: float = 0.0
+    """each further than this from 1/2"""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """The preference loss (DPO)."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """sigmoid is DPO"""
+    beta: float = 0.1
+    """DPO's beta"""
+    weight: float = 1.0
+    """0 leaves the term out"""
+    label_smoothing: float = 0.0
+    """share of the loss on the reversed pair"""
+    length_normalised: bool = False
+    """log-ratios per token"""
+    reference: Literal["start", "sft", "base"] = "start"
+    """start: M_t, so that the first step's loss is ln 2"""
+    labels: Literal["agreement", "generative", "implicit", "likelihood", "consensus", "cream", "external"] = "agreement"
+    """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by M_{t-1},
+    with pairs.kind cream"""
+    soft: bool = False
+    """probabilities as labels: q l(m) + (1-q) l(-m)"""
+    update: Literal["dynamic", "frozen"] = "dynamic"
+    """labels made anew in every step, or once at the start of the iteration"""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """SFT examples beside the pairs, so that the judge is not forgotten."""
+
+    weight: float = 0.3
+    """0 leaves replay out"""
+    ift_batch_size: int = 0
+    """conversations a step"""
+    eft_batch_size: int = 16
+    """judge questions a step"""
+
+
+@dataclass(frozen=True)
+class OptimiseConfig:
+    """SCIR training M_t -> M_{t+1}."""
+
+    batch_size: int = 16
+    """pairs a step"""
+    epochs: int = 1
+    """passes over the pairs"""
+    learning_rate: float = 1e-6
+    """peak"""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints inside a training stage."""
+
+    every: int = 100
+    """steps"""
+    keep: int = 2
+    """newest checkpoints of a stage that stay"""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation after SFT and after each iteration."""
+
+    batch_size: int = 32
+    """pairs scored at once"""
+    samples: int = 2
+    """responses a held-out prompt, sampled as in `sample`"""
+    greedy: bool = True
+    """one greedy response a prompt too"""
+    grader: str | None = None
+    """`module:function` of (prompt, response) -> {"quality": float, ...}; evaluation only, training never sees it"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
+    implicit: ImplicitConfig = field(default_factory=ImplicitConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    optimise: OptimiseConfig = field(default_factory=OptimiseConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

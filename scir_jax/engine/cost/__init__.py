@@ -1,0 +1,1 @@
+"""What programs cost: FLOPs, memory, and the chips that they run on."""

@@ -1,0 +1,241 @@
+"""FLOPs of a run's programs, counted from sizes: a product of [m, k] and [k, n] is 2 m k n, all else is left out.
+
+Two figures each, over all devices. *Model* FLOPs are those that the mathematics asks for, the numerator of MFU as in
+PaLM (arXiv 2204.02311, appendix B): 2 a weight and position forward and 4 backward (2 where the weight is frozen), of
+attention the query-key pairs that are visible, of the head the positions that are scored, padding included as the rows
+are padded. *Hardware* FLOPs are those that the programs of scir_jax.engine execute: besides, what rematerialisation and
+micro-batches compute again, pairs that are masked, log-probabilities' second pass over the vocabulary, the
+probability mass of the verdicts.
+
+Shapes: B rows, T tokens a row, N scored positions, V vocabulary, D width, r rank of adapters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from scir_jax.data.batches import RowGroup
+from scir_jax.model import logprobs
+from scir_jax.model.architecture import Architecture
+from scir_jax.model.lora import Lora
+
+
+Flash = Callable[[int], bool]
+"""Whether attention over rows of so many tokens skips masked pairs (cuDNN, splash); XLA's computes them all."""
+
+
+def never(tokens: int) -> bool:
+    """Says that attention computes all pairs, as XLA's does."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Over all devices; see above."""
+
+    model: int = 0
+    hardware: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.model + other.model, self.hardware + other.hardware)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.model * times, self.hardware * times)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerFlops:
+    """FLOPs of one call of a sampler, every response of full length.
+
+    Attributes:
+      prefill: of the prompts.
+      step: of one decoding step, the mean over all.
+      total: of the call.
+    """
+
+    prefill: Flops
+    step: Flops
+    total: Flops
+
+
+def inference(arch: Architecture, passes: Iterable[RowGroup], *, lora: Lora | None = None, flash: Flash = never) -> Flops:
+    """Counts forward passes: scoring, judging."""
+    return sum((_forward(arch, part, lora, flash) for part in passes), Flops())
+
+
+def training(
+    arch: Architecture,
+    passes: Iterable[RowGroup],
+    *,
+    lora: Lora | None = None,
+    remat: str = "none",
+    accumulate: int = 1,
+    flash: Flash = never,
+) -> Flops:
+    """A training step: `passes` of the global batch, forward and backward, in `accumulate` micro-batches.
+
+    Args:
+      remat: of scir_jax.model.decoder.define.
+    """
+    total = Flops()
+    for whole in passes:
+        part = whole._replace(leading=(whole.leading[0] // accumulate, *whole.leading[1:]))
+        forward = _forward(arch, part, lora, flash)
+        again = _rematerialised(arch, part, lora, flash, remat)
+        if accumulate > 1:
+            # Each micro-batch is computed again before its backward pass, but for what is only measured.
+            again += forward.hardware - _mass(arch, part)
+        step = forward + _backward(arch, part, lora, flash)
+        total += Flops(step.model, step.hardware + again) * accumulate
+    return total
+
+
+def sampling(
+    arch: Architecture,
+    prompts: int,
+    responses: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    *,
+    lora: Lora | None = None,
+    flash: Flash = never,
+) -> SamplerFlops:
+    """`responses` to each of `prompts`: a prefill, and as many decoding steps as a response may have tokens."""
+    prefill = _layers(arch, prompts, prompt_tokens, lora, flash)
+    rows, places = prompts * responses, prompt_tokens + response_tokens
+    a_row = 2 * arch.num_layers * (_weights(arch) + _adapters(arch, lora)) + 2 * arch.vocab_size * arch.hidden_size
+    # A query looks at the places before its own; every place of the cache is multiplied.
+    seen = sum(
+        min(prompt_tokens + step + 1, layer.window or places)
+        for layer in arch.layers
+        for step in range(response_tokens)
+    )
+    pair = 4 * arch.num_heads * arch.head_dim
+    decode = Flops(
+        rows * (response_tokens * a_row + pair * seen),
+        rows * response_tokens * (a_row + pair * places * arch.num_layers),
+    )
+    step = Flops(decode.model // response_tokens, decode.hardware // response_tokens)
+    return SamplerFlops(prefill, step, prefill + decode)
+
+
+def decode_bytes(
+    arch: Architecture,
+    rows: int,
+    places: int,
+    itemsize: int,
+    *,
+    lora: Lora | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    batch_shards: int = 1,
+) -> int:
+    """Bytes that one device reads from its memory for a decoding step, at the least: weights once, the cache once.
+
+    Args:
+      rows, places: of the cache, over all devices: responses, and tokens of prompt and response.
+      itemsize: bytes of a number of the computation's dtype.
+      fsdp, tensor: of the mesh. Decoding leaves the weights where they are, split over both.
+      batch_shards: devices that share the rows.
+    """
+    weights = arch.parameter_count() + arch.num_layers * _adapters(arch, lora)
+    if not arch.tie_embeddings:
+        weights -= arch.vocab_size * arch.hidden_size  # of the embedding some rows are looked up
+    cache = cache_bytes(arch, rows, places, itemsize, tensor=tensor, batch_shards=batch_shards)
+    return itemsize * math.ceil(weights / (fsdp * tensor)) + cache
+
+
+def cache_bytes(
+    arch: Architecture, rows: int, places: int, itemsize: int, *, tensor: int = 1, batch_shards: int = 1
+) -> int:
+    """Counts the bytes of one device's share of the keys and values of `rows` with `places` each."""
+    heads = arch.num_kv_heads // tensor if arch.num_kv_heads % tensor == 0 else arch.num_kv_heads
+    return 2 * arch.num_layers * math.ceil(rows / batch_shards) * places * heads * arch.head_dim * itemsize
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash) -> Flops:
+    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    return (
+        _layers(arch, part.rows, part.tokens, lora, flash)
+        + Flops(*_head(arch, part))
+        + Flops(readout, readout + _mass(arch, part))
+    )
+
+
+def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash) -> Flops:
+    positions, layers = part.rows * part.tokens, arch.num_layers
+    # Gradients with respect to inputs, and to weights where they are trained.
+    linears = 2 * positions * layers * (_weights(arch) * (1 if lora else 2) + 2 * _adapters(arch, lora))
+    model, hardware = _attention(arch, part.rows, part.tokens, flash)
+    head, chunked = _head(arch, part)
+    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    # Without saved weights of the pairs the scores are a fifth product beside the four.
+    attention = Flops(2 * model, hardware * 5 // 2 if flash(part.tokens) else 2 * hardware)
+    sides = 1 if lora else 2
+    return attention + Flops(linears + sides * (head + readout), linears + (sides + 1) * chunked + sides * readout)
+
+
+def _rematerialised(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, remat: str) -> int:
+    """Hardware FLOPs of the blocks' recomputation."""
+    _, attention = _attention(arch, part.rows, part.tokens, flash)
+    if remat == "none":
+        return 0
+    if remat == "dots":
+        # Frozen, the product behind attention does not ask for its input again, only the softmax for its scores.
+        return attention // 2 if lora and "o_proj" not in lora.targets and not flash(part.tokens) else attention
+    again = _weights(arch) + _adapters(arch, lora)
+    if not arch.post_norms:
+        # Nothing asks for the output of the last product, which is only added.
+        again -= arch.intermediate_size * arch.hidden_size
+        again -= lora.rank * arch.hidden_size if lora and "down_proj" in lora.targets else 0
+    return attention + 2 * part.rows * part.tokens * arch.num_layers * again
+
+
+def _layers(arch: Architecture, rows: int, tokens: int, lora: Lora | None, flash: Flash) -> Flops:
+    linears = 2 * rows * tokens * arch.num_layers * (_weights(arch) + _adapters(arch, lora))
+    return Flops(linears, linears) + Flops(*_attention(arch, rows, tokens, flash))
+
+
+def _attention(arch: Architecture, rows: int, tokens: int, flash: Flash) -> tuple[int, int]:
+    """Scores and weighted sums of all layers: model FLOPs and hardware FLOPs."""
+    pair = 4 * rows * arch.num_heads * arch.head_dim
+    seen = pair * sum(_visible(tokens, layer.window) for layer in arch.layers)
+    return seen, seen if flash(tokens) else pair * tokens * tokens * arch.num_layers
+
+
+def _visible(tokens: int, window: int | None) -> int:
+    """Query-key pairs of a causal row: min(t, window) summed over t = 1 .. tokens."""
+    within = min(tokens, window or tokens)
+    return within * (within + 1) // 2 + (tokens - within) * within
+
+
+def _head(arch: Architecture, part: RowGroup) -> tuple[int, int]:
+    """Logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps."""
+    row = 2 * part.rows * part.scored * arch.hidden_size
+    chunk = logprobs.chunk_size(part.rows * part.scored, arch.vocab_size)
+    return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
+
+
+def _mass(arch: Architecture, part: RowGroup) -> int:
+    """Hardware FLOPs of the verdicts' probability mass: the verdict's logits once more, and the whole vocabulary."""
+    chunk = min(logprobs.VERDICT_CHUNK, arch.vocab_size)
+    columns = 2 + math.ceil(arch.vocab_size / chunk) * chunk
+    return 2 * part.rows * arch.hidden_size * columns * part.verdict
+
+
+def _weights(arch: Architecture) -> int:
+    """Weights of a layer's matrices."""
+    return sum(math.prod(out) * math.prod(inputs) for out, inputs in arch.linear_axes().values())
+
+
+def _adapters(arch: Architecture, lora: Lora | None) -> int:
+    """Weights of a layer's adapters."""
+    if lora is None:
+        return 0
+    axes = arch.linear_axes()
+    return lora.rank * sum(math.prod(axes[name][0]) + math.prod(axes[name][1]) for name in lora.targets)

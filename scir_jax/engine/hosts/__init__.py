@@ -1,0 +1,1 @@
+"""Several processes as one: what they agree on, and what happens when one is lost."""

@@ -1,0 +1,70 @@
+"""The losses that a trainer is given: sums and counts of a (micro-)batch, and the loss of the whole batch's sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+
+from scir_jax.config.schema import Config
+from scir_jax.data.batches import TrainBatch, TrainSpec
+from scir_jax.engine import forward
+from scir_jax.method import objective
+from scir_jax.method.objective import Sums
+from scir_jax.model.decoder import Model, Params
+
+Array = jax.Array
+
+
+class Loss(NamedTuple):
+    """A loss in two steps, so that micro-batches cannot change it.
+
+    Attributes:
+      sums: (all parameters, batch, key of the dropout or None) -> (name -> (sum, count), decisions of each pair).
+      total: the sums of the global batch -> scalar float32.
+    """
+
+    sums: Callable[[Params, TrainBatch, Array | None], tuple[Sums, dict[str, Array]]]
+    total: Callable[[Sums], Array]
+
+
+def supervised(model: Model) -> Loss:
+    """Makes the loss of SFT: the mean negative log-likelihood per token of each supervised part, summed."""
+
+    def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
+        return _terms(forward.outputs(model, params, batch, key=key).sft), {}
+
+    return Loss(sums, lambda found: sum(objective.divide(*pair) for pair in found.values()))
+
+
+def scir(model: Model, config: Config, spec: TrainSpec, verdict_ids: Sequence[tuple[int, int]]) -> Loss:
+    """Makes the loss of SCIR training, see scir_jax.method.objective.
+
+    Args:
+      spec: of the batches.
+      verdict_ids: of every judge template.
+    """
+    wanted = objective.needs(config)
+    settings = dict(
+        verdict_ids=tuple(verdict_ids) if wanted.asks_judge else (),
+        continued=spec.pairs.answers.verdict,
+        answer_tokens=spec.pairs.answers.scored,
+        wanted=tuple(name for name in wanted.fresh if name in forward.SPANS),
+    )
+
+    def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
+        found = forward.outputs(model, params, batch, **settings, key=key)
+        terms, decisions = objective.objective(forward.evidence(batch.pairs, found.fresh), config)
+        return terms | _terms(found.sft), decisions | {"pair": batch.pairs.index}
+
+    return Loss(sums, lambda found: objective.total(found, config, sft_terms(found)))
+
+
+def sft_terms(sums: Sums) -> tuple[str, ...]:
+    """Returns the names of the supervised parts among the sums."""
+    return tuple(name for name in sums if name.startswith("sft/"))
+
+
+def _terms(sft: dict[str, tuple[Array, Array]]) -> Sums:
+    return {f"sft/{name}": pair for name, pair in sft.items()}

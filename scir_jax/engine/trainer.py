@@ -1,0 +1,189 @@
+"""The jitted training step: (state, batch, learning rate) -> (state, output), with explicit shardings, state donated.
+
+Metrics and losses stay sums and counts until the global batch is complete, so micro-batches cannot change a result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from scir_jax.config.schema import TrainingConfig
+from scir_jax.data.batches import TrainBatch
+from scir_jax.engine import mesh as meshes
+from scir_jax.engine.losses import Loss, sft_terms
+from scir_jax.engine.sampler import stream_key
+from scir_jax.method.objective import Sums, divide
+from scir_jax.model import lora
+from scir_jax.model.decoder import Model, Params
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """The trained parameters, optimiser state, and the number of steps skipped in a row up to now (int32)."""
+
+    params: Params
+    opt_state: Any
+    skipped: Array
+
+
+class StepOutput(NamedTuple):
+    """Scalars by name, and per-pair decisions with the pair's index (empty outside SCIR training)."""
+
+    metrics: dict[str, Array]
+    decisions: dict[str, Array]
+
+
+def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+    """Makes clipping and the optimiser, without the learning rate: the step takes it as an argument, so that another
+    schedule compiles nothing.
+
+    Norm scales and biases are not decayed.
+    """
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+    if config.optimizer == "adamw":
+        scale = [optax.scale_by_adam(config.b1, config.b2, mu_dtype=config.moment_dtype)]
+    else:  # Adafactor (arXiv 1804.04235) without its own learning rate; an update's RMS over a parameter is at most 1
+        scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        *scale,
+        optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity(),
+    )
+
+
+def learning_rates(config: TrainingConfig, peak: float, steps: int) -> np.ndarray:
+    """Computes the learning rate of each step of a stage, [steps] float32."""
+    warmup = min(int(np.ceil(config.warmup * steps)), steps - 1)
+    rest = max(steps - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final),
+        "linear": lambda: optax.linear_schedule(peak, config.final * peak, rest),
+    }[config.schedule]()
+    # Warm-up ends at the peak, and its first step is not an idle one.
+    schedule = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
+
+
+class Trainer:
+    """Makes states and steps for one model and one loss on one mesh."""
+
+    def __init__(self, settings: TrainingConfig, loss: Loss, model: Model, mesh: Mesh):
+        self.settings = settings
+        self.loss = loss
+        self.model = model
+        self.mesh = mesh
+        self.optimizer = make_optimizer(settings)
+        trained, frozen = lora.split(meshes.param_shardings(model, mesh), model.lora)
+        self._abstract = lora.split(model.abstract(), model.lora)[0]
+        self._replicated = meshes.replicated(mesh)
+        self.state_shardings = TrainState(trained, self._opt_shardings(trained), self._replicated)
+        self._init = jax.jit(
+            lambda params: TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32)),
+            out_shardings=self.state_shardings,
+            donate_argnums=0,
+        )
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(
+                self.state_shardings,
+                frozen,
+                meshes.batch_sharding(mesh),
+                self._replicated,
+                self._replicated,
+            ),
+            out_shardings=(self.state_shardings, self._replicated),
+            donate_argnums=0,
+        )
+
+    def init(self, params: Params) -> TrainState:
+        """Puts a fresh optimiser around the trained parameters, which are donated."""
+        return self._init(params)
+
+    def abstract_state(self) -> TrainState:
+        """Returns the state's shapes with their shardings, to restore a checkpoint into."""
+        shapes = jax.eval_shape(self._init, self._abstract)
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
+        )
+
+    def dropout_key(self, seed: int, stage: int, step: int) -> Array | None:
+        """Returns the key of a step's adapter dropout; None where there is none."""
+        if self.model.lora is None or not self.model.lora.dropout:
+            return None
+        return jax.random.fold_in(stream_key(seed, "dropout", stage), step)
+
+    def value(
+        self, trained: Params, frozen: Params, batch: TrainBatch, key: Array | None = None
+    ) -> tuple[Array, tuple[Sums, dict[str, Array]]]:
+        """Computes the loss of a global batch, micro-batch by micro-batch, with its sums and the pairs' decisions.
+
+        Args:
+          key: of the adapters' dropout.
+        """
+        params = lora.join(trained, frozen)
+        micro = self.settings.accumulate
+        if micro == 1:
+            sums, decisions = self.loss.sums(params, batch, key)
+        else:
+            # Every micro-batch takes rows from all devices, each those that it has.
+            split = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
+            # Checkpointed: the backward pass holds one micro-batch's activations at a time.
+            body = jax.checkpoint(lambda part, part_key: self.loss.sums(params, part, part_key), prevent_cse=False)
+            parts = (split, None if key is None else jax.random.split(key, micro))
+            _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(*part)), None, parts)
+            sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
+            decisions = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), decisions)
+        return self.loss.total(sums), (sums, decisions)
+
+    def _step(
+        self, state: TrainState, frozen: Params, batch: TrainBatch, learning_rate: Array, key: Array | None
+    ) -> tuple[TrainState, StepOutput]:
+        value_and_grad = jax.value_and_grad(self.value, has_aux=True)
+        (loss, (sums, decisions)), grads = value_and_grad(state.params, frozen, batch, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        # A step with a non-finite loss or gradient changes nothing but the count of such steps.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        sft = [divide(*sums[name]) for name in sft_terms(sums)]
+        metrics = {
+            "loss": loss,
+            **({"sft": sum(sft)} if sft else {}),
+            **{
+                name: jnp.where(count > 0, total / jnp.maximum(count, 1e-9), jnp.nan)
+                for name, (total, count) in sums.items()
+            },
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "skipped": (~finite).astype(jnp.float32),
+            "skipped_in_a_row": skipped,
+        }
+        return TrainState(params, opt_state, skipped), StepOutput(metrics, decisions)
+
+    def _opt_shardings(self, params):
+        abstract = jax.eval_shape(self.optimizer.init, self._abstract)
+        return optax.tree_map_params(
+            self.optimizer,
+            # Factored moments have fewer axes than their parameter, and are small.
+            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else self._replicated,
+            abstract,
+            self._abstract,
+            params,
+            transform_non_params=lambda _: self._replicated,
+        )

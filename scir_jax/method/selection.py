@@ -1,0 +1,45 @@
+"""Selection: how much each pair counts in the preference loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from scir_jax.config.schema import SelectionConfig
+from scir_jax.method.rewards import Evidence
+
+Array = jax.Array
+
+
+class Rule(NamedTuple):
+    """An entry of SELECTION.
+
+    Attributes:
+      weight: (logits [P, R] of the reward models, evidence, settings) -> [P] float32 from 0 to 1, without gradient.
+      rewards: it looks at the logits, which must then be computed in every step; else it is given None.
+      verdicts: it looks at `Evidence.verdicts`.
+    """
+
+    weight: Callable[[Array | None, Evidence, SelectionConfig], Array]
+    rewards: bool = False
+    verdicts: bool = False
+
+
+def agreed(logits_PR: Array, confidence: float = 0.0) -> Array:
+    """Says where all p_r are on the same side of 1/2, each further than `confidence` from it. [P] bool."""
+    p = jax.nn.sigmoid(logits_PR)
+    # The side is the logit's sign: a small logit's probability rounds to 1/2.
+    far = jnp.abs(p - 0.5) > confidence if confidence > 0 else True
+    return jnp.all((logits_PR > 0) & far, axis=1) | jnp.all((logits_PR < 0) & far, axis=1)
+
+
+SELECTION = {
+    "agreement": Rule(
+        lambda logits, _, settings: agreed(logits, settings.confidence).astype(jnp.float32), rewards=True
+    ),
+    "all": Rule(lambda logits, evidence, settings: jnp.ones_like(evidence.weight)),
+}
+"""The selections by name."""

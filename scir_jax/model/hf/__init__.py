@@ -1,0 +1,1 @@
+"""Hugging Face directories: safetensors and PEFT adapters, into shards and out."""

@@ -1,0 +1,102 @@
+"""The embedded world's base model M0: trained once on the world's documents with the ordinary supervised step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from filelock import FileLock
+
+from scir_jax.config.schema import (
+    Config,
+    DataConfig,
+    GenerativeConfig,
+    LoraConfig,
+    ModelConfig,
+    SFTConfig,
+    TrainingConfig,
+)
+from scir_jax.data.pipelines import iterator, supervised_batches
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.mesh import check_batches, make_mesh, put_batch
+from scir_jax.engine.sampler import stream_key
+from scir_jax.engine.trainer import learning_rates
+from scir_jax.model.hf import weights
+from scir_jax.run import console
+from scir_jax.run.setup import prepare
+from scir_jax.world.files import WorldSpec, write_world
+
+
+def build_world(config: Config, stopper: console.Stopper) -> None:
+    """Writes the world's files and its trained base model under world.directory, unless they are there.
+
+    The result is a Hugging Face directory and JSONL files like any user's. Interrupted, it starts again: it is a
+    minute's work.
+    """
+    directory = Path(config.world.directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs may share a world: the second waits for the first to make it.
+    lock = FileLock(directory.with_name(directory.name + ".lock"))
+    with lock if hosts.first() else contextlib.nullcontext():
+
+        def write() -> bool:
+            write_world(directory, WorldSpec(seed=config.world.seed))
+            return (directory / "model").is_dir()
+
+        if not hosts.decide(write):
+            _train(config, directory, stopper)
+
+
+def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
+    world, source = config.world, directory / "untrained"
+    config = dataclasses.replace(
+        config,
+        model=ModelConfig(path=str(source)),
+        data=DataConfig(
+            ift=str(directory / "base.jsonl"),
+            eft=str(directory / "base_comparisons.jsonl"),
+            prompts=str(directory / "prompts.jsonl"),
+        ),
+        generative=GenerativeConfig(
+            templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))
+        ),
+        sft=SFTConfig(ift_batch_size=world.documents, eft_batch_size=world.comparisons),
+        training=TrainingConfig(warmup=0.05),
+        lora=LoraConfig(),
+    )
+    sizes = {f"world.{key}": (getattr(world, key), 1) for key in ("documents", "comparisons")}
+    check_batches(make_mesh(config.mesh), sizes)
+    encoder, inputs, programs, _ = hosts.together(lambda: prepare(config))
+    standalone, continuation = encoder.judges
+    # Mostly the layout of the quickstart, and enough of the other that SFT can teach it.
+    judged = [(standalone, inputs.eft), (continuation, inputs.eft[: len(inputs.eft) // 4])]
+    questions = [row for judge, pairs in judged for pair in pairs for row in encoder.verdict_rows(judge, pair)]
+    seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])
+    dataset = supervised_batches(
+        programs.sft_spec,
+        encoder,
+        {"ift": inputs.targets["ift"], "eft": questions},
+        steps=world.steps,
+        seeds={"ift": seed, "eft": seed + 1},
+        share=programs.local_rows,
+    )
+    trainer = programs.sft
+    init = jax.jit(programs.model.init, out_shardings=trainer.state_shardings.params)
+    state = trainer.init(init(stream_key(world.seed, "world", 0)))
+    rates = learning_rates(config.training, world.learning_rate, world.steps)
+    with console.stage("embedded world: base model", world.steps) as bar:
+        for step, batch in enumerate(iterator(dataset)):
+            if stopper.vote():
+                stopper.stop("the base model's training, which starts again")
+            state, output = trainer.step(state, {}, put_batch(batch, programs.mesh), rates[step], None)
+            if step % 20 == 0:
+                bar.advance(f"loss {float(output.metrics['loss']):.3f}", by=min(20, world.steps - step))
+    partial = directory / "model.partial"
+    hf_config = weights.hf_config(source)
+    weights.save(partial, programs.arch, state.params, config=hf_config, source=source, writer=hosts.first())
+    if hosts.first():
+        partial.replace(directory / "model")
+    hosts.barrier("base model")

@@ -1,0 +1,48 @@
+"""The columns of the table of models: the one list that the run, its report and a study show."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """A column.
+
+    Attributes:
+      key: in evaluation.json and summary.json.
+      title: what a person reads.
+      form: format of a value.
+      graded: it needs a grader.
+    """
+
+    key: str
+    title: str
+    form: str = "{:.3f}"
+    graded: bool = False
+
+
+MODEL = Column("model", "model", "{}")
+COLUMNS = (
+    Column("quality", "quality", graded=True),
+    Column("exact", "exact", graded=True),
+    Column("greedy_quality", "greedy", graded=True),
+    Column("win_rate", "win v. M1"),
+    Column("generative_accuracy", "GRM acc."),
+    Column("implicit_accuracy", "IRM acc."),
+    Column("agreement", "agreement"),
+    Column("selected", "selected"),
+    Column("label_accuracy", "label acc.", graded=True),
+    Column("length", "length", "{:.1f}"),
+    Column("eos_rate", "ended"),
+    Column("distinct", "distinct", "{:.2f}"),
+    Column("seconds", "seconds", "{:.0f}"),
+)
+CONSOLE = (MODEL, *(column for column in COLUMNS if column.key != "eos_rate"))
+"""the columns of the table at the end of a run"""
+KEYS = tuple(column.key for column in COLUMNS)
+GRADED = tuple(column.key for column in COLUMNS if column.graded)
+
+
+def cells(row: dict[str, Any], columns: tuple[Column, ...]) -> list[str]:
+    """Returns a row's values as texts, "-" for one that it lacks."""
+    return [column.form.format(row[column.key]) if row.get(column.key) is not None else "-" for column in columns]

@@ -1,0 +1,75 @@
+"""How a command begins and ends: joining other hosts, one sentence for the user's mistakes, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+from scir_jax.config.files import to_dict
+from scir_jax.config.schema import Config
+from scir_jax.errors import InputError, Interrupted
+from scir_jax.run import host_memory
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def join(config: Config) -> None:
+    """Joins the other hosts of `run.distributed`, where that is set, before anything is computed.
+
+    Raises:
+      InputError: they cannot be reached, or have another configuration.
+    """
+    from scir_jax.engine.hosts import hosts
+    from scir_jax.run import console
+
+    hosts.start(config.run.distributed)
+    hosts.watch(config.run.host_timeout)
+    console.only_first_host_speaks()
+    hosts.same(to_dict(config), "configuration")
+
+
+def main(run: Callable[[], int | None]) -> None:
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's 3.
+
+    Of several hosts all end when one does; 4 is the code of those that lost another one.
+    """
+    host_memory.keep()
+    try:
+        code = run() or 0
+        _leave(None)
+        sys.exit(code)
+    except InputError as error:
+        reason, code, message = error, 2, f"error: {error}"
+    except Interrupted as stop:
+        reason, code, message = stop, 128 + stop.signal, str(stop)
+    except KeyboardInterrupt as stop:
+        reason, code, message = stop, 130, "stopped"
+    except Exception as error:
+        # Orbax and TensorStore wrap the operating system's error in their own.
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        if not full and "No space left" not in str(error) and "File too large" not in str(error):
+            _leave(error)
+            raise
+        reason, code, message = error, 3, f"error: {_disk_full(error)}"
+    print(message, file=sys.stderr, flush=True)
+    _leave(reason)
+    sys.exit(code)
+
+
+def _leave(error: BaseException | None) -> None:
+    """Tells the other hosts of a run, if there are some, how this one ends."""
+    if "scir_jax.engine.hosts.hosts" in sys.modules:  # else no run was begun, and JAX need not be imported for this
+        from scir_jax.engine.hosts import hosts
+
+        if error is not None and hosts.lost(error):
+            hosts.stop(error)
+        hosts.finish(error)
+
+
+def _disk_full(error: Exception) -> str:
+    where = getattr(error, "filename", None)
+    return (
+        f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
+        "free some space and run the same command again"
+    )

@@ -1,0 +1,129 @@
+"""What a person sees: a progress bar for each stage, a line when it is finished, tables. Quiet where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from scir_jax.engine.hosts import hosts
+from scir_jax.errors import Interrupted
+from scir_jax.run.columns import CONSOLE, MODEL, cells
+
+stderr = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed and speed >= 1 else f"{1 / speed:.1f} s each" if speed else "")
+
+
+class Bar:
+    """One stage's progress."""
+
+    def __init__(self, progress: Progress, task):
+        self._progress, self._task = progress, task
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        self._progress.update(self._task, advance=by, note=note)
+
+
+@contextlib.contextmanager
+def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar]:
+    """A progress bar while inside, and one line with the stage's time afterwards."""
+    started = time.monotonic()
+    columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
+    with Progress(
+        *columns, TextColumn("[dim]{task.fields[note]}"), console=stderr, transient=True, disable=not stderr.is_terminal
+    ) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=note))
+    stderr.print(f"{title:<28} done, {time.monotonic() - started:.1f} s")
+
+
+def show(table: Table) -> None:
+    """A table on stderr, 100 columns wide where nobody watches."""
+    console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, quiet=stderr.quiet, width=100)
+    console.print(table)
+
+
+def say(message: str) -> None:
+    stderr.print(message, soft_wrap=True, markup=False)
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Returns a table with one row per model; columns that no row has are left out."""
+    present = tuple(column for column in CONSOLE if any(row.get(column.key) is not None for row in rows))
+    result = Table(title=title)
+    for column in present:
+        result.add_column(column.title, justify="left" if column == MODEL else "right")
+    for row in rows:
+        result.add_row(*cells(row, present))
+    return result
+
+
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    console = Console(highlight=False, quiet=stderr.quiet)
+    if not console.is_terminal:
+        console = Console(highlight=False, quiet=stderr.quiet, width=140)
+    console.print(table(rows, title))
+
+
+def only_first_host_speaks() -> None:
+    """Bars, tables and notes of the other hosts would be the same; their errors are printed all the same."""
+    stderr.quiet = not hosts.first()
+
+
+class Stopper:
+    """Turns the first Ctrl-C or SIGTERM, at whichever host, into a request that all answer at their next safe point."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._votes = hosts.Votes()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _) -> None:
+        if self.signal is not None:
+            raise Interrupted("stopped at once; run the same command again to go on from the last checkpoint", number)
+        self.signal = number
+        say("stopping at the next safe point; once more stops at once")
+
+    def vote(self) -> bool:
+        """Lets all hosts vote on whether to stop: each must call it at the same place, and all get the same answer.
+
+        Of several hosts it is the answer to the call before, so that no device is waited for.
+        """
+        return self._votes.cast(self.signal is not None)
+
+    def check(self, where: str, *, resumable: bool = True) -> None:
+        """Raises Interrupted if any host was asked to stop. All call it where everything done so far is saved."""
+        if hosts.vote(self.signal is not None):
+            self.stop(where, resumable=resumable)
+
+    def stop(self, where: str, *, resumable: bool = True) -> None:
+        """Raises Interrupted."""
+        how = "everything is saved: run the same command again to go on" if resumable else "nothing is written"
+        raise Interrupted(f"stopped in {where}; {how}", self.signal or signal.SIGTERM)

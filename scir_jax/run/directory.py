@@ -1,0 +1,236 @@
+"""The run directory: its files, its lock, and the refusal to mix two configurations in one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from scir_jax.config.files import to_dict, to_yaml
+from scir_jax.config.schema import Config
+from scir_jax.data import sources
+from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.engine.hosts.hosts import SEEN
+from scir_jax.errors import InputError
+
+PACKAGES = (
+    "scir_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+
+
+LAYOUT = 2
+"""of the files of a run; a directory of another one is refused"""
+# Keys that say where a run is computed, beside the mesh.
+ELSEWHERE = ("run.distributed", "run.host_timeout", "run.compilation_cache")
+
+
+class RunDirectory:
+    """Paths of a run. Iteration 0 is SFT; iteration t turns M_t into M_{t+1}."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: FileLock | None = None
+
+    def stage_checkpoints(self, iteration: int) -> Path:
+        """Returns where a training stage keeps its checkpoints; iteration 0 is SFT."""
+        return self.checkpoints / (f"iteration_{iteration:02d}" if iteration else "sft")
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts prompts and given pairs are divided: the iterations that the run began with."""
+        return max(read_json(self.path / "manifest.json")["iterations"], 1)
+
+    def iteration(self, number: int) -> Path:
+        """Returns the directory of an iteration's files, made if it is not there."""
+        directory = self.path / f"iteration_{number:02d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def open(self, config: Config) -> bool:
+        """Locks the directory and records the configuration; True if a run is there to be resumed.
+
+        On which devices and how many hosts a run goes on is no part of its configuration.
+
+        Raises:
+          InputError: another process uses the directory, it holds a run of another configuration (the keys that
+            differ are listed), or it holds other files.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.path}: is a file, or below one; choose another run.directory") from None
+        except PermissionError:
+            raise InputError(f"{self.path}: may not be written; choose another run.directory") from None
+        # Held until the process ends, however it ends: the kernel frees it.
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another process is running here; wait for it or choose another run.directory"
+            ) from None
+        recorded = self.path / "config.yaml"
+        # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
+        if recorded.exists() and any(self.checkpoints.glob("M0")):
+            before, now = self._recorded(recorded), to_dict(config)
+            self._compare(before, now)
+            if now["run"]["iterations"] > before["run"]["iterations"]:
+                self._grow(recorded, config)
+            return True
+        own = {".lock", "config.yaml.partial"}
+        if self._is_ours(recorded):
+            own |= {
+                "config.yaml",
+                "manifest.json",
+                "manifest.json.partial",
+                "data.json",
+                "data.json.partial",
+                "checkpoints",
+                "metrics.jsonl",
+                "tensorboard",
+            }
+        others = sorted(p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(SEEN))
+        if others:
+            raise InputError(
+                f"{self.path}: holds files of something else ({', '.join(others[:3])}); choose another run.directory"
+            )
+        (self.path / "manifest.json").unlink(missing_ok=True)
+        _write_config(recorded, config)
+        return False
+
+    def close(self) -> None:
+        """Unlocks the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def check_manifest(self, manifest: dict[str, Any]) -> None:
+        """Records what the run is made of; on resuming, refuses files that have changed."""
+        path = self.path / "manifest.json"
+        if not path.exists():
+            write_json(path, manifest)
+            return
+        before = read_json(path)
+        names = sorted(before["sha256"].keys() | manifest["sha256"].keys())
+        changed = [k for k in names if before["sha256"].get(k) != manifest["sha256"].get(k)]
+        if changed:
+            raise InputError(
+                f"{self.path}: changed since this run began: {', '.join(changed)}; "
+                "restore them or choose another run.directory"
+            )
+
+    def _is_ours(self, recorded: Path) -> bool:
+        """Whether a config.yaml is one that `open` wrote: it has every section with every key."""
+        try:
+            content = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        ours = to_dict(Config())
+        return (
+            isinstance(content, dict)
+            and content.keys() == ours.keys()
+            and all(isinstance(content[name], dict) and content[name].keys() == ours[name].keys() for name in ours)
+        )
+
+    def _recorded(self, path: Path) -> dict[str, dict[str, Any]]:
+        """The recorded configuration. InputError where another version of this program wrote it."""
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError):
+            raise InputError(f"{path}: cannot be read; restore it or choose another run.directory") from None
+        manifest = self.path / "manifest.json"
+        layout = read_json(manifest).get("layout") if manifest.exists() else LAYOUT
+        if layout != LAYOUT or not self._is_ours(path):
+            raise InputError(
+                f"{self.path}: was written by another version of scir_jax, whose files have another layout; finish it "
+                "with that version or choose another run.directory"
+            )
+        return content
+
+    def _grow(self, recorded: Path, config: Config) -> None:
+        """Lets a run go on to more iterations; what was made of its last model so far is made again."""
+        for name in ("export", "adapter"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / "summary.json").unlink(missing_ok=True)
+        _write_config(recorded, config)
+
+    def _compare(self, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
+        more = now["run"]["iterations"] > before["run"]["iterations"]
+        free = (*ELSEWHERE, "run.iterations") if more else ELSEWHERE
+        keys = sorted({(s, k) for c in (before, now) for s, values in c.items() for k in values})
+        differ = [
+            f"{s}.{k} ({before.get(s, {}).get(k)!r} there, {now.get(s, {}).get(k)!r} here)"
+            for s, k in keys
+            if before.get(s, {}).get(k) != now.get(s, {}).get(k) and s != "mesh" and f"{s}.{k}" not in free
+        ]
+        if differ:
+            raise InputError(
+                f"{self.path}: holds a run of another configuration; these keys differ: {', '.join(differ)}"
+            )
+
+
+def _write_config(path: Path, config: Config) -> None:
+    partial = path.with_name("config.yaml.partial")
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True) -> dict[str, Any]:
+    """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates.
+
+    Args:
+      weights: read the model's weights too; else their bytes are counted.
+    """
+    read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
+    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file() and p.suffix in read}
+    hashes = {
+        f"model.path/{name}": sha256(path)
+        if weights or path.suffix != ".safetensors"
+        else f"{path.stat().st_size} bytes"
+        for name, path in files.items()
+    }
+    for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
+        if name := getattr(config.data, key):
+            hashes[f"data.{key}"] = sources.sha256(name)
+    if config.lora.adapter:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
+    for name, content in templates.items():
+        hashes[f"generative.templates/{name}"] = hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "layout": LAYOUT,
+        "seed": config.run.seed,
+        "iterations": config.run.iterations,
+        "sha256": hashes,
+        "templates": templates,
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,283 @@
+"""Evaluation of M1, M2, ...: the reward models on held-out labelled pairs, and held-out responses by a grader.
+
+The grader is used here and nowhere else; training never sees it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scir_jax.config.schema import Config
+from scir_jax.data.encode import Encoder
+from scir_jax.data.files import read_rows
+from scir_jax.data.jsonl import batched, write_json, write_rows
+from scir_jax.data.pairs import Pair, Prompt
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.programs import Programs
+from scir_jax.engine.sampler import Sampling, stream_key
+from scir_jax.errors import InputError
+from scir_jax.method import rewards
+from scir_jax.method.rewards import REWARDS, Evidence
+from scir_jax.run import console, scoring
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.metrics import Metrics
+from scir_jax.run.models import Models, roles
+from scir_jax.run.sampling import sample_rows, settings_of
+
+Grader = Callable[[str, str], dict[str, float]]
+
+
+def load_grader(name: str | None) -> Grader | None:
+    """Imports the function `module:function`. InputError where it cannot be imported."""
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"evaluate.grader {name!r} cannot be imported (module:function): {error}") from None
+
+
+def evaluate_model(
+    config: Config,
+    encoder: Encoder,
+    inputs: Inputs,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    metrics: Metrics,
+    grader: Grader | None,
+    stopper: console.Stopper,
+    t: int,
+) -> None:
+    """Writes evaluation.json of M_{t+1}, the model that iteration t ends with."""
+    folder, number = directory.iteration(t), t + 1
+    reference = roles(config, t)["implicit"]
+    # A model that is its own reference has an implicit reward of 1/2 everywhere.
+    load_reference = (lambda: models.load(reference)) if reference != number else None
+    title = f"evaluation of M{number}"
+    against = None
+    if t and inputs.heldout_prompts:
+        against = [row for _, row in read_rows(directory.iteration(0) / "heldout_responses.jsonl")]
+    values, rows = evaluate(
+        config,
+        encoder,
+        inputs,
+        programs,
+        model=lambda: models.load(number),
+        reference=load_reference,
+        grader=grader,
+        against=against,
+        title=f"evaluate M{number}",
+        check=lambda: stopper.check(title),
+    )
+    if rows and hosts.first():
+        write_rows(folder / "heldout_responses.jsonl", rows)
+    if t:
+        values |= decision_metrics(folder, grader)
+    values = clean({"model": f"M{number}", **values})
+    metrics.evaluation(values)
+    if hosts.first():
+        write_json(folder / "evaluation.json", values)
+    hosts.barrier(f"evaluated M{number}")
+
+
+def evaluate(
+    config: Config,
+    encoder: Encoder,
+    inputs: Inputs,
+    programs: Programs,
+    *,
+    model: Callable[[], Any],
+    reference: Callable[[], Any] | None,
+    grader: Grader | None,
+    against: Sequence[dict] | None = None,
+    title: str,
+    check: Callable[[], None] = scoring.nothing,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluates a model on the held-out pairs and prompts.
+
+    Args:
+      model, reference: give parameters when called; without a reference there is no implicit reward.
+      against: M1's responses to the held-out prompts, for the win rate.
+      title: of the progress bar.
+      check: is called where the evaluation may be stopped.
+
+    Returns:
+      The metrics, and one row per response.
+    """
+    pairs, labels = labelled_pairs(inputs.heldout_pairs)
+    prompts = inputs.heldout_prompts
+    total = scoring.score_batches(programs, len(pairs), with_reference=reference is not None) if pairs else 0
+    kinds = [(False, config.evaluate.samples, settings_of(config.sample))]
+    if config.evaluate.greedy:
+        kinds.append((True, 1, Sampling.of(0.0)))
+    total += len(kinds) * scoring.batches_of(len(prompts), config.sample.batch_size)
+    values: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    with console.stage(title, total) as bar:
+
+        def advance() -> None:
+            bar.advance()
+            check()
+
+        if pairs:
+            evidence = scoring.score_pairs(
+                encoder, programs, pairs, config=config, model=model, reference=reference, advance=advance
+            )
+            values |= pair_metrics(config, evidence, labels)
+        for greedy, responses, sampling in kinds:
+            rows += [
+                {"greedy": greedy, **row}
+                for row in sample_heldout(config, encoder, programs, model, prompts, responses, sampling, advance)
+            ]
+        if rows:
+            values |= response_metrics(rows, grader, against)
+    return values, rows
+
+
+def sample_heldout(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    model: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    responses: int,
+    sampling: Sampling,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Samples responses to the held-out prompts, with the same noise for every model: less chance in a comparison."""
+    key = stream_key(config.run.seed, "evaluation", 0)
+    rows = []
+    params = model() if prompts else None
+    for part in batched(list(enumerate(prompts)), config.sample.batch_size):
+        rows += sample_rows(encoder, programs, params, part, responses=responses, sampling=sampling, key=key)
+        advance()
+    return rows
+
+
+def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Sequence[dict] | None) -> dict[str, float]:
+    """Measures length, end-of-sequence rate and diversity of sampled responses; with a grader quality and the win rate.
+
+    Args:
+      against: M1's responses to the same prompts; the win rate is over all pairs of samples, ties count 1/2.
+    """
+    sampled = [r for r in rows if not r["greedy"]]
+    result = {
+        "length": float(np.mean([len(r["response_ids"]) for r in sampled])),
+        "eos_rate": float(np.mean([r["stop"] == "eos" for r in sampled])),
+        "distinct": float(
+            np.mean([len(set(texts)) for texts in _by_prompt(sampled, lambda r: r["response"]).values()])
+        ),
+    }
+    if grader is None:
+        return result
+    grades = [grader(r["prompt"], r["response"]) for r in sampled]
+    result |= {name: float(np.mean([g[name] for g in grades])) for name in grades[0]}
+    if greedy := [grader(r["prompt"], r["response"]) for r in rows if r["greedy"]]:
+        result |= {f"greedy_{name}": float(np.mean([g[name] for g in greedy])) for name in greedy[0]}
+    if against is not None:
+
+        def quality(r: dict) -> float:
+            return grader(r["prompt"], r["response"])["quality"]
+
+        ours = _by_prompt(sampled, quality)
+        theirs = _by_prompt([r for r in against if not r["greedy"]], quality)
+        wins = [_compare(x, y) for number in ours for x in ours[number] for y in theirs[number]]
+        result["win_rate"] = float(np.mean(wins))
+    return result
+
+
+def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict[str, float]:
+    """Measures the accuracy of the reward models, their agreement and the judge's health on labelled pairs.
+
+    Args:
+      evidence: as scoring.score_pairs makes it.
+      labels: [P] probability that the first is better; 1/2 is left out of accuracies.
+    """
+    decisive = labels != 0.5
+    right = labels[decisive] > 0.5
+    logits = reward_logits(config, evidence)
+    result = {f"{name}_accuracy": accuracy(values[decisive], right) for name, values in logits.items()}
+    for name in logits:
+        health = REWARDS[name].health
+        found = {} if health is None else health(evidence)
+        result |= {key: float(np.mean(values)) for key, values in found.items()}
+    if "generative" in logits and "implicit" in logits:
+        result["agreement"] = float(np.mean(np.sign(logits["generative"]) * np.sign(logits["implicit"]) > 0))
+    return result
+
+
+def reward_logits(config: Config, evidence: Evidence) -> dict[str, np.ndarray]:
+    """Computes the mean logit [P] float64 of the generative and the implicit reward model, and of the method's others.
+
+    Reward models for which the evidence does not suffice are left out.
+    """
+    wanted = {"generative", "implicit", *config.rewards.models}
+    names = [
+        name
+        for name, reward in REWARDS.items()
+        if name in wanted and set(reward.reads) <= set(evidence.fresh) and set(reward.cached) <= set(evidence.cached)
+    ]
+    logits = rewards.reward_logits(evidence, config, names)
+    return {name: np.asarray(values, np.float64).mean(axis=1) for name, values in logits.items()}
+
+
+def accuracy(logits: np.ndarray, right: np.ndarray) -> float | None:
+    """Returns the share of pairs on the right side; a logit of exactly 0 counts 1/2. None without pairs."""
+    if not len(logits):
+        return None
+    return float(np.mean(np.where(logits == 0, 0.5, (logits > 0) == right)))
+
+
+def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]:
+    """Measures the share of pairs selected during the iteration, and the accuracy of their labels against the grader."""
+    pairs = [row for _, row in read_rows(directory / "pairs.jsonl")]
+    decisions = [row for _, row in read_rows(directory / "decisions.jsonl")]
+    result = {
+        "selected": float(np.mean([d["selected"] for d in decisions])),
+    }
+    if decisions and "agreed" in decisions[0]:
+        result["train_agreement"] = float(np.mean([d["agreed"] for d in decisions]))
+    if grader is not None:
+        gap = [
+            grader(p["prompt"], p["response_a"])["quality"] - grader(p["prompt"], p["response_b"])["quality"]
+            for p in pairs
+        ]
+        hits = [(d["label"] > 0.5) == (gap[d["pair"]] > 0) for d in decisions if d["selected"] and gap[d["pair"]] != 0]
+        if hits:
+            result["label_accuracy"] = float(np.mean(hits))
+    return result
+
+
+def labelled_pairs(given: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
+    """Returns pairs and their labels [P]. The labelled-better answer is moved to either side in turn.
+
+    Files of chosen and rejected name the better answer first; a reward model must not profit from that.
+    """
+    pairs = [pair if i % 2 == 0 else pair.swapped() for i, pair in enumerate(given)]
+    return pairs, np.array([0.5 if pair.label is None else pair.label for pair in pairs])
+
+
+def clean(values: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what is absent; JSON has no NaN."""
+    return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+
+
+def _by_prompt(rows: Sequence[dict], value: Callable[[dict], Any]) -> dict[int, list]:
+    result: dict[int, list] = defaultdict(list)
+    for row in rows:
+        result[row["prompt_number"]].append(value(row))
+    return result
+
+
+def _compare(x: float, y: float) -> float:
+    return 0.5 if x == y else float(x > y)

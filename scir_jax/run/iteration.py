@@ -1,0 +1,128 @@
+"""The recipe of a run. A stage whose file or model is there is not done again: that is all of resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from scir_jax.config.schema import Config
+from scir_jax.data.encode import Encoder
+from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.programs import Programs
+from scir_jax.errors import InputError
+from scir_jax.run import console, evaluation, pairing, sampling, training
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.metrics import Metrics
+from scir_jax.run.models import Models
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+      name: what seconds.json calls it.
+      iteration: 0 up to the evaluation of M1.
+      done: says whether its result is there.
+      run: makes it.
+    """
+
+    name: str
+    iteration: int
+    done: Callable[[], bool]
+    run: Callable[[], None]
+
+
+def recipe(
+    config: Config,
+    encoder: Encoder,
+    inputs: Inputs,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    metrics: Metrics,
+    stopper: console.Stopper,
+) -> Iterator[Stage]:
+    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate."""
+    store = models.store
+    grader = evaluation.load_grader(config.evaluate.grader)
+    training_needs = (config, encoder, inputs, programs, models, directory, metrics, stopper)
+
+    def evaluate(t: int) -> Stage:
+        done = (directory.iteration(t) / "evaluation.json").exists
+        needs = (config, encoder, inputs, programs, models, directory, metrics, grader, stopper)
+        return Stage("evaluate", t, done, lambda: evaluation.evaluate_model(*needs, t))
+
+    if config.run.start_from:
+        other = ModelStore(RunDirectory(config.run.start_from).checkpoints)
+        for number in (0, 1):
+            yield Stage("start", 0, partial(store.exists, number), partial(copy_model, other, number, store, programs))
+    yield Stage("start", 0, partial(store.exists, 0), lambda: store.save(0, models.parameters.initial()))
+    yield Stage("sft", 0, partial(store.exists, 1), lambda: training.run_sft(*training_needs))
+    yield evaluate(0)
+    for t in range(1, config.run.iterations + 1):
+        responses, pairs = (directory.iteration(t) / f"{name}.jsonl" for name in ("responses", "pairs"))
+        if config.data.pairs:
+            source = partial(pairing.given_pairs, inputs, directory.shares, t)
+        else:
+            prompts = sampling.iteration_prompts(config, inputs.prompts, directory.shares, t)
+            yield Stage(
+                "sample",
+                t,
+                responses.exists,
+                lambda: sampling.sample_iteration(
+                    config, encoder, programs, models.load(t), prompts, t, responses, stopper
+                ),
+            )
+            source = partial(pairing.sampled_answers, encoder, programs.arch.vocab_size, responses)
+        yield Stage(
+            "score",
+            t,
+            pairs.exists,
+            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper),
+        )
+        yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
+        yield evaluate(t)
+
+
+def run_stages(stages: Iterable[Stage], directory: RunDirectory, stopper: console.Stopper) -> None:
+    """Runs every stage that is not done, and keeps its time (of the last try) in seconds.json of its iteration."""
+    for stage in stages:
+        if hosts.decide(stage.done):
+            # Left where a process was killed between saving the model and removing the checkpoints that led to it.
+            if stage.name in ("sft", "optimise") and hosts.first():
+                shutil.rmtree(directory.stage_checkpoints(stage.iteration), ignore_errors=True)
+            continue
+        started = time.monotonic()
+        stage.run()
+        if hosts.first():
+            path = directory.iteration(stage.iteration) / "seconds.json"
+            seconds = read_json(path) if path.exists() else {}
+            write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
+        hosts.barrier(f"{stage.name} {stage.iteration}")
+        if stage.name == "start":
+            stopper.check("start-up")
+
+
+def rows(directory: RunDirectory, iterations: int) -> list[dict]:
+    """Returns the final table: one row per model, with the seconds of its iteration's stages."""
+    result = []
+    for t in range(iterations + 1):
+        row = read_json(directory.iteration(t) / "evaluation.json")
+        timings = directory.iteration(t) / "seconds.json"
+        seconds = read_json(timings) if timings.exists() else {}
+        result.append({**row, "seconds": round(sum(seconds.values()), 1)})
+    return result
+
+
+def copy_model(source: ModelStore, number: int, store: ModelStore, programs: Programs) -> None:
+    """Copies M_number of another run. InputError where that has none."""
+    if not hosts.decide(lambda: source.exists(number)):
+        raise InputError(f"run.start_from {source.directory.parent}: holds no model M{number}")
+    store.save(number, source.load(number, programs.abstract_trained))

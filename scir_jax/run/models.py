@@ -1,0 +1,143 @@
+"""The parameters that a run computes with: from model directories and adapters, and from its own checkpoints."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from scir_jax.config.schema import Config, LoraConfig
+from scir_jax.engine import sampler
+from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.programs import Programs
+from scir_jax.errors import InputError
+from scir_jax.model import families, lora
+from scir_jax.model.hf import adapters, weights
+
+
+class Parameters:
+    """Reads the parameters of Hugging Face and PEFT directories straight into their shards."""
+
+    def __init__(self, config: Config, programs: Programs):
+        self._config = config
+        self._programs = programs
+
+    def of_directory(self, directory: Path, *, adapter: Path | None = None, inference: bool = False) -> Any:
+        """Reads all parameters of a Hugging Face directory. InputError if its shape is not this model's.
+
+        Args:
+          adapter: PEFT directory of the adapters; without one they are new and change nothing.
+          inference: in the computation's dtype throughout, instead of float32 where trained.
+        """
+        programs = self._programs
+        abstract = programs.abstract_inference if inference else programs.abstract_trained
+        return lora.join(self._adapters(adapter, abstract), self._stored(directory, abstract))
+
+    def configured(self) -> Any:
+        """Reads the configured model to compute with, its adapters (lora.adapter) included."""
+        return self.of_directory(Path(self._config.model.path), adapter=self._given_adapter, inference=True)
+
+    def initial(self) -> Any:
+        """Reads M0's trained parameters, float32."""
+        if self._programs.model.lora is None:
+            return self.of_directory(Path(self._config.model.path))
+        return self._adapters(self._given_adapter, self._programs.abstract_trained)
+
+    @cached_property
+    def frozen(self) -> Any:
+        """The parameters that no training changes; loaded once."""
+        if self._programs.model.lora is None:
+            return {}
+        return self._stored(Path(self._config.model.path), self._programs.abstract_inference)
+
+    @property
+    def _given_adapter(self) -> Path | None:
+        return Path(self._config.lora.adapter) if self._config.lora.adapter else None
+
+    def _stored(self, directory: Path, abstract: Any) -> Any:
+        """The parameters of a Hugging Face directory, without adapters; those that are trained as in `abstract`."""
+        arch = families.read(weights.hf_config(directory), str(directory / "config.json"))
+        if arch != self._programs.arch:
+            raise InputError(f"{directory}: another architecture than {self._config.model.path}")
+        _, params = weights.load(directory, self._programs.abstract_frozen if self._programs.model.lora else abstract)
+        return params
+
+    def _adapters(self, directory: Path | None, abstract: Any) -> Any:
+        """The adapters of a PEFT directory, or fresh ones."""
+        model = self._programs.model
+        if model.lora is None:
+            return {}
+        if directory is not None:
+            return adapters.load(directory, model.arch, model.lora, abstract)
+
+        def fresh(key):
+            trained, _ = lora.split(model.init(key), model.lora)
+            return jax.tree.map(lambda s, value: value.astype(s.dtype), abstract, trained)
+
+        key = sampler.stream_key(self._config.run.seed, "init", 0)
+        return jax.jit(fresh, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(key)
+
+
+class Models:
+    """M0 (base), M1 (after SFT), ... loaded from their checkpoints, which hold the trained parameters; one at a time.
+
+    With adapters all models share the frozen weights, which stay in memory: another model is another set of adapters.
+
+    Attributes:
+      store: the checkpoints.
+      parameters: where M0 and the frozen weights come from.
+    """
+
+    def __init__(self, store: ModelStore, programs: Programs, parameters: Parameters):
+        self.store = store
+        self.parameters = parameters
+        self._programs = programs
+        self._loaded: tuple[int, Any] | None = None
+
+    def load(self, number: int) -> Any:
+        """Loads M_number's parameters to compute with; the model loaded before is let go first."""
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = None
+            self._loaded = (number, self.store.load(number, self._programs.abstract_inference))
+        return lora.join(self._loaded[1], self.parameters.frozen)
+
+    def take(self, number: int) -> Any:
+        """Loads M_number's trained parameters, float32, for a training step to consume (donate)."""
+        loaded, self._loaded = self._loaded, None
+        programs = self._programs
+        if loaded is not None and loaded[0] == number and programs.abstract_inference == programs.abstract_trained:
+            return loaded[1]
+        del loaded
+        return self.store.load(number, programs.abstract_trained)
+
+
+def roles(config: Config, iteration: int) -> dict[str, int]:
+    """Returns the number of the model in each role of iteration t (0: evaluation of M1 after SFT).
+
+    "start" is M_t; "before" is M_{t-1}; "preference" is DPO's reference; "implicit" is the implicit reward's reference,
+    which must lag M_t.
+    """
+    fixed = {"sft": 1, "base": 0}
+    before = max(iteration - 1, 0)
+    return {
+        "start": iteration,
+        "before": before,
+        "preference": fixed.get(config.preference.reference, iteration),
+        "implicit": fixed.get(config.implicit.reference, before),
+    }
+
+
+def adapters_of(config: LoraConfig) -> lora.Lora | None:
+    """Returns the adapters that the configuration asks for. InputError where it contradicts the PEFT directory."""
+    if not config.adapter:
+        if config.rank < 0:
+            raise InputError(f"lora.rank must not be negative, not {config.rank}")
+        if not config.rank:
+            return None
+        return lora.Lora(config.rank, config.alpha, config.targets, config.rslora, config.dropout)
+    found = adapters.read_config(Path(config.adapter))
+    if config.rank not in (0, found.rank):
+        raise InputError(f"lora.rank is {config.rank}, but the adapter {config.adapter} has rank {found.rank}")
+    return found

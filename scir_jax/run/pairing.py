@@ -1,0 +1,255 @@
+"""The stage that makes pairs: which answers are compared, their reference log-probabilities and frozen scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scir_jax.config.schema import Config
+from scir_jax.data import records
+from scir_jax.data.encode import Encoder
+from scir_jax.data.files import read_rows
+from scir_jax.data.jsonl import write_rows
+from scir_jax.data.messages import answer_text, prompt_messages
+from scir_jax.data.pairs import Answer, Pair, Prompt, to_row, token_ids
+from scir_jax.data.tally import Tally
+from scir_jax.engine import forward
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.programs import Programs
+from scir_jax.errors import InputError
+from scir_jax.method import objective, rewards
+from scir_jax.method.pairing import PAIRING, Choice, Scores
+from scir_jax.run import console, scoring
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.models import Models, roles
+from scir_jax.run.scoring import Item
+
+
+class Source(NamedTuple):
+    """What pairs are made of.
+
+    Attributes:
+      items: prompts and answers.
+      given: pairs of places in `items` that are taken as they are; None: they are chosen as pairs.kind says.
+    """
+
+    items: list[Item]
+    given: list[Choice] | None = None
+
+
+def sampled_answers(encoder: Encoder, vocabulary: int, path: Path) -> Source:
+    """Reads the answers of an iteration's file, our own or another engine's (then `prompt` and `response` are enough).
+
+    Ids that the file holds are taken as they are; only what it lacks is tokenised.
+
+    Args:
+      vocabulary: size of the model's.
+
+    Raises:
+      InputError: a row is bad; its file and line are named.
+    """
+    limit = encoder.config.max_response_tokens
+    items = []
+    prompts: dict[str, Prompt | None] = {}
+    tally = Tally(str(path))
+    for where, row in read_rows(path):
+        given = row.get("messages", records.need(row, "prompt", where))
+        name = str(given)
+        if name not in prompts:
+            with tally.row(where):
+                messages = prompt_messages(given, f"{where}: prompt")
+                if "prompt_ids" in row and "prompt_quote_ids" in row:
+                    ids, quote = (
+                        token_ids(row[key], f"{where}: {key}", vocabulary) for key in ("prompt_ids", "prompt_quote_ids")
+                    )
+                    prompts[name] = Prompt(messages, ids, quote, where, len(ids))
+                else:
+                    prompts[name] = encoder.prompt(messages, where)
+        prompt = prompts[name]
+        if prompt is None:
+            continue
+        text = records.need(row, "response", where)
+        if "response_ids" not in row:
+            answer = encoder.answer(answer_text(text, f"{where}: response"))
+        elif "quote_ids" not in row:
+            answer = encoder.sampled(token_ids(row["response_ids"], f"{where}: response_ids", vocabulary)[:limit])
+        else:
+            ids, quote = (
+                token_ids(row[key], f"{where}: {key}", vocabulary)[:limit] for key in ("response_ids", "quote_ids")
+            )
+            answer = Answer(text, ids, quote, len(ids))
+        items.append((prompt, answer))
+    return Source(items)
+
+
+def given_pairs(inputs: Inputs, shares: int, iteration: int) -> Source:
+    """Returns the iteration's even share of the pairs in data.pairs, in the file's order, round again where it ends.
+
+    Args:
+      shares: into how many parts the pairs are divided.
+    """
+    pairs, part = inputs.given_pairs, (iteration - 1) % shares
+    mine = pairs[len(pairs) * part // shares : len(pairs) * (part + 1) // shares]
+    items = [(pair.prompt, answer) for pair in mine for answer in pair.answers]
+    return Source(items, [Choice(2 * i, 2 * i + 1, pair.label) for i, pair in enumerate(mine)])
+
+
+def different(items: Sequence[Item]) -> list[list[int]]:
+    """Groups the places of each prompt's different answers."""
+    by_prompt: dict[tuple, list[int]] = defaultdict(list)
+    for i, (prompt, _) in enumerate(items):
+        by_prompt[prompt.ids].append(i)
+    return [list({items[i][1].ids: i for i in reversed(places)}.values())[::-1] for places in by_prompt.values()]
+
+
+class Scored(NamedTuple):
+    """What is known of candidates.
+
+    Attributes:
+      candidates: pairs of places in the items.
+      by_role: role -> reading -> [items] float32.
+      judged: verdicts on the candidates, or None.
+      frozen: reward model -> [candidates, C] logits under M_t.
+    """
+
+    candidates: list[Choice]
+    by_role: dict[str, dict[str, np.ndarray]]
+    judged: forward.Judged | None
+    frozen: dict[str, np.ndarray]
+
+
+def make_pairs(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    iteration: int,
+    source: Source,
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
+    """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
+
+    Raises:
+      InputError: there is no pair.
+    """
+    items, way = source.items, PAIRING[config.pairs.kind]
+    groups = different(items)
+    if source.given is None:
+        rng = np.random.default_rng(np.random.SeedSequence([config.run.seed, 1, iteration]))
+        candidates = way.candidates(groups, rng, config)
+    else:
+        candidates = source.given
+    if not candidates and all(len(group) < 2 for group in groups):
+        raise InputError(
+            f"iteration {iteration}: no prompt has two different responses; "
+            "raise sample.temperature or sample.responses"
+        )
+    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper)
+    chosen = candidates
+    if way.choose and source.given is None:
+        chosen = way.choose(groups, candidates, _scores(config, items, scored, iteration), config)
+    if hosts.first():
+        pairs = finished(config, items, scored, chosen)
+        write_rows(path, (to_row(pair, number) for number, pair in enumerate(pairs)))
+
+
+def score_candidates(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    iteration: int,
+    items: Sequence[Item],
+    candidates: list[Choice],
+    stopper: console.Stopper,
+) -> Scored:
+    """Scores all items under the models in every role, and asks the judge about the candidates where it is needed.
+
+    Each model is loaded once, M_t last, so that only one copy of the weights is there at a time.
+    """
+    wanted, numbers = objective.needs(config), roles(config, iteration)
+    asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
+    loads = sorted({numbers[role] for role in asked})  # M_t is the largest
+    title = f"iteration {iteration}: pair and score"
+    total = len(loads) * scoring.batches_of(len(items), programs.score_group.rows)
+    if wanted.judged:
+        total += scoring.batches_of(len(candidates), programs.judge_groups[0].leading[0])
+    pairs = [_pair(items, choice) for choice in candidates]
+    read: dict[int, dict[str, np.ndarray]] = {}
+    judged = None
+    with console.stage(title, total) as bar:
+
+        def advance() -> None:
+            bar.advance()
+            stopper.check(title)
+
+        for number in loads:
+            read[number] = scoring.score_answers(encoder, programs, models.load(number), items, advance)
+        if wanted.judged:
+            judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance)
+    by_role = {role: read[numbers[role]] for role in asked}
+    if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6):
+        console.say(
+            f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at first; "
+            "implicit.reference names a model that lags"
+        )
+    places = _places(candidates)
+    fresh = {reading: values[places] for reading, values in by_role["start"].items()}
+    if judged is not None:
+        fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
+    cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
+    evidence = scoring.evidence_of(pairs, fresh, cached, config)
+    logits = rewards.reward_logits(evidence, config, wanted.start)
+    return Scored(candidates, by_role, judged, {name: np.asarray(values) for name, values in logits.items()})
+
+
+def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequence[Choice]) -> list[Pair]:
+    """Returns the chosen pairs with all that training needs of them."""
+    wanted, places = objective.needs(config), _places(chosen)
+    start, implicit = (scored.by_role[role]["logps"][places] for role in ("start", "implicit"))
+    lengths = np.array([[len(items[i][1].ids) for i in pair] for pair in places])
+    alpha = scoring.length_penalty(config, start, implicit, lengths)
+    number_of = {choice: i for i, choice in enumerate(scored.candidates)}
+    pairs = []
+    for choice in chosen:
+        cached = {
+            f"{role}_{reading}": (float(values[choice.a]), float(values[choice.b]))
+            for role in ("start", "preference", "implicit")
+            for reading, values in scored.by_role[role].items()
+        }
+        frozen, verdicts, i = {}, (), number_of.get(choice)
+        if i is not None:
+            frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
+            if wanted.verdicts:
+                verdicts = tuple(map(float, rewards.single_verdicts(scored.judged.verdicts[i : i + 1])[0]))
+        pair = _pair(items, choice)
+        pairs.append(
+            dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha)
+        )
+    return pairs
+
+
+def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: int) -> Scores:
+    """What a way of choosing pairs looks at."""
+    numbers = roles(config, iteration)
+    wins = scored.frozen.get("generative")
+    return Scores(
+        logps={role: values["logps"].astype(np.float64) for role, values in scored.by_role.items()},
+        lengths=np.array([len(answer.ids) for _, answer in items]),
+        wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
+        reference_before=numbers["before"] == numbers["implicit"],
+    )
+
+
+def _pair(items: Sequence[Item], choice: Choice) -> Pair:
+    return Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label)
+
+
+def _places(choices: Sequence[Choice]) -> np.ndarray:
+    return np.array([(choice.a, choice.b) for choice in choices], int).reshape(-1, 2)

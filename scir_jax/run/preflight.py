@@ -1,0 +1,151 @@
+"""Before the first step: the data are read and checked, every program is compiled, and its memory is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from scir_jax.config import cli
+from scir_jax.config.schema import Config
+from scir_jax.data import statistics
+from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.cost import memory
+from scir_jax.engine.cost.memory import GIB, Memory
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.programs import Programs
+from scir_jax.errors import InputError
+from scir_jax.run import console
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.models import adapters_of
+
+
+def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str, Any]:
+    """Reads and checks everything that the run will need, before anything is computed, and shows what it holds.
+
+    Returns:
+      The content of data.json.
+    """
+    if config.run.iterations and not inputs.prompts and not inputs.given_pairs:
+        raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
+    if config.data.pairs and len(inputs.given_pairs) < config.run.iterations:
+        raise InputError(
+            f"{config.data.pairs}: {len(inputs.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
+        )
+    if config.preference.labels == "external" and not config.data.pairs:
+        name = config.data.columns.label[0]
+        console.say(
+            f"labels come from the column {name!r} that you add to each iteration's pairs.jsonl; "
+            "the run stops there until it is present"
+        )
+    _check_start(config, programs)
+    console.show(statistics.table(inputs.statistics()))
+    inputs.tell_left_out()
+    return inputs.to_dict()
+
+
+def _check_start(config: Config, programs: Programs) -> None:
+    """Refuses to start from models with other adapters, whose parameters may well have the shapes of this run's."""
+    settings = config.run
+    recorded = Path(settings.start_from or "") / "config.yaml"
+    if (
+        not settings.start_from
+        or not recorded.is_file()
+        or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1)
+    ):
+        return
+    other, _ = cli.parse("train", "", ["--config", str(recorded)])
+    theirs, ours = adapters_of(other.lora), programs.model.lora
+    # Their dropout need not be ours: it is no part of a model.
+    if (theirs and theirs.computes) != (ours and ours.computes):
+        raise InputError(
+            f"run.start_from {settings.start_from}: its models have {theirs or 'no adapters'}, this run's have "
+            f"{ours or 'none'}; set lora as it is there"
+        )
+
+
+def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]:
+    """Compiles a run's programs and prints the memory of each; the compiled programs are those that the run uses.
+
+    What cannot fit whatever the compiler does is refused before compiling.
+
+    Raises:
+      InputError: where a program needs more than a device has.
+    """
+    limit = min(hosts.gather(memory.limit()))
+    found = programs.all()
+    _fits([(program.name, program.known) for program in found], limit, config, programs)
+    result = []
+    with console.stage("compile", len(found)) as bar:
+        for program in found:
+            bar.advance(program.name, by=0)
+            try:
+                compiled = program.compile(programs.mesh)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                # The rest is unknown, but it is what does not fit.
+                ways = advice(config, programs, dataclasses.replace(program.known, other=limit))
+                raise InputError(f"{program.name}: does not fit on a device ({reason}); {ways}") from None
+            result.append((program.name, memory.whole(program.known, compiled, programs.backend)))
+            bar.advance(program.name)
+    _print(result, limit)
+    _fits(result, limit, config, programs)
+    return result
+
+
+def _fits(needs: list[tuple[str, Memory]], limit: int, config: Config, programs: Programs) -> None:
+    """InputError about the largest program where it is larger than the limit."""
+    name, need = max(needs, key=lambda item: item[1].total, default=("", Memory()))
+    if need.total > limit:
+        kinds = {kind: value for kind, value in dataclasses.asdict(need).items() if value}
+        largest = ", ".join(f"{kind} {_gib(value)}" for kind, value in sorted(kinds.items(), key=lambda x: -x[1]))
+        raise InputError(
+            f"{name}: needs {_gib(need.total)} GiB per device ({largest}) of the {_gib(limit)} there are; "
+            f"{advice(config, programs, need)}"
+        )
+
+
+def advice(config: Config, programs: Programs, need: Memory) -> str:
+    """What would make a program smaller, without what is set already."""
+    training = bool(need.optimiser)
+    ways = []
+    if config.model.dtype == "float32":
+        ways.append("model.dtype bfloat16")
+    if need.other + need.cache > need.weights + need.optimiser + need.gradients:
+        if training:
+            ways += ["model.remat full"] if config.model.remat != "full" else []
+            ways += ["a larger training.accumulate"]
+        ways.append(f"smaller batches ({'optimise, sft' if training else 'sample, evaluate'})")
+        ways.append("smaller text.max_prompt_tokens and text.max_response_tokens")
+    if training and programs.model.lora is None:
+        ways += ["adapters (lora.rank 16)"]
+        ways += ["training.optimizer adafactor"] if config.training.optimizer == "adamw" else []
+    ways.append("more devices (mesh.fsdp)")
+    if jax.default_backend() == "gpu":
+        ways.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment")
+    return "try " + ", ".join(ways)
+
+
+def _print(result: list[tuple[str, Memory]], limit: int) -> None:
+    largest = max((need.total for _, need in result), default=0)
+    unit, name_of_unit = (GIB, "GiB") if largest > GIB else (2**20, "MiB")
+    title = f"memory per device, {name_of_unit} (of {limit / GIB:.1f} GiB)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("program", no_wrap=True)
+    kinds = [field.name for field in dataclasses.fields(Memory)]
+    for kind in (*kinds, "total"):
+        table.add_column(kind, justify="right", no_wrap=True)
+    for name, need in result:
+        values = [getattr(need, kind) for kind in kinds]
+        table.add_row(name, *(f"{value / unit:.1f}" if value else "-" for value in (*values, need.total)))
+    console.show(table)
+
+
+def _gib(value: int) -> str:
+    return f"{value / GIB:.2f}" if value >= GIB / 100 else f"{value / GIB:.1e}"

@@ -1,0 +1,167 @@
+"""Scores of many answers and pairs under one set of parameters, batch by batch in fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from scir_jax.config.schema import Config
+from scir_jax.data.encode import Encoder
+from scir_jax.data.jsonl import batched
+from scir_jax.data.pairs import Answer, Pair, Prompt
+from scir_jax.engine.forward import Judged
+from scir_jax.engine.mesh import put_batch
+from scir_jax.engine.programs import Programs
+from scir_jax.errors import InputError
+from scir_jax.method.rewards import Evidence, fit_length_penalty
+
+Item = tuple[Prompt, Answer]
+
+
+def nothing(*_) -> None:
+    """Does not report progress."""
+
+
+def score_answers(
+    encoder: Encoder, programs: Programs, params: Any, items: Sequence[Item], advance: Callable[[], None] = nothing
+) -> dict[str, np.ndarray]:
+    """Reads values of each answer under a model.
+
+    Args:
+      advance: is called after each batch.
+
+    Returns:
+      name -> [len(items)] float32; "logps" is log pi(y|x), nats, summed over the answer's tokens with the stop token.
+
+    Raises:
+      InputError: the model gives values that are not finite.
+    """
+    group = programs.score_group
+    parts: list[dict[str, np.ndarray]] = []
+    for part in batched(items, group.rows):
+        rows = [encoder.scored_row(*item) for item in taken(part, programs.local_rows(group.rows))]
+        read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+        parts.append({name: np.asarray(values)[: len(part)] for name, values in read.items()})
+        for values in parts[-1].values():
+            check_finite(values, "log-probabilities")
+        advance()
+    if not parts:
+        return {"logps": np.zeros(0, np.float32)}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def judge_pairs(
+    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Callable[[], None] = nothing
+) -> Judged:
+    """Reads verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32.
+
+    Raises:
+      InputError: the model gives values that are not finite.
+    """
+    groups = programs.judge_groups
+    size, pad_id = groups[0].leading[0], encoder.chat.pad_id
+    verdicts, mass = [], []
+    for part in batched(pairs, size):
+        mine = taken(part, programs.local_rows(size))
+        rows = tuple(
+            group.arrays([row for pair in mine for row in encoder.judge_rows(judge, pair)], pad_id)
+            for judge, group in zip(encoder.judges, groups, strict=True)
+        )
+        judged = programs.judge(params, put_batch(rows, programs.mesh))
+        verdicts.append(np.asarray(judged.verdicts)[: len(part)])
+        mass.append(np.asarray(judged.mass)[: len(part)])
+        check_finite(verdicts[-1], "verdicts")
+        check_finite(mass[-1], "verdicts")
+        advance()
+    if not pairs:
+        return Judged(np.zeros((0, len(groups), 2, 2), np.float32), np.zeros((0, len(groups), 2), np.float32))
+    return Judged(np.concatenate(verdicts), np.concatenate(mass))
+
+
+def score_pairs(
+    encoder: Encoder,
+    programs: Programs,
+    pairs: Sequence[Pair],
+    *,
+    config: Config,
+    model: Callable[[], Any],
+    reference: Callable[[], Any] | None,
+    advance: Callable[[], None] = nothing,
+) -> Evidence:
+    """Collects what the reward models need of pairs under a model, outside training; NumPy arrays.
+
+    Args:
+      config: its `implicit` says whether a length penalty is fitted to these pairs.
+      model, reference: give parameters when called, the reference's first, so that one copy is there at a time.
+        Without a reference there are no log-probabilities, and no implicit reward.
+    """
+    items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
+    cached: dict[str, np.ndarray] = {}
+    fresh: dict[str, np.ndarray] = {}
+    if reference is not None:
+        found = score_answers(encoder, programs, reference(), items, advance)
+        cached["implicit_logps"] = found["logps"].reshape(-1, 2)
+    params = model()
+    if reference is not None:
+        found = score_answers(encoder, programs, params, items, advance)
+        fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
+        cached["start_logps"] = fresh["logps"]
+    judged = judge_pairs(encoder, programs, params, pairs, advance)
+    fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
+    return evidence_of(pairs, fresh, cached, config)
+
+
+def evidence_of(
+    pairs: Sequence[Pair], fresh: dict[str, np.ndarray], cached: dict[str, np.ndarray], config: Config
+) -> Evidence:
+    """Puts readings of pairs together, with a length penalty that is fitted to them where the configuration has one.
+
+    Args:
+      fresh, cached: as in Evidence; the penalty needs "logps" and "implicit_logps".
+    """
+    lengths = np.array([pair.lengths for pair in pairs], np.float32).reshape(-1, 2)
+    alpha = 0.0
+    if "logps" in fresh and "implicit_logps" in cached:
+        alpha = length_penalty(config, fresh["logps"], cached["implicit_logps"], lengths)
+    none = np.zeros(len(pairs), np.float32)
+    return Evidence(
+        fresh=fresh,
+        cached=cached,
+        frozen={},
+        lengths=lengths,
+        length_penalty=np.float32(alpha) * lengths,
+        verdicts=np.zeros((len(pairs), 0), np.float32),
+        label=none + np.float32(0.5),
+        weight=none + 1,
+    )
+
+
+def length_penalty(config: Config, logps: np.ndarray, reference_logps: np.ndarray, lengths: np.ndarray) -> float:
+    """Fits alpha of the implicit reward to pairs, [P, 2] each; 0 where implicit.length is not "penalty"."""
+    if config.implicit.length != "penalty":
+        return 0.0
+    return fit_length_penalty(config.implicit.beta * (logps - reference_logps), lengths)
+
+
+def score_batches(programs: Programs, pairs: int, *, with_reference: bool) -> int:
+    """Returns how often `score_pairs` calls `advance`."""
+    answers = batches_of(2 * pairs, programs.score_group.rows)
+    return (2 * answers if with_reference else 0) + batches_of(pairs, programs.judge_groups[0].leading[0])
+
+
+def batches_of(items: int, size: int) -> int:
+    """Returns how many batches of `size` hold so many items."""
+    return -(-items // size)
+
+
+def taken(items: Sequence, rows: np.ndarray) -> list:
+    """Returns the items at these rows of a batch; past their end, where a last batch is not full, the first one."""
+    return [items[row] if row < len(items) else items[0] for row in rows]
+
+
+def check_finite(values: np.ndarray, what: str) -> None:
+    """Raises InputError where a model gives NaN or infinity: its weights are broken, and nothing made of it is of use."""
+    if not np.isfinite(values).all():
+        raise InputError(f"the model gives {what} that are not finite; its weights are broken")

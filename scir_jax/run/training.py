@@ -1,0 +1,300 @@
+"""The training stages: batches in, a model out, resumable to the bit at any step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from scir_jax.config.schema import Config
+from scir_jax.data.encode import Encoder
+from scir_jax.data.files import read_rows
+from scir_jax.data.jsonl import AppendOnly
+from scir_jax.data.pairs import Pair, from_row
+from scir_jax.data.pipelines import iterator, pair_batches, supervised_batches
+from scir_jax.engine.checkpoint import StageCheckpoints
+from scir_jax.engine.cost.chips import Chip, of_device
+from scir_jax.engine.hosts import hosts
+from scir_jax.engine.mesh import put_batch
+from scir_jax.engine.programs import Program, Programs
+from scir_jax.engine.trainer import Trainer, learning_rates
+from scir_jax.errors import InputError
+from scir_jax.run import console
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.metrics import Metrics
+from scir_jax.run.models import Models
+
+# Columns of metrics.jsonl that no two runs have in common: tokens with padding over all devices; model FLOPs (see
+# scir_jax.engine.cost.flops) in 1e12 per second and device, and as a share of the chip's peak.
+TIMINGS = ("seconds", "tokens_per_second", "teraflops", "mfu")
+
+
+def run_sft(
+    config: Config,
+    encoder: Encoder,
+    inputs: Inputs,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    metrics: Metrics,
+    stopper: console.Stopper,
+) -> None:
+    """Trains M0 -> M1 on conversations and judge questions; without any, or with sft.epochs 0, M1 is M0."""
+    spec, seed = programs.sft_spec, config.run.seed
+    passes = [len(inputs.targets[name]) / group.rows for name, group in spec.targets]
+    steps = int(np.ceil(config.sft.epochs * max(passes, default=0)))
+    if not steps:
+        models.store.save(1, models.take(0))
+        return
+    train_stage(
+        config,
+        programs.sft,
+        programs.sft_program,
+        directory,
+        metrics,
+        stopper,
+        iteration=0,
+        dataset=supervised_batches(
+            spec, encoder, inputs.targets, steps=steps, seeds=target_seeds(seed, 1), share=programs.local_rows
+        ),
+        peak=config.sft.learning_rate,
+        params=lambda: models.take(0),
+        frozen=lambda: models.parameters.frozen,
+        save=lambda params: models.store.save(1, params),
+    )
+
+
+def run_optimise(
+    config: Config,
+    encoder: Encoder,
+    inputs: Inputs,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    metrics: Metrics,
+    stopper: console.Stopper,
+    iteration: int,
+) -> None:
+    """Trains M_t -> M_{t+1} on the pairs of iteration t beside replayed examples."""
+    folder, seed = directory.iteration(iteration), config.run.seed
+    dataset = pair_batches(
+        programs.optimise_spec,
+        encoder,
+        read_pairs(config, folder / "pairs.jsonl"),
+        inputs.targets,
+        epochs=config.optimise.epochs,
+        seed=stage_seed(seed, 100 + iteration),
+        seeds=target_seeds(seed, 10 + iteration),
+        share=programs.local_rows,
+    )
+    train_stage(
+        config,
+        programs.optimise,
+        programs.optimise_program,
+        directory,
+        metrics,
+        stopper,
+        iteration=iteration,
+        dataset=dataset,
+        peak=config.optimise.learning_rate,
+        params=lambda: models.take(iteration),
+        frozen=lambda: models.parameters.frozen,
+        decisions=AppendOnly(folder / "decisions.jsonl") if hosts.first() else None,
+        save=lambda params: models.store.save(iteration + 1, params),
+    )
+
+
+def read_pairs(config: Config, path: Path) -> list[Pair]:
+    """Reads the pairs of an iteration. InputError where one lacks the external label that the method needs."""
+    external = config.preference.labels == "external"
+    # The labels of data.pairs are copied to the column "label"; else the user adds the column.
+    names = config.data.columns.label if external and not config.data.pairs else ("label",)
+    pairs = []
+    for where, row in read_rows(path):
+        pair = from_row(row, where, names)
+        if external and pair.label is None:
+            raise InputError(
+                f"{where}: lacks the external label {names[0]!r} (1 where response_a is better, 0 where response_b is)"
+                "; add it to every row and run the same command again"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def stage_seed(seed: int, stream: int) -> int:
+    """Returns the seed of one use of shuffling."""
+    return int(np.random.SeedSequence([seed, 2, stream]).generate_state(1)[0])
+
+
+def target_seeds(seed: int, stream: int) -> dict[str, int]:
+    """Returns the seeds of the shuffling of supervised rows."""
+    return {"ift": stage_seed(seed, stream), "eft": stage_seed(seed, stream + 1000)}
+
+
+def train_stage(
+    config: Config,
+    trainer: Trainer,
+    program: Program,
+    directory: RunDirectory,
+    metrics: Metrics,
+    stopper: console.Stopper,
+    *,
+    iteration: int,
+    dataset: grain.MapDataset,
+    peak: float,
+    params: Callable[[], Any],
+    frozen: Callable[[], Any],
+    decisions: AppendOnly | None = None,
+    save: Callable[[Any], None],
+) -> None:
+    """Trains over `dataset` once and saves the resulting parameters; goes on from the newest checkpoint if any.
+
+    Args:
+      config: its sections run, training and checkpoint.
+      program: the trainer's step.
+      iteration: 0 for SFT.
+      peak: of the learning rate.
+      params: gives the trained parameters to start from, which are donated.
+      frozen: gives those that stay as they are.
+      decisions: file of the decisions about each pair in every step.
+      save: is given the final trained parameters.
+
+    Raises:
+      InputError: after training.max_skipped steps in a row with a non-finite loss or gradient.
+      Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    mesh, title = trainer.mesh, f"iteration {iteration}: optimise" if iteration else "SFT"
+    steps = len(dataset)
+    rates = learning_rates(config.training, peak, steps)
+    checkpoints = StageCheckpoints(directory.stage_checkpoints(iteration), config.checkpoint.keep)
+    restored = checkpoints.restore(trainer.abstract_state())
+    if restored is None:
+        done, state, position = 0, trainer.init(params()), None
+    else:
+        done, state, meta = restored
+        position = meta["data"]
+    rest = frozen()
+    batches = iterator(dataset, position)
+    metrics.start_stage(program.stage, iteration, done)
+    if decisions is not None:
+        decisions.cut(lambda row: row["step"] <= done)
+
+    speed = Speed(program.flops.model / mesh.size, program.tokens, of_device(mesh.devices.flat[0].device_kind))
+    # An accelerator runs ahead of the host; on a CPU a second step in flight would hold a second step's buffers.
+    waits = mesh.devices.flat[0].platform == "cpu"
+    writer = _Writer(metrics, decisions, program.stage, iteration, min(config.training.max_skipped, steps), speed)
+    try:
+        with console.stage(title, steps, done, "compiling") as bar:
+            for step in range(done, steps):
+                batch = put_batch(next(batches), mesh)
+                started = time.monotonic()
+                key = trainer.dropout_key(config.run.seed, iteration, step)
+                state, output = trainer.step(state, rest, batch, rates[step], key)
+                if waits:
+                    jax.block_until_ready(output)
+                # Read one step late: an accelerator is never waited for.
+                writer.flush()
+                writer.hold(step + 1, output, started)
+                bar.advance(writer.note)
+                completed = step + 1
+                stop = stopper.vote()
+                if completed < steps and (stop or completed % config.checkpoint.every == 0):
+                    writer.flush(sync=True)
+                    checkpoints.save(completed, state, {"data": batches.get_state()})
+                if stop and completed < steps:
+                    checkpoints.wait()
+                    stopper.stop(title)
+            writer.flush(sync=True)
+        save(state.params)
+        jax.block_until_ready(state)
+    except BaseException:
+        # What went wrong first is what the user must read.
+        with contextlib.suppress(Exception):
+            checkpoints.close()
+        raise
+    finally:
+        if decisions is not None:
+            decisions.close()
+    checkpoints.remove()
+
+
+class Speed(NamedTuple):
+    """How fast steps are.
+
+    Attributes:
+      flops: model FLOPs of a step on each device.
+      tokens: token places of a step over all devices.
+      chip: None where its peak is not known.
+    """
+
+    flops: float
+    tokens: int
+    chip: Chip | None
+
+    def of(self, seconds: float) -> dict[str, float]:
+        """Returns the columns TIMINGS of a step; "mfu" where there is a chip."""
+        seconds_ = max(seconds, 1e-9)
+        values = {"seconds": seconds, "tokens_per_second": self.tokens / seconds_}
+        values["teraflops"] = self.flops / seconds_ / 1e12
+        return values if self.chip is None else values | {"mfu": self.flops / seconds_ / self.chip.flops}
+
+
+class _Writer:
+    """Holds the last step's output until the next step is under way."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        decisions: AppendOnly | None,
+        stage: str,
+        iteration: int,
+        max_skipped: int,
+        speed: Speed,
+    ):
+        self._speed = speed
+        self._metrics, self._decisions = metrics, decisions
+        self._stage, self._iteration = stage, iteration
+        self._max_skipped = max_skipped
+        self._held: tuple | None = None
+        self._last = time.monotonic()
+        self.note = ""
+
+    def hold(self, step: int, output, started: float) -> None:
+        self._held = (step, output, started)
+
+    def flush(self, *, sync: bool = False) -> None:
+        if self._held is not None:
+            (step, output, started), self._held = self._held, None
+            values = {k: float(v) for k, v in jax.device_get(output.metrics).items()}
+            now = time.monotonic()
+            seconds, self._last = now - max(started, self._last), now
+            in_a_row = int(values.pop("skipped_in_a_row"))
+            values |= self._speed.of(seconds)
+            self._metrics.write(self._stage, self._iteration, step, values)
+            if self._decisions is not None:
+                self._write_decisions(step, jax.device_get(output.decisions))
+            self.note = f"loss {values['loss']:.3f}" + (f", MFU {values['mfu']:.1%}" if "mfu" in values else "")
+            if in_a_row >= self._max_skipped:
+                self._metrics.sync()
+                raise InputError(
+                    f"{in_a_row} steps in a row had a non-finite loss or gradient (up to step {step} of {self._stage}, "
+                    "none of them changed the model); the last checkpoint is intact: lower the learning rate or look "
+                    "at the data, in a new run.directory"
+                )
+        if sync:
+            self._metrics.sync()
+            if self._decisions is not None:
+                self._decisions.sync()
+
+    def _write_decisions(self, step: int, decided: dict[str, np.ndarray]) -> None:
+        for i, pair in enumerate(decided.pop("pair")):
+            if pair >= 0:
+                row = {name: values[i].tolist() for name, values in decided.items()}
+                self._decisions.write({"step": step, "pair": int(pair), **row})
