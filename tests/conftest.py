@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from scir_jax.config import cli as options
+from scir_jax.config.files import to_yaml
 from scir_jax.config.schema import (
     CheckpointConfig,
     Config,
@@ -23,9 +23,9 @@ from scir_jax.config.schema import (
     TextConfig,
     WorldConfig,
 )
-from scir_jax.model import decoder
+from scir_jax.model import decoder, families
 from scir_jax.model.hf import weights
-from scir_jax.model.architecture import Architecture
+from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
 from tests.fake_cluster import Cluster
 
@@ -50,7 +50,7 @@ def world_dir(tmp_path_factory):
     write_world(directory, spec)
     untrained = directory / "untrained"
     config = weights.hf_config(untrained)
-    arch = Architecture.from_hf_config(config, str(untrained))
+    arch = families.read(config, str(untrained))
     params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
     # Larger than at initialisation, so that the distributions are far from uniform.
     params = jax.tree_util.tree_map_with_path(
@@ -126,7 +126,7 @@ def write_config(tmp_path, world_dir):
         run = dict(directory=str(tmp_path / "run"), **overrides.pop("run", {}))
         config = _tiny_config(world_dir, run=run, world=dict(directory=None), **overrides)
         path = tmp_path / "tiny.yaml"
-        path.write_text(options.to_yaml(config), encoding="utf-8")
+        path.write_text(to_yaml(config), encoding="utf-8")
         return path
 
     return write
@@ -146,7 +146,7 @@ def command(capsys):
     def run(main, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            options.main(lambda: main([str(argument) for argument in arguments]))
+            commands.main(lambda: main([str(argument) for argument in arguments]))
         return Done(stop.value.code, *capsys.readouterr())
 
     return run

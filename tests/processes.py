@@ -29,11 +29,9 @@ def elsewhere(function, *arguments, **environment):
     with tempfile.TemporaryDirectory() as directory:
         call, result = Path(directory, "call"), Path(directory, "result")
         call.write_bytes(pickle.dumps((function, arguments)))
-        # where pytest finds modules
-        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
         done = subprocess.run(
             [sys.executable, "-m", "tests.processes", str(call), str(result)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
             text=True,
             timeout=850,

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import transformers
 
-from scir_jax.data.records import write_rows
+from scir_jax.data.jsonl import write_rows
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
+from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import load_tokenizer
 from tests import chat_templates
@@ -76,7 +77,7 @@ def write_model(family: str, directory: Path, seed: int = 0) -> None:
     }
     config = json.loads(make(**{**sizes, **own}).to_json_string(use_diff=False))
     config["architectures"] = [f"{make.__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"]
-    arch = Architecture.from_hf_config(config, "config.json")
+    arch = families.read(config, "config.json")
     params = jax.jit(decoder.define(arch).init)(jax.random.key(seed))
     params = jax.tree_util.tree_map_with_path(
         lambda path, p: np.asarray(p if path[-1].key in ("scale", "bias") else 5 * p), params

@@ -5,7 +5,8 @@ import itertools
 import pytest
 from chat_templates import NO_SYSTEM, QWEN_2, TEMPLATES, TOKENIZERS, chat, reference, stops, tokenizer, turns
 
-from scir_jax.config import cli as options
+from scir_jax.config import cli
+from scir_jax.config.files import to_dict, to_yaml
 from scir_jax.config.schema import Config, TextConfig
 from scir_jax.data.encode import Encoder
 from scir_jax.errors import InputError
@@ -200,22 +201,22 @@ def test_options_with_mistakes(name, value, words):
 def test_options_of_the_template_in_a_configuration(tmp_path, section):
     file = tmp_path / "c.yaml"
     file.write_text(f"text:\n  max_prompt_tokens: 7\n  chat_template_kwargs: {section}\n", encoding="utf-8")
-    config, _ = options.parse("train", "", ["--config", str(file)])
+    config, _ = cli.parse("train", "", ["--config", str(file)])
     assert config.text.chat_template_kwargs["enable_thinking"] is False
-    assert options.to_dict(config)["text"]["chat_template_kwargs"] == config.text.chat_template_kwargs
+    assert to_dict(config)["text"]["chat_template_kwargs"] == config.text.chat_template_kwargs
     written = tmp_path / "written.yaml"
-    written.write_text(options.to_yaml(config), encoding="utf-8")
-    assert options.parse("train", "", ["--config", str(written)])[0] == config
-    config, _ = options.parse("train", "", ["--text.chat_template_kwargs", '{"enable_thinking": false}'])
+    written.write_text(to_yaml(config), encoding="utf-8")
+    assert cli.parse("train", "", ["--config", str(written)])[0] == config
+    config, _ = cli.parse("train", "", ["--text.chat_template_kwargs", '{"enable_thinking": false}'])
     assert config.text.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_a_configuration_without_options_of_the_template(tmp_path):
-    assert options.parse("train", "", ["--run.seed", "1"])[0].text.chat_template_kwargs == {}
+    assert cli.parse("train", "", ["--run.seed", "1"])[0].text.chat_template_kwargs == {}
     file = tmp_path / "c.yaml"
     file.write_text("text:\n  chat_template_kwarg: {enable_thinking: false}\n", encoding="utf-8")
     with pytest.raises(InputError, match="unknown key 'text.chat_template_kwarg.enable_thinking'; did you mean"):
-        options.parse("train", "", ["--config", str(file)])
+        cli.parse("train", "", ["--config", str(file)])
 
 
 # --- roles --------------------------------------------------------------------------------------------------------------

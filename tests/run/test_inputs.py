@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from scir_jax import judge, sample, train
-from scir_jax.config import cli as options
+from scir_jax.config import cli
 from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import statistics
 from scir_jax.data.encode import Encoder, middle_cut
@@ -439,7 +439,7 @@ def test_a_run_on_conversations_of_several_turns(command, write_config, world_di
     done = command(train.main, "--config", config)
     assert done.code == 0, done.err
     folder = tmp_path / "run" / "iteration_01"
-    session = Session(options.parse("train", "", ["--config", str(config)])[0])
+    session = Session(cli.parse("train", "", ["--config", str(config)])[0])
     responses = [row for _, row in read_rows(folder / "responses.jsonl")]
     assert len(responses) == 3 * len(words)
     for row in responses:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from scir_jax.errors import InputError
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
+from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 
 SIZES = {
@@ -36,7 +37,7 @@ MISTRAL = SIZES | {
     "sliding_window": 4,
 }
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
-ARCH, TIED = (Architecture.from_hf_config(config, "config.json") for config in (MISTRAL, LLAMA))
+ARCH, TIED = (families.read(config, "config.json") for config in (MISTRAL, LLAMA))
 CONFIGS = {ARCH: MISTRAL, TIED: LLAMA}
 
 

@@ -17,8 +17,9 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from scir_jax import evaluate, export, judge, sample, train
-from scir_jax.config import cli as options
-from scir_jax.report.page import page as report
+from scir_jax.config import cli
+from scir_jax.config.files import to_yaml
+from scir_jax.report import page as report
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.run import scoring
 from scir_jax.run.iteration import Run
@@ -59,7 +60,7 @@ def configure(tiny_config, world_dir):
         settings = dict(lora=SETTINGS, sft=dict(learning_rate=0.03), optimise=dict(learning_rate=0.03), **overrides)
         config = tiny_config(world_dir, run=run, world=dict(directory=None), **settings)
         file = directory.with_name(directory.name + ".yaml")
-        file.write_text(options.to_yaml(config), encoding="utf-8")
+        file.write_text(to_yaml(config), encoding="utf-8")
         return file
 
     return write
@@ -79,7 +80,7 @@ def whole(configure, cheap_compilation, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
     file = configure(path, implicit=dict(reference="base"))
     assert train.main(["--config", str(file)]) == 0
-    config, _ = options.parse("train", "", ["--config", str(file)])
+    config, _ = cli.parse("train", "", ["--config", str(file)])
     return SimpleNamespace(path=path, file=file, config=config, session=Session(config))
 
 

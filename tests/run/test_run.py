@@ -16,8 +16,9 @@ import yaml
 from orbax.checkpoint import v1 as ocp
 
 from scir_jax import evaluate, train
-from scir_jax.config import cli as options
-from scir_jax.report.page import page as report
+from scir_jax.config import cli
+from scir_jax.config.files import to_dict, to_yaml
+from scir_jax.report import page as report
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.run.metrics import Metrics
 from scir_jax.run import console, scoring
@@ -29,7 +30,7 @@ from scir_jax.world.grader import grade
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
-METHODS = Path(__file__).parents[1] / "configs" / "methods"
+METHODS = Path(__file__).parents[2] / "configs" / "methods"
 ITERATIONS, PROMPTS, RESPONSES, EPOCHS = 2, 8, 3, 2
 WHOLE = dict(
     sample=dict(responses=RESPONSES, prompts=PROMPTS, batch_size=4),
@@ -74,7 +75,7 @@ def configure(tiny_config, world_dir):
         run = dict(directory=str(directory), **overrides.pop("run", {}))
         config = tiny_config(world_dir, run=run, world=dict(directory=None), **overrides)
         file = directory.with_name(directory.name + ".yaml")
-        file.write_text(options.to_yaml(config), encoding="utf-8")
+        file.write_text(to_yaml(config), encoding="utf-8")
         return file
 
     return write
@@ -86,7 +87,7 @@ def whole(configure, cheap_compilation, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
     file = configure(path, run=dict(iterations=ITERATIONS, tensorboard=True), **WHOLE)
     assert train.main(["--config", str(file)]) == 0
-    config, _ = options.parse("train", "", ["--config", str(file)])
+    config, _ = cli.parse("train", "", ["--config", str(file)])
     return SimpleNamespace(path=path, file=file, config=config, files=files(path))
 
 
@@ -189,7 +190,7 @@ def test_files_of_a_run(whole):
     for t in range(ITERATIONS + 1):
         assert {p.name for p in (whole.path / f"iteration_{t:02d}").iterdir()} == evaluated | (made if t else set())
     assert list((whole.path / "tensorboard").glob("events.*"))
-    assert yaml.safe_load((whole.path / "config.yaml").read_text()) == options.to_dict(whole.config)
+    assert yaml.safe_load((whole.path / "config.yaml").read_text()) == to_dict(whole.config)
 
 
 def test_metrics_hold_each_step_once(whole):
@@ -399,7 +400,7 @@ def test_report_writes_the_page_again(copied, capsys):
 
 def test_programs_compile_once_and_the_same_seed_gives_the_same_model(configure, whole, tmp_path):
     file = configure(tmp_path / "run", run=dict(iterations=ITERATIONS, tensorboard=False), **WHOLE)
-    config, _ = options.parse("train", "", ["--config", str(file)])
+    config, _ = cli.parse("train", "", ["--config", str(file)])
     directory = RunDirectory(config.run.directory)
     assert directory.open(config) is False
     session = Session(config)

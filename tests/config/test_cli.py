@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scir_jax.config import cli as options
+from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError, Interrupted
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 

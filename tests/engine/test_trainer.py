@@ -17,7 +17,8 @@ from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.mesh import put_batch
-from scir_jax.run.metrics import AppendOnly, Metrics
+from scir_jax.data.jsonl import AppendOnly
+from scir_jax.run.metrics import Metrics
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.engine.trainer import learning_rates
 from scir_jax.errors import InputError, Interrupted

@@ -16,6 +16,7 @@ from scir_jax.engine.cost.flops import Flops, Pass
 from scir_jax.run import programs
 from scir_jax.run.session import Session
 from scir_jax.model import decoder, logprobs
+from scir_jax.model import families
 from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.model.lora import Lora, join, split
 from scir_jax.planning import architectures, hlo
@@ -159,7 +160,7 @@ def test_programs_of_a_run(world_dir, tiny_config):
             assert 0 < counted[name].model < counted[name].hardware
 
 
-MISTRAL = Architecture.from_hf_config(architectures.known("Mistral-7B-v0.1"), "Mistral")
+MISTRAL = families.read(architectures.known("Mistral-7B-v0.1"), "Mistral")
 
 
 def test_model_flops_follow_the_convention():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fake_cluster import NASTY, needed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 PLACE = ["--zone=us-east5-a", "--project=p"]
 SLICE = ["--name", "scir", "--zone=us-east5-a", "--project", "p"]

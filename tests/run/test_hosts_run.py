@@ -13,15 +13,16 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file
 
-from scir_jax.config import cli as options
+from scir_jax.config import cli
+from scir_jax.config.files import to_yaml
 from scir_jax.config.schema import Config
 from scir_jax.engine.hosts.hosts import SEEN
-from scir_jax.run.metrics import AppendOnly
+from scir_jax.data.jsonl import AppendOnly
 from scir_jax.errors import InputError
 from scir_jax.run import sampling
 from scir_jax.run.directory import RunDirectory
 from tests.hosts import run_hosts
-from tests.test_resume import COMMIT, DRIVER, STORE, rows_of, without_times
+from tests.run.test_resume import COMMIT, DRIVER, STORE, rows_of, without_times
 
 LOSS = {"loss", "sft", "sft/ift", "sft/eft", "preference", "consistency"}
 LOST = "; this host stops; start the same command on all hosts again to go on"
@@ -73,7 +74,7 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
             **sections | {"world": sections["world"] | dict(directory=str(world))},
         )
         file = next(files)
-        file.write_text(options.to_yaml(config), encoding="utf-8")
+        file.write_text(to_yaml(config), encoding="utf-8")
 
         def command(host):
             struck, *rest = strike or (0, "-", 0, "before", signal.SIGKILL)
@@ -351,9 +352,9 @@ ELSEWHERE = """
 import os, sys
 os.chdir(sys.argv[1])
 sys.argv = ["train", *sys.argv[2:]]
-from scir_jax.config import cli as options
+from scir_jax.config import cli
 from scir_jax import train
-options.main(train.main)
+command.main(train.main)
 """
 
 
@@ -372,7 +373,7 @@ def refused(tmp_path, world_dir, tiny_config):
             **overrides,
         )
         file = tmp_path / "refused.yaml"
-        file.write_text(options.to_yaml(config), encoding="utf-8")
+        file.write_text(to_yaml(config), encoding="utf-8")
         done = run_hosts(
             lambda host: ["-c", ELSEWHERE, folders[host], "--config", file, *(arguments if host else ())], 2, seconds=60
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scir_jax.config.schema import schema as configuration
+from scir_jax.config import schema as configuration
 from scir_jax.config.schema import Config
 from scir_jax.method import consistency, objective, preference, rewards
 

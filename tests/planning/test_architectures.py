@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from scir_jax.errors import InputError
+from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 from scir_jax.planning import architectures
 from tests.hub_configs import WEIGHTS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_every_shipped_file_is_tested_and_readable():
@@ -19,7 +20,7 @@ def test_every_shipped_file_is_tested_and_readable():
     for name, weights in WEIGHTS.items():
         config, where = architectures.architecture(f"models/{name}")
         assert name in where
-        assert Architecture.from_hf_config(config, where).parameter_count() == weights
+        assert families.read(config, where).parameter_count() == weights
 
 
 def test_every_committed_configuration_can_be_planned_without_its_model():

@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     made = {}
     for number, case in enumerate((*families.FOREMOST.values(), families.CASES[3], families.CASES[9])):
         config = case.hf_config().to_dict()
-        arch = Architecture.from_hf_config(config, "config.json")
+        arch = families.read(config, "config.json")
         draw = lambda s: rng.normal(size=s.shape).astype(np.float32)
         directory, dtype = tmp_path_factory.mktemp("model"), STORED[number % len(STORED)]
         params = jax.tree.map(draw, decoder.define(arch).abstract())
@@ -186,7 +186,7 @@ def found(request, models, tmp_path_factory):
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.test_weights_sharded", directory, address, str(request.param), str(process)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from scir_jax.config import cli as options
+from scir_jax.config import cli
+from scir_jax.config.files import to_yaml
 from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import records
 from scir_jax.data.tally import ALWAYS_ALLOWED, PromptTooLong, Tally
@@ -144,7 +145,7 @@ def test_columns(tmp_path):
 
 def test_columns_of_the_configuration(tmp_path):
     def parse(*arguments):
-        return options.parse("train", "", [str(a) for a in arguments])[0].data.columns
+        return cli.parse("train", "", [str(a) for a in arguments])[0].data.columns
 
     assert parse("--data.columns.prompt", "question").prompt == ("question",)
     assert parse("--data.columns.prompt", '["question", "prompt"]').prompt == ("question", "prompt")
@@ -164,10 +165,10 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_columns_are_written_as_they_are_read(tmp_path):
-    config = options.parse("train", "", ["--data.columns.prompt=question"])[0]
+    config = cli.parse("train", "", ["--data.columns.prompt=question"])[0]
     file = tmp_path / "config.yaml"
-    file.write_text(options.to_yaml(config))
-    assert options.parse("train", "", ["--config", str(file)])[0] == config
+    file.write_text(to_yaml(config))
+    assert cli.parse("train", "", ["--config", str(file)])[0] == config
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

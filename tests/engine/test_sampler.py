@@ -12,7 +12,7 @@ from scir_jax.config.schema import MeshConfig
 from scir_jax.data.batches import Rows
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine import trainer as steps
-from scir_jax.run.metrics import AppendOnly
+from scir_jax.data.jsonl import AppendOnly
 from scir_jax.engine.sampler import Sampling, choose, limit, sampler, stream_key
 from scir_jax.errors import Interrupted
 from scir_jax.run import console, sampling

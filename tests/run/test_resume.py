@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scir_jax.config import cli as options
+from scir_jax.config import cli
+from scir_jax.config.files import to_yaml
 from scir_jax.run.training import TIMINGS
 
 # Runs the training command; before the n-th call of a function the process gets a signal.
@@ -37,9 +38,9 @@ if count:
             os.kill(os.getpid(), number)
         return result
     setattr(owner, name, struck)
-from scir_jax.config import cli as options
+from scir_jax.config import cli
 from scir_jax import train
-options.main(train.main)
+command.main(train.main)
 """
 
 # SFT and both iterations have 6 steps each, with checkpoints after 2 and 4.
@@ -99,7 +100,7 @@ def run(tiny_config, world_dir, compiled_directory, environment, tmp_path_factor
         evaluate=dict(greedy=False, grader="scir_jax.world.grader:grade"),
     )
     file = tmp_path_factory.mktemp("resume") / "tiny.yaml"
-    file.write_text(options.to_yaml(config), encoding="utf-8")
+    file.write_text(to_yaml(config), encoding="utf-8")
 
     def start(directory, place="", count=0, when="before", number=signal.SIGKILL):
         arguments = [

@@ -35,6 +35,7 @@ from scir_jax.errors import Interrupted
 from scir_jax.run import sampling, scoring
 from scir_jax.model.hf import adapters, weights
 from scir_jax.model import decoder, layers, lora
+from scir_jax.model import families
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
 from tests.processes import on_eight_devices, quick_jit
 
@@ -56,7 +57,7 @@ def write_adapter(directory, arch, settings):
 @pytest.fixture(scope="module")
 def configure(world_dir, tiny_config, tmp_path_factory):
     """configure(dropout=0.0, **overrides) -> a configuration that goes on from a random adapter."""
-    arch = Architecture.from_hf_config(weights.hf_config(world_dir / "model"), "config.json")
+    arch = families.read(weights.hf_config(world_dir / "model"), "config.json")
     directories = {}
 
     def make(dropout=0.0, **overrides):
@@ -380,7 +381,7 @@ def configurations(configure, world_dir, tiny_config, tmp_path_factory):
     """Adapters with dropout and a bfloat16 moment; all parameters, of a model wide enough to be factored."""
     wide = tmp_path_factory.mktemp("wide")
     config = weights.hf_config(world_dir / "model") | dict(hidden_size=128, intermediate_size=160)
-    arch = Architecture.from_hf_config(config, "config.json")
+    arch = families.read(config, "config.json")
     params = jax.tree.map(
         lambda p: np.asarray(3 * p if p.ndim > 2 else p), decoder.define(arch).init(jax.random.key(0))
     )
