@@ -187,7 +187,7 @@ class PairSpec:
         """Returns numbered pairs as arrays; None is a place that counts for nothing.
 
         Raises:
-          InputError: a pair lacks a cached value or a frozen logit.
+          InputError: a pair lacks a cached value, a frozen logit or a verdict.
         """
         return _stack([self._padding(encoder.chat.pad_id) if p is None else self._one(*p, encoder) for p in pairs])
 
@@ -195,19 +195,29 @@ class PairSpec:
         """Returns the shapes of `arrays` of a whole batch."""
         return _abstract(_stack([self._padding(0)]), self.pairs)
 
-    def _one(self, index: int, pair: Pair, encoder: Encoder) -> PairBatch:
-        answers, judges = self.rows(pair, encoder)
+    def known(self, pair: Pair) -> dict[str, Any]:
+        """Returns the parts of a PairBatch that are known of a pair beforehand.
+
+        Raises:
+          InputError: the pair lacks a cached value, a frozen logit or a verdict.
+        """
         where = pair.prompt.where
         if len(pair.verdicts) < self.verdicts:
             raise InputError(f"{where}: verdicts: holds {len(pair.verdicts)} numbers, {self.verdicts} are needed")
+        return {
+            "cached": {name: _values(pair.cached, name, 2, f"{where}: cached") for name in self.cached},
+            "frozen": {name: _values(pair.frozen, name, size, f"{where}: frozen_logits") for name, size in self.frozen},
+            "verdicts": np.array(pair.verdicts[: self.verdicts], np.float32),
+        }
+
+    def _one(self, index: int, pair: Pair, encoder: Encoder) -> PairBatch:
+        answers, judges = self.rows(pair, encoder)
         return PairBatch(
+            **self.known(pair),
             answers=_single(self.answers, answers, encoder.chat.pad_id),
             judges=tuple(
                 _single(group, rows, encoder.chat.pad_id) for group, rows in zip(self.judges, judges, strict=True)
             ),
-            cached={name: _values(pair.cached, name, 2, f"{where}: cached") for name in self.cached},
-            frozen={name: _values(pair.frozen, name, size, f"{where}: frozen_logits") for name, size in self.frozen},
-            verdicts=np.array(pair.verdicts[: self.verdicts], np.float32),
             length_penalty=np.float32(pair.length_penalty) * np.array(pair.lengths, np.float32),
             label=np.float32(0.5 if pair.label is None else pair.label),
             weight=np.float32(pair.weight),

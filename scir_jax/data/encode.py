@@ -128,7 +128,7 @@ class Encoder:
     def sampled(self, ids: Sequence[int]) -> Answer:
         """Takes an answer's ids as they were sampled."""
         text = self.chat.decode(ids)
-        return Answer(text, tuple(ids), self._quote(text), len(ids))
+        return Answer(text, tuple(ids), self._quote(text, sampled=True), len(ids))
 
     def pair(self, comparison: Comparison) -> Pair | None:
         """Encodes two given answers; None where the prompt is left out for its length."""
@@ -137,11 +137,11 @@ class Encoder:
             return None
         return Pair(prompt, self.answer(comparison.a), self.answer(comparison.b), comparison.label)
 
-    def _quoted(self, text: str) -> str:
-        return text if self._quote_thinking else self.chat.spoken(text)
+    def _quoted(self, text: str, sampled: bool = False) -> str:
+        return text if self._quote_thinking else self.chat.spoken(text, sampled=sampled)
 
-    def _quote(self, text: str) -> Ids:
-        return self.chat.encode_text(self._quoted(text))[: self.config.max_response_tokens]
+    def _quote(self, text: str, sampled: bool = False) -> Ids:
+        return self.chat.encode_text(self._quoted(text, sampled))[: self.config.max_response_tokens]
 
     # --- rows -------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,9 @@ from scir_jax.data.messages import Messages, prompt_text
 from scir_jax.data.records import external_label, need
 from scir_jax.errors import InputError
 from scir_jax.text.tokens import Ids
+
+IDS = ("prompt_ids", "prompt_quote_ids", "response_a_ids", "quote_a_ids", "response_b_ids", "quote_b_ids")
+"""keys of the lists of token ids in a row of pairs.jsonl"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Pair:
 
 
 def answer_row(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    """Returns the part of a row of responses.jsonl that `answer_from_row` reads."""
+    """Returns the part of a row of responses.jsonl that pairs are made of."""
     return {
         "prompt": prompt_text(prompt.messages),
         "messages": prompt.messages,
@@ -146,21 +148,18 @@ def from_row(row: Mapping[str, Any], where: str, labels: tuple[str, ...] = ("lab
       labels: names of the label's column; the first that the row has counts.
 
     Raises:
-      InputError: a key is missing, ids are none, or the label or the weight is no number that it may be.
+      InputError: a key is missing, ids are none, or a value is no number that it may be.
     """
-    prompt = Prompt(row.get("messages", []), _ids(row, "prompt_ids", where), _ids(row, "prompt_quote_ids", where), where)
-    sides = [
-        Answer(row.get(f"response_{side}", ""), _ids(row, f"response_{side}_ids", where), _ids(row, f"quote_{side}_ids", where))
-        for side in "ab"
-    ]
+    ids = {key: token_ids(need(dict(row), key, where), f"{where}: {key}", 2**31) for key in IDS}
+    sides = [Answer(row.get(f"response_{y}", ""), ids[f"response_{y}_ids"], ids[f"quote_{y}_ids"]) for y in "ab"]
     return Pair(
-        prompt,
+        Prompt(row.get("messages", []), ids["prompt_ids"], ids["prompt_quote_ids"], where),
         *sides,
         label=external_label(row, labels, where),
         weight=_number(row.get("weight", 1.0), f"{where}: weight"),
         cached=_numbers(row, "cached", where, 2),
         frozen=_numbers(row, "frozen_logits", where),
-        verdicts=tuple(row.get("verdicts", ())),
+        verdicts=_list([] if row.get("verdicts") is None else row["verdicts"], f"{where}: verdicts"),
         length_penalty=_number(row.get("length_penalty", 0.0), f"{where}: length_penalty"),
     )
 
@@ -173,23 +172,27 @@ def token_ids(value: Any, where: str, vocabulary: int) -> Ids:
     return tuple(value)
 
 
-def _ids(row: Mapping[str, Any], key: str, where: str) -> Ids:
-    return token_ids(need(dict(row), key, where), f"{where}: {key}", 2**31)
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3.4e38
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not _is_number(value) or value < 0:
         raise InputError(f"{where}: must be a number of at least 0, not {value!r}")
     return float(value)
 
 
+def _list(values: Any, where: str, count: int | None = None) -> tuple[float, ...]:
+    """Reads a list of numbers, `count` where it is given."""
+    if not (isinstance(values, list) and all(map(_is_number, values)) and count in (None, len(values))):
+        raise InputError(f"{where}: must be a list of {count or 'finite'} numbers, not {values!r}")
+    return tuple(map(float, values))
+
+
 def _numbers(row: Mapping[str, Any], key: str, where: str, count: int | None = None) -> dict[str, tuple[float, ...]]:
     """Reads a mapping of names to lists of numbers, `count` each where it is given."""
-    values = row.get(key) or {}
+    values = {} if row.get(key) is None else row[key]
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: {key}: must map names to lists of numbers, not {values!r}")
-    for name, numbers in values.items():
-        good = isinstance(numbers, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
-        if not good or count not in (None, len(numbers)):
-            raise InputError(f"{where}: {key}.{name}: must be a list of {count or 'finite'} numbers, not {numbers!r}")
-    return {name: tuple(map(float, numbers)) for name, numbers in values.items()}
+    return {name: _list(numbers, f"{where}: {key}.{name}", count) for name, numbers in values.items()}

@@ -52,7 +52,12 @@ def pair_batches(
     Args:
       seed: of the shuffling of the pairs, anew in each epoch.
       rows, seeds: as in `supervised_batches`.
+
+    Raises:
+      InputError: a pair lacks a value that the batches hold.
     """
+    for pair in pairs:
+        spec.pairs.known(pair)
     parts = _shuffled(spec, rows, seeds)
     order = grain.MapDataset.source(np.arange(len(pairs))).seed(seed).shuffle().repeat(epochs)
     size = spec.pairs.pairs

@@ -138,7 +138,7 @@ class Trainer:
             sums, decisions = self.loss.sums(params, batch, key)
         else:
             # Every micro-batch takes rows from all devices, each those that it has.
-            split = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), batch)
+            split = jax.tree.map(lambda x: x.reshape(x.shape[0] // micro, micro, *x.shape[1:]).swapaxes(0, 1), batch)
             # Checkpointed: the backward pass holds one micro-batch's activations at a time.
             body = jax.checkpoint(lambda part, part_key: self.loss.sums(params, part, part_key), prevent_cse=False)
             parts = (split, None if key is None else jax.random.split(key, micro))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+import os
+import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError, Interrupted
 from scir_jax.run import host_memory
 
+GOOGLE = "0x1ae0"
+"""vendor of TPUs on the PCI bus"""
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -29,12 +35,28 @@ def join(config: Config) -> None:
     hosts.same(to_dict(config), "configuration")
 
 
+def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Keeps JAX from looking for a TPU where libtpu is installed (for its compiler) and no such device is there.
+
+    It would find none and print lines about accelerator types and worker hostnames. Call it before JAX is imported.
+    What the user says in JAX_PLATFORMS stands; with a GPU's plugin beside libtpu nothing is changed.
+    """
+    if "JAX_PLATFORMS" in os.environ or "JAX_FORCE_TPU_INIT" in os.environ or not importlib.util.find_spec("libtpu"):
+        return
+    if any(file.read_text().strip() == GOOGLE for file in pci.glob("*/vendor")):
+        return
+    plugins = importlib.util.find_spec("jax_plugins")
+    if not any(pkgutil.iter_modules(plugins.submodule_search_locations if plugins else [])):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def main(run: Callable[[], int | None]) -> None:
     """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's 3.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """
     host_memory.keep()
+    without_absent_tpu()
     try:
         code = run() or 0
         _leave(None)

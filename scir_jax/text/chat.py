@@ -126,22 +126,33 @@ class Chat:
         """Returns the ids of a complete given answer, with its stop token, as they stand behind a prompt.
 
         An answer that begins with a thinking block of its own takes the place of the empty one that the template
-        writes; where the prompt has opened the block, the answer's opening mark is left out.
+        writes; where the prompt has opened the block, the answer's opening mark is left out, if it has one. Marks that
+        are special tokens are no marks where an answer spells them.
         """
         writer = Writer(self._text, self._answer_state)
         lead, text = self.lead, self._trimmed_answer(text)
-        for begin, _ in THINKING:
-            if lead.strip() and text.startswith(begin):
-                lead, text = "", text.removeprefix(begin).removeprefix("\n") if self._opened else text
+        for begin, end in THINKING:
+            if begin in self._text.added:
+                continue
+            if lead.strip() and text.lstrip().startswith(begin):
+                lead, text = "", text.lstrip().removeprefix(begin).removeprefix("\n") if self._opened else text
+            elif self._opened == begin and end in text:
+                lead = ""
         writer.template(lead)
         writer.text(text)
         writer.template(self._trail)
         return self.flatten(writer.finish()) + self.stop_ids[:1]
 
-    def spoken(self, text: str) -> str:
-        """Returns an answer's text without the thinking block before it; "" where that block does not end."""
+    def spoken(self, text: str, *, sampled: bool = False) -> str:
+        """Returns an answer's text without the thinking block before it; "" where that block does not end.
+
+        Args:
+          sampled: the text goes on from where the prompt ends. A given answer need not: it may be without the thinking
+            that the prompt opens.
+        """
         for begin, end in THINKING:
-            if self._opened == begin or text.lstrip().startswith(begin):
+            goes_on = self._opened == begin and (sampled or end in text)
+            if goes_on or text.lstrip().startswith(begin):
                 return text.partition(end)[2].lstrip()
         return text
 
@@ -328,7 +339,7 @@ class Chat:
             return text
         roles, contents = ("user", "assistant"), (_SLOT.format(0), text)
         shown = self._shown(1, roles, contents, False, self._skeleton(roles, False))
-        return shown if shown is not None and shown in text else text
+        return shown if shown is not None and shown.strip() == text.strip() else text
 
     def _checked(self, options: Mapping) -> dict:
         taken = {"messages", "strftime_now", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
