@@ -17,6 +17,7 @@ POSITIVE = (
     "sample.batch_size",
     "sample.prompts",
     "pairs.per_prompt",
+    "generative.passes",
     "text.max_prompt_tokens",
     "text.max_response_tokens",
     "checkpoint.every",

@@ -243,6 +243,9 @@ class GenerativeConfig:
 
     templates: tuple[str, ...] = ("standalone",)
     """judge templates, built-in names or YAML files; each is a reward model of its own"""
+    passes: int = 10
+    """Monte-Carlo passes that sample the judge's uncertainty, where a method asks for it and lora.dropout is set;
+    without dropout the templates and both orders are the sample"""
     quote_thinking: bool = False
     """show the judge the thinking block of an answer too, not only what follows it"""
 

@@ -98,12 +98,14 @@ class RowGroup(NamedTuple):
       tokens: T.
       scored: places of a row at which the vocabulary's logits are taken, at the most.
       verdict: whether a verdict is read in every row.
+      heads: how often the logits are taken there.
     """
 
     leading: tuple[int, ...]
     tokens: int
     scored: int = 0
     verdict: bool = False
+    heads: int = 1
 
     @property
     def rows(self) -> int:
@@ -157,20 +159,22 @@ class PairSpec:
 
     @classmethod
     def of(
-        cls, pairs: int, lengths: Lengths, *, judged: bool, continued: bool, **values: Any
+        cls, pairs: int, lengths: Lengths, *, judged: bool, continued: bool, heads: int = 1, **values: Any
     ) -> PairSpec:
         """Describes pairs with rows of these lengths.
 
         Args:
           judged: the step asks the judge; else there are no rows for it.
           continued: the first template continues the conversation (Encoder.continued).
+          heads: of the answers' rows.
           values: the other attributes.
         """
         leading = (pairs, 2)
         if judged and continued:
-            answers, judges = RowGroup(leading, lengths.judges[0], lengths.answer, True), lengths.judges[1:]
+            answers, judges = RowGroup(leading, lengths.judges[0], lengths.answer, True, heads), lengths.judges[1:]
         else:
-            answers, judges = RowGroup(leading, lengths.scored, lengths.answer), lengths.judges if judged else ()
+            answers = RowGroup(leading, lengths.scored, lengths.answer, heads=heads)
+            judges = lengths.judges if judged else ()
         return cls(pairs, answers, tuple(RowGroup(leading, tokens, verdict=True) for tokens in judges), **values)
 
     @property

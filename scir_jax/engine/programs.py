@@ -156,7 +156,7 @@ class Programs:
     def score_group(self) -> RowGroup:
         """Describes the rows of one call of the scorer."""
         lengths = self.facts.lengths
-        return RowGroup((2 * self.config.evaluate.batch_size,), lengths.scored, lengths.answer)
+        return RowGroup((2 * self.config.evaluate.batch_size,), lengths.scored, lengths.answer, heads=len(self.spans))
 
     @property
     def judge_groups(self) -> tuple[RowGroup, ...]:
@@ -180,7 +180,8 @@ class Programs:
             continued=self.facts.continued,
             cached=wanted.cached,
             frozen=tuple((name, rewards.columns(name, config)) for name in wanted.frozen),
-            verdicts=2 * len(config.generative.templates) if wanted.verdicts else 0,
+            verdicts=self.verdicts if wanted.verdicts else 0,
+            heads=len([name for name in wanted.fresh if name in forward.SPANS]),
         )
         return TrainSpec.of(pairs, self._present(config.replay) if config.replay.weight else {}, self.facts.lengths)
 
@@ -199,24 +200,42 @@ class Programs:
             self._samplers[answers] = sampler.sampler(self.model, self.mesh, spec, stop_ids=stop_ids, pad_id=pad_id)
         return self._samplers[answers]
 
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """What the scorer reads off an answer: its log-probability, and what the method's reward models need."""
+        models = {*self.config.rewards.models, *objective.needs(self.config).start}
+        wanted = {"logps"}.union(*(rewards.REWARDS[name].reads for name in models))
+        return tuple(name for name in forward.SPANS if name in wanted)
+
     @cached_property
     def scorer(self):
         """Jitted (params, Rows [B, ...]) -> readings [B] of each row's scored span by name."""
-        answer_tokens = self.facts.lengths.answer
-        return self._inference(lambda params, rows: forward.score(self.model, params, rows, answer_tokens))
+        answer_tokens, spans = self.facts.lengths.answer, self.spans
+        return self._inference(lambda params, rows: forward.score(self.model, params, rows, answer_tokens, spans))
 
     @cached_property
     def judge(self):
-        """Jitted (params, judge rows [P, 2, ...] of each template) -> forward.Judged."""
+        """Jitted (params, judge rows [P, 2, ...] of each template, key of the dropout or None) -> forward.Judged."""
         verdict_ids = self.facts.verdict_ids
-        return self._inference(lambda params, rows: forward.judge(self.model, params, rows, verdict_ids))
-
-    def _inference(self, function):
-        return jax.jit(
-            function,
-            in_shardings=(meshes.param_shardings(self.model, self.mesh), meshes.batch_sharding(self.mesh)),
-            out_shardings=meshes.replicated(self.mesh),
+        return self._inference(
+            lambda params, rows, key: forward.judge(self.model, params, rows, verdict_ids, key),
+            meshes.replicated(self.mesh),
         )
+
+    @property
+    def judge_passes(self) -> int:
+        """How often the judge's uncertainty is sampled with the adapters' dropout; 0: it has none."""
+        dropout = self.model.lora is not None and self.model.lora.dropout > 0
+        return self.config.generative.passes if dropout else 0
+
+    @property
+    def verdicts(self) -> int:
+        """Single verdicts of the judge on a pair: one for each pass, else one for each template and order."""
+        return self.judge_passes or 2 * len(self.config.generative.templates)
+
+    def _inference(self, function, *more):
+        shardings = (meshes.param_shardings(self.model, self.mesh), meshes.batch_sharding(self.mesh), *more)
+        return jax.jit(function, in_shardings=shardings, out_shardings=meshes.replicated(self.mesh))
 
     @cached_property
     def sft(self) -> Trainer:
@@ -282,13 +301,13 @@ class Programs:
     def score_program(self) -> Program:
         """The scorer as a program."""
         group = self.score_group
-        return self._forward("score responses", "score", self.scorer, group.abstract(), [group])
+        return self._forward("score responses", "score", self.scorer, (group.abstract(),), [group])
 
     @property
     def judge_program(self) -> Program:
         """The judge as a program."""
         groups = self.judge_groups
-        return self._forward("judge pairs", "judge", self.judge, tuple(g.abstract() for g in groups), groups)
+        return self._forward("judge pairs", "judge", self.judge, (tuple(g.abstract() for g in groups), None), groups)
 
     @property
     def sft_program(self) -> Program:
@@ -321,10 +340,10 @@ class Programs:
     def _weights(self) -> Memory:
         return Memory(weights=memory.device_bytes(self._params))
 
-    def _forward(self, name: str, stage: str, function: Any, batch: Any, groups) -> Program:
+    def _forward(self, name: str, stage: str, function: Any, arguments: tuple, groups) -> Program:
         count = flops.inference(self.arch, groups, lora=self.model.lora, flash=self.flash)
         tokens = sum(group.rows * group.tokens for group in groups)
-        return Program(name, stage, function, (self._params, batch), count, self._weights, tokens)
+        return Program(name, stage, function, (self._params, *arguments), count, self._weights, tokens)
 
     def _step(self, name: str, stage: str, trainer: Trainer, spec: TrainSpec) -> Program:
         state, frozen = trainer.abstract_state(), self.abstract_frozen

@@ -145,5 +145,5 @@ def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
 
 def stream_key(seed: int, stream: str, iteration: int) -> Array:
     """The key of one use of randomness; prompt and sample numbers are folded in on the device."""
-    streams = {"responses": 0, "evaluation": 1, "init": 2, "world": 3, "dropout": 4}
+    streams = {"responses": 0, "evaluation": 1, "init": 2, "world": 3, "dropout": 4, "verdicts": 5}
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams[stream]), iteration)

@@ -99,8 +99,8 @@ class Inputs:
     @cached_property
     def lengths(self) -> Lengths:
         """The static lengths, from all files."""
-        pairs = (self.heldout_pairs, self.given_pairs, self.eft)
-        prompts = [*self.prompts, *self.heldout_prompts, *(pair.prompt for part in pairs for pair in part)]
+        prompts = [*self.prompts, *self.heldout_prompts]
+        prompts += (pair.prompt for pairs in (self.heldout_pairs, self.given_pairs, self.eft) for pair in pairs)
         if not prompts:
             raise InputError("no prompts: set data.prompts (or data.pairs)")
         self.encoder.lengths(prompts)  # refuses what does not fit, before rows are made of it

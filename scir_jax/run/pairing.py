@@ -18,9 +18,9 @@ from scir_jax.data.jsonl import write_rows
 from scir_jax.data.messages import answer_text, prompt_messages
 from scir_jax.data.pairs import Answer, Pair, Prompt, to_row, token_ids
 from scir_jax.data.tally import Tally
-from scir_jax.engine import forward
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
+from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method import objective, rewards
 from scir_jax.method.pairing import PAIRING, Choice, Scores
@@ -113,13 +113,13 @@ class Scored(NamedTuple):
     Attributes:
       candidates: pairs of places in the items.
       by_role: role -> reading -> [items] float32.
-      judged: verdicts on the candidates, or None.
+      verdicts: [candidates, S] the judge's single verdicts under M_t, where the method looks at them.
       frozen: reward model -> [candidates, C] logits under M_t.
     """
 
     candidates: list[Choice]
     by_role: dict[str, dict[str, np.ndarray]]
-    judged: forward.Judged | None
+    verdicts: np.ndarray | None
     frozen: dict[str, np.ndarray]
 
 
@@ -178,11 +178,11 @@ def score_candidates(
     loads = sorted({numbers[role] for role in asked})  # M_t is the largest
     title = f"iteration {iteration}: pair and score"
     total = len(loads) * scoring.batches_of(len(items), programs.score_group.rows)
-    if wanted.judged:
-        total += scoring.batches_of(len(candidates), programs.judge_groups[0].leading[0])
+    passes = programs.judge_passes if wanted.verdicts else 0
+    total += (wanted.judged + passes) * scoring.batches_of(len(candidates), programs.judge_groups[0].leading[0])
     pairs = [_pair(items, choice) for choice in candidates]
     read: dict[int, dict[str, np.ndarray]] = {}
-    judged = None
+    judged = verdicts = None
     with console.stage(title, total) as bar:
 
         def advance() -> None:
@@ -193,6 +193,11 @@ def score_candidates(
             read[number] = scoring.score_answers(encoder, programs, models.load(number), items, advance)
         if wanted.judged:
             judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance)
+        if passes:
+            key = stream_key(config.run.seed, "verdicts", iteration)
+            verdicts = scoring.single_verdicts(encoder, programs, models.load(iteration), pairs, advance, key)
+        elif wanted.verdicts:
+            verdicts = rewards.single_verdicts(judged.verdicts)
     by_role = {role: read[numbers[role]] for role in asked}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6):
         console.say(
@@ -206,12 +211,12 @@ def score_candidates(
     cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
-    return Scored(candidates, by_role, judged, {name: np.asarray(values) for name, values in logits.items()})
+    return Scored(candidates, by_role, verdicts, {name: np.asarray(values) for name, values in logits.items()})
 
 
 def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequence[Choice]) -> list[Pair]:
     """Returns the chosen pairs with all that training needs of them."""
-    wanted, places = objective.needs(config), _places(chosen)
+    places = _places(chosen)
     start, implicit = (scored.by_role[role]["logps"][places] for role in ("start", "implicit"))
     lengths = np.array([[len(items[i][1].ids) for i in pair] for pair in places])
     alpha = scoring.length_penalty(config, start, implicit, lengths)
@@ -226,8 +231,8 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
         frozen, verdicts, i = {}, (), number_of.get(choice)
         if i is not None:
             frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
-            if wanted.verdicts:
-                verdicts = tuple(map(float, rewards.single_verdicts(scored.judged.verdicts[i : i + 1])[0]))
+            if scored.verdicts is not None:
+                verdicts = tuple(map(float, scored.verdicts[i]))
         pair = _pair(items, choice)
         pairs.append(
             dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha)

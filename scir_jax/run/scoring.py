@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from scir_jax.config.schema import Config
@@ -15,7 +16,7 @@ from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.method.rewards import Evidence, fit_length_penalty
+from scir_jax.method.rewards import Evidence, fit_length_penalty, judged
 
 Item = tuple[Prompt, Answer]
 
@@ -53,9 +54,17 @@ def score_answers(
 
 
 def judge_pairs(
-    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Callable[[], None] = nothing
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    pairs: Sequence[Pair],
+    advance: Callable[[], None] = nothing,
+    key: Any = None,
 ) -> Judged:
     """Reads verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32.
+
+    Args:
+      key: of the adapters' dropout; None drops nothing.
 
     Raises:
       InputError: the model gives values that are not finite.
@@ -63,21 +72,37 @@ def judge_pairs(
     groups = programs.judge_groups
     size, pad_id = groups[0].leading[0], encoder.chat.pad_id
     verdicts, mass = [], []
-    for part in batched(pairs, size):
+    for number, part in enumerate(batched(pairs, size)):
         mine = taken(part, programs.local_rows(size))
         rows = tuple(
             group.arrays([row for pair in mine for row in encoder.judge_rows(judge, pair)], pad_id)
             for judge, group in zip(encoder.judges, groups, strict=True)
         )
-        judged = programs.judge(params, put_batch(rows, programs.mesh))
-        verdicts.append(np.asarray(judged.verdicts)[: len(part)])
-        mass.append(np.asarray(judged.mass)[: len(part)])
+        batch_key = None if key is None else jax.random.fold_in(key, number)
+        read = programs.judge(params, put_batch(rows, programs.mesh), batch_key)
+        verdicts.append(np.asarray(read.verdicts)[: len(part)])
+        mass.append(np.asarray(read.mass)[: len(part)])
         check_finite(verdicts[-1], "verdicts")
         check_finite(mass[-1], "verdicts")
         advance()
     if not pairs:
         return Judged(np.zeros((0, len(groups), 2, 2), np.float32), np.zeros((0, len(groups), 2), np.float32))
     return Judged(np.concatenate(verdicts), np.concatenate(mass))
+
+
+def single_verdicts(
+    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Callable[[], None], key: Any
+) -> np.ndarray:
+    """Samples the judge's predictions with the adapters' dropout, [P, programs.judge_passes] logits, float32.
+
+    Args:
+      key: of the dropout, another one in each pass.
+    """
+    passes = [
+        judge_pairs(encoder, programs, params, pairs, advance, jax.random.fold_in(key, number)).verdicts
+        for number in range(programs.judge_passes)
+    ]
+    return np.stack([np.asarray(judged(verdicts)["logit"]).mean(axis=1) for verdicts in passes], axis=1)
 
 
 def score_pairs(
@@ -108,8 +133,8 @@ def score_pairs(
         found = score_answers(encoder, programs, params, items, advance)
         fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
         cached["start_logps"] = fresh["logps"]
-    judged = judge_pairs(encoder, programs, params, pairs, advance)
-    fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
+    found = judge_pairs(encoder, programs, params, pairs, advance)
+    fresh |= {"verdicts": found.verdicts, "verdict_mass": found.mass}
     return evidence_of(pairs, fresh, cached, config)
 
 

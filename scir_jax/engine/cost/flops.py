@@ -216,7 +216,7 @@ def _visible(tokens: int, window: int | None) -> int:
 
 def _head(arch: Architecture, part: RowGroup) -> tuple[int, int]:
     """Logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps."""
-    row = 2 * part.rows * part.scored * arch.hidden_size
+    row = 2 * part.rows * part.scored * part.heads * arch.hidden_size
     chunk = logprobs.chunk_size(part.rows * part.scored, arch.vocab_size)
     return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
 
