@@ -294,8 +294,11 @@ class ConsistencyConfig:
 class SelectionConfig:
     """Which pairs the preference loss sees."""
 
-    rule: Literal["agreement", "all"] = "agreement"
-    """agreement: all reward models on the same side of 1/2"""
+    rule: Literal["agreement", "certainty", "all"] = "agreement"
+    """agreement: all reward models on the same side of 1/2; certainty: all pairs, each with the weight (1 - B)^power, B
+    the judge's uncertainty at the start of the iteration"""
+    power: float = 1.0
+    """of certainty"""
     confidence: float = 0.0
     """each further than this from 1/2"""
 
