@@ -191,15 +191,24 @@ def _forward(chunk, cap, layout, hidden_ND, head_VD, targets_N):
 
 def _backward(chunk, cap, layout, saved, cotangents):
     hidden_ND, head_VD, targets_N, normalizer_N = saved
-    hidden_ND = _constrain(layout, hidden_ND, "token", None)
     picked_cotangent_N, normalizer_cotangent_N = cotangents
+
+    def gradient(logits_NC, target_NC):
+        probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
+        dlogits_NC = normalizer_cotangent_N[:, None] * probabilities_NC
+        return dlogits_NC + jnp.where(target_NC, picked_cotangent_N[:, None], 0.0)
+
+    return _accumulate(chunk, cap, layout, hidden_ND, head_VD, targets_N, gradient)
+
+
+def _accumulate(chunk, cap, layout, hidden_ND, head_VD, targets_N, gradient):
+    """The gradients of hidden states and head, of `gradient`: (logits [N, C], is target [N, C]) -> dlogits [N, C]."""
+    hidden_ND = _constrain(layout, hidden_ND, "token", None)
 
     def step(index, carry):
         dhidden_ND, dhead_VD = carry
         start, rows_CD, logits_NC, target_NC = _chunk_logits(index, chunk, cap, layout, hidden_ND, head_VD, targets_N)
-        probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
-        dlogits_NC = normalizer_cotangent_N[:, None] * probabilities_NC
-        dlogits_NC += jnp.where(target_NC, picked_cotangent_N[:, None], 0.0)
+        dlogits_NC = gradient(logits_NC, target_NC)
         if cap is not None:
             # The columns shared with the chunk before are -inf here, and their derivative is 0 already.
             dlogits_NC *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_NC), logits_NC, 0) / cap)
