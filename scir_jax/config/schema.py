@@ -266,10 +266,12 @@ class ImplicitConfig:
 class RewardsConfig:
     """The set of internal reward models and their consensus."""
 
-    models: tuple[Literal["generative", "implicit", "likelihood"], ...] = ("generative", "implicit")
+    models: tuple[Literal["generative", "implicit", "likelihood", "entropy"], ...] = ("generative", "implicit")
     """reward models that must agree"""
     likelihood_length: Literal["none", "mean"] = "none"
     """the likelihood reward is a sum or a mean over tokens"""
+    entropy_scale: float = 1.0
+    """the entropy reward is this often the mean token entropy of the other answer minus that of the answer, in nats"""
     weights: dict[str, float] = field(default_factory=lambda: {"generative": 1.0})
     """reward model -> weight; the consensus is the sigmoid of the weighted sum of logits, absent weights are 0"""
 
@@ -282,7 +284,7 @@ class ConsistencyConfig:
     """kl and cross_entropy are symmetric"""
     weight: float = 1.0
     """0 leaves the penalty out"""
-    stop_gradient: Literal["none", "generative", "implicit"] = "none"
+    stop_gradient: Literal["none", "generative", "implicit", "entropy"] = "none"
     """this reward model teaches and does not learn"""
     target: Literal["mutual", "consensus"] = "mutual"
     """consensus: each reward model against the consensus frozen at the start of the iteration"""
@@ -319,7 +321,9 @@ class PreferenceConfig:
     """log-ratios per token"""
     reference: Literal["start", "sft", "base"] = "start"
     """start: M_t, so that the first step's loss is ln 2"""
-    labels: Literal["agreement", "generative", "implicit", "likelihood", "consensus", "cream", "external"] = "agreement"
+    labels: Literal[
+        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
+    ] = "agreement"
     """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by M_{t-1},
     with pairs.kind cream"""
     soft: bool = False

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from scir_jax.data.batches import PairBatch, Rows, Targets, TrainBatch
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
-from scir_jax.model.logprobs import token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.logprobs import token_entropies, token_logprobs, verdict_logits, verdict_mass
 
 Array = jax.Array
 
@@ -43,7 +43,12 @@ def _logps(model: Model, params: Params, hidden_MRD: Array, targets_MR: Array, s
     return jnp.where(scored_MR, logps_MR, 0).sum(axis=1)
 
 
-SPANS = {"logps": _logps}
+def _entropy(model: Model, params: Params, hidden_MRD: Array, targets_MR: Array, scored_MR: Array) -> Array:
+    entropies_MR = token_entropies(hidden_MRD, model.head(params), **_head(model))
+    return jnp.where(scored_MR, entropies_MR, 0).sum(axis=1) / jnp.maximum(scored_MR.sum(axis=1), 1)
+
+
+SPANS = {"logps": _logps, "entropy": _entropy}
 """Readings of a row's scored span: (model, params, hidden states [M, R, D] before the tokens, the tokens [M, R] int32,
 which of them are scored [M, R] bool) -> [M] float32."""
 

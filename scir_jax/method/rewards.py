@@ -20,7 +20,7 @@ class Evidence(NamedTuple):
     Attributes:
       fresh: readings under the parameters being trained: "logps" [P, 2] log pi(y|x), summed over tokens, nats;
         "verdicts" [P, G, 2, 2] logits of (A, B) with the first or the second answer shown as A; "verdict_mass"
-        [P, G, 2] P(A) + P(B).
+        [P, G, 2] P(A) + P(B); "entropy" [P, 2] mean entropy of the policy at the answer's tokens, nats.
       cached: ROLE_READING -> [P, 2] under another model: "preference_logps" under DPO's reference, "implicit_logps"
         under the implicit reward's, "start_logps" under the policy that the iteration started from.
       frozen: reward model -> [P, C] its logits at the start of the iteration.
@@ -161,6 +161,12 @@ def _implicit(evidence: Evidence, config: Config) -> Array:
     )[:, None]
 
 
+def _entropy(evidence: Evidence, config: Config) -> Array:
+    """The less uncertain the policy is at the answer's tokens, the better the answer."""
+    entropy_P2 = evidence.fresh["entropy"]
+    return config.rewards.entropy_scale * (entropy_P2[:, 1] - entropy_P2[:, 0])[:, None]
+
+
 def _likelihood(evidence: Evidence, config: Config) -> Array:
     length = config.rewards.likelihood_length
     return likelihood(evidence.cached["start_logps"], evidence.lengths, length=length)[:, None]
@@ -175,6 +181,7 @@ REWARDS = {
     ),
     "implicit": Reward(_implicit, reads=("logps",), cached=("implicit_logps",)),
     "likelihood": Reward(_likelihood, cached=("start_logps",)),
+    "entropy": Reward(_entropy, reads=("entropy",)),
 }
 """The internal reward models by name."""
 

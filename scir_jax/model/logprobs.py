@@ -63,6 +63,30 @@ def token_logprobs(
     return (picked_N - normalizer_N).reshape(targets.shape)
 
 
+def token_entropies(
+    hidden: jax.Array,
+    head_VD: jax.Array,
+    *,
+    chunk: int | None = None,
+    cap: float | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """Computes the entropy of softmax(hidden @ head.T) in nats, without the logits of the whole vocabulary.
+
+    Differentiable in `hidden` and `head_VD`, in reverse mode, once.
+
+    Args:
+      hidden, head_VD, chunk, cap, layout: as in `token_logprobs`.
+
+    Returns:
+      float32 [...].
+    """
+    hidden = jnp.asarray(hidden)
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    chunk = chunk_size(hidden_ND.shape[0], head_VD.shape[0], chunk, layout)
+    return _entropy(chunk, cap, layout, hidden_ND, head_VD).reshape(hidden.shape[:-1])
+
+
 def log_normalizer(
     hidden: jax.Array,
     head_VD: jax.Array,
@@ -231,3 +255,48 @@ def _accumulate(chunk, cap, layout, hidden_ND, head_VD, targets_N, gradient):
 
 
 _pick_and_normalize.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _entropy(
+    chunk: int, cap: float | None, layout: Layout | None, hidden_ND: jax.Array, head_VD: jax.Array
+) -> jax.Array:
+    """H = log sum_v exp(z_v) - sum_v p_v z_v of the logits z: float32 [N]."""
+    return _entropy_forward(chunk, cap, layout, hidden_ND, head_VD)[0]
+
+
+def _entropy_forward(chunk, cap, layout, hidden_ND, head_VD):
+    hidden_ND = _constrain(layout, hidden_ND, "token", None)
+    nothing_N = jnp.full(hidden_ND.shape[0], _NO_TARGET, jnp.int32)
+
+    def step(index, carry):
+        maximum_N, sum_N, weighted_N = carry
+        _, _, logits_NC, _ = _chunk_logits(index, chunk, cap, layout, hidden_ND, head_VD, nothing_N)
+        new_maximum_N = jnp.maximum(maximum_N, logits_NC.max(axis=-1))
+        exponentials_NC = jnp.exp(logits_NC - new_maximum_N[:, None])
+        shrink_N = jnp.exp(maximum_N - new_maximum_N)
+        finite_NC = jnp.where(jnp.isfinite(logits_NC), logits_NC, 0)
+        weighted_N = weighted_N * shrink_N + (exponentials_NC * finite_NC).sum(axis=-1)
+        return new_maximum_N, sum_N * shrink_N + exponentials_NC.sum(axis=-1), weighted_N
+
+    zero_N = jnp.zeros(hidden_ND.shape[0], jnp.float32)
+    start = (jnp.full_like(zero_N, -jnp.inf), zero_N, zero_N)
+    maximum_N, sum_N, weighted_N = jax.lax.fori_loop(0, -(-head_VD.shape[0] // chunk), step, start)
+    normalizer_N = maximum_N + jnp.log(sum_N)
+    entropy_N = normalizer_N - weighted_N / sum_N
+    return entropy_N, (hidden_ND, head_VD, nothing_N, normalizer_N, entropy_N)
+
+
+def _entropy_backward(chunk, cap, layout, saved, cotangent_N):
+    hidden_ND, head_VD, nothing_N, normalizer_N, entropy_N = saved
+
+    def gradient(logits_NC, _):
+        # dH / dz_v = -p_v (log p_v + H)
+        log_p_NC = jnp.where(jnp.isfinite(logits_NC), logits_NC - normalizer_N[:, None], 0)
+        probabilities_NC = jnp.exp(logits_NC - normalizer_N[:, None])
+        return -cotangent_N[:, None] * probabilities_NC * (log_p_NC + entropy_N[:, None])
+
+    return _accumulate(chunk, cap, layout, hidden_ND, head_VD, nothing_N, gradient)[:2]
+
+
+_entropy.defvjp(_entropy_forward, _entropy_backward)
