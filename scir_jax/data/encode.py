@@ -46,6 +46,7 @@ class Lengths:
 
     Attributes:
       prompt, answer: of the sampler.
+      quote: of a prompt as a judge is shown it.
       scored: [prompt answer].
       judges: the question of every template.
       targets: supervised rows by name, "ift" and "eft"; 0 where there are none.
@@ -53,6 +54,7 @@ class Lengths:
 
     prompt: int
     answer: int
+    quote: int
     scored: int
     judges: tuple[int, ...]
     targets: dict[str, int]
@@ -267,6 +269,7 @@ class Encoder:
         return Lengths(
             prompt=static(conversation),
             answer=answer,
+            quote=quoted,
             scored=static(conversation + answer),
             judges=tuple(map(static, judges)),
             targets={name: static(tokens) if tokens else 0 for name, tokens in (targets or {}).items()},

@@ -80,7 +80,9 @@ def recipe(
                     config, encoder, programs, models.load(t), prompts, t, responses, stopper
                 ),
             )
-            source = partial(pairing.sampled_answers, encoder, programs.arch.vocab_size, responses)
+            source = partial(
+                pairing.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
+            )
         yield Stage(
             "score",
             t,

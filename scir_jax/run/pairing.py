@@ -12,7 +12,7 @@ import numpy as np
 
 from scir_jax.config.schema import Config
 from scir_jax.data import records
-from scir_jax.data.encode import Encoder
+from scir_jax.data.encode import Encoder, Lengths
 from scir_jax.data.files import read_rows
 from scir_jax.data.jsonl import write_rows
 from scir_jax.data.messages import answer_text, prompt_messages
@@ -42,12 +42,13 @@ class Source(NamedTuple):
     given: list[Choice] | None = None
 
 
-def sampled_answers(encoder: Encoder, vocabulary: int, path: Path) -> Source:
+def sampled_answers(encoder: Encoder, lengths: Lengths, vocabulary: int, path: Path) -> Source:
     """Reads the answers of an iteration's file, our own or another engine's (then `prompt` and `response` are enough).
 
     Ids that the file holds are taken as they are; only what it lacks is tokenised.
 
     Args:
+      lengths: static lengths of the run, which prompts must not exceed.
       vocabulary: size of the model's.
 
     Raises:
@@ -70,6 +71,7 @@ def sampled_answers(encoder: Encoder, vocabulary: int, path: Path) -> Source:
                     prompts[name] = Prompt(messages, ids, quote, where, len(ids))
                 else:
                     prompts[name] = encoder.prompt(messages, where)
+                _check_length(prompts[name], lengths, where)
         prompt = prompts[name]
         if prompt is None:
             continue
@@ -85,6 +87,15 @@ def sampled_answers(encoder: Encoder, vocabulary: int, path: Path) -> Source:
             answer = Answer(text, ids, quote, len(ids))
         items.append((prompt, answer))
     return Source(items)
+
+
+def _check_length(prompt: Prompt | None, lengths: Lengths, where: str) -> None:
+    for tokens, most in ((len(prompt.ids), lengths.prompt), (len(prompt.quote), lengths.quote)) if prompt else ():
+        if tokens > most:
+            raise InputError(
+                f"{where}: the prompt has {tokens} tokens, but the longest of this run's data has {most}, for which its "
+                "programs are compiled; answer the prompts of data.prompts"
+            )
 
 
 def given_pairs(inputs: Inputs, shares: int, iteration: int) -> Source:

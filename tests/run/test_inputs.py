@@ -1,28 +1,27 @@
 """The data files of a run: what is left out and told, statistics, limits of length, conversations of several turns."""
 
 import dataclasses
-import io
 import json
 import shutil
 
 import numpy as np
 import pytest
-from rich.console import Console
+from tests.chat_templates import turns
 
 from scir_jax import judge, sample, train
 from scir_jax.config import cli
 from scir_jax.config.schema import ColumnsConfig
-from scir_jax.data import statistics
-from scir_jax.data.encode import Encoder, middle_cut
+from scir_jax.data.encode import Encoder
 from scir_jax.data.files import read_rows
-from scir_jax.data.pipelines import iterator, pairs_dataset
-from scir_jax.data.statistics import FileStatistics
-from scir_jax.data.tally import Tally
+from scir_jax.data.pairs import Pair, from_row, to_row
+from scir_jax.data.pipelines import iterator, pair_batches
 from scir_jax.errors import InputError
-from scir_jax.run import inputs, pairing
+from scir_jax.run import inputs as run_inputs
+from scir_jax.run import iteration, pairing, preflight
 from scir_jax.run.directory import manifest
-from scir_jax.run.iteration import Run, _label_columns, check_inputs
-from scir_jax.run.session import Session
+from scir_jax.run.scoring import taken
+from scir_jax.run.setup import prepare
+from scir_jax.run.training import read_pairs
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -32,20 +31,20 @@ def write(path, *rows):
     return str(path)
 
 
-def turns(*contents, system=None):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system else []) + messages
-
-
 @pytest.fixture
 def make(world_dir, tiny_config):
-    """make(**sections) -> Session of the tiny model."""
-    return lambda **sections: Session(tiny_config(world_dir, **sections))
+    """make(**sections) -> Setup of the tiny model."""
+    return lambda **sections: prepare(tiny_config(world_dir, **sections))
+
+
+def checked(setup):
+    """The content of data.json."""
+    return preflight.check_inputs(setup.inputs.config, setup.inputs, setup.programs)
 
 
 def refused(make, message, **sections):
     with pytest.raises(InputError) as error:
-        check_inputs(make(**sections))
+        checked(make(**sections))
     assert str(error.value).startswith(message) and "\n" not in str(error.value), error.value
 
 
@@ -61,9 +60,9 @@ def test_rows_that_the_chat_template_refuses(make, tmp_path):
     data = dict(prompts=path)
     refused(make, f"{path}:9: ", data=data)
     refused(make, f"{path}:9: ", data=data, text=dict(long_prompts="drop"))
-    session = make(data=dict(prompts=path, on_bad_row="skip"))
-    assert [p.where for p in session.data.prompts] == [f"{path}:{i}" for i in range(1, 9)]
-    (example,) = session.data.tallies["prompts"].examples
+    inputs = make(data=dict(prompts=path, on_bad_row="skip")).inputs
+    assert [p.where for p in inputs.prompts] == [f"{path}:{i}" for i in range(1, 9)]
+    (example,) = inputs.tallies["prompts"].examples
     assert example.startswith(f"{path}:9: ") and "refuses a conversation of (system, user)" in example
 
 
@@ -76,7 +75,7 @@ def test_more_bad_rows_than_allowed_wherever_they_are_found(make, tmp_path):
         data=dict(prompts=path, on_bad_row="skip"),
     )
     path = write(tmp_path / "prompts.jsonl", *GOOD, *bad[1:])
-    assert len(make(data=dict(prompts=path, on_bad_row="skip")).data.prompts) == 8
+    assert len(make(data=dict(prompts=path, on_bad_row="skip")).inputs.prompts) == 8
     path = write(tmp_path / "prompts.jsonl", *bad[2:])
     refused(make, f"{path}: no row is left of 9: 5 x broken JSON", data=dict(prompts=path, on_bad_row="skip"))
 
@@ -87,16 +86,16 @@ def test_every_file_may_hold_bad_rows(make, tmp_path, key):
     rows = [{**row, **answers} if isinstance(row, dict) else row for row in (*GOOD, *BAD)]
     path = write(tmp_path / "rows.jsonl", *rows)
     refused(make, f"{path}:1", data={key: path})
-    session = make(data={key: path, "on_bad_row": "skip"})
-    content = check_inputs(session)["files"][key]
+    content = checked(make(data={key: path, "on_bad_row": "skip"}))["files"][key]
     assert (content["rows"], content["used"], sum(content["left_out"].values())) == (11, 8, 3)
 
 
 def test_what_is_left_out_is_told_before_training(command, write_config, world_dir, tmp_path, monkeypatch):
-    def stages(self):
+    def stages(*_):
         raise InputError("the stages begin")
 
-    monkeypatch.setattr(Run, "run", stages)
+    monkeypatch.setattr(iteration, "run_stages", stages)
+    monkeypatch.setattr(preflight, "check_memory", lambda *_: None)
     long = {"prompt": f"copy {'a' * 100}="}
     path = write(tmp_path / "prompts.jsonl", *GOOD, *BAD, long, long)
     tie = {"prompt": "copy a=", "response_a": "a", "response_b": "b", "label": 0.5}
@@ -184,11 +183,11 @@ def test_statistics(make, world_dir, tmp_path):
         for key, rows in (("prompts", prompts), ("eft", pairs), ("ift", ift))
     }
     data |= dict(pairs=data["eft"], heldout_prompts=None, heldout_pairs=None)
-    session = make(data=data)
-    content = check_inputs(session)
-    assert content["shapes"] == dataclasses.asdict(session.shapes)
+    setup = make(data=data)
+    inputs, content = setup.inputs, checked(setup)
+    assert content["lengths"] == dataclasses.asdict(inputs.lengths)
     assert list(content["files"]) == ["prompts", "ift", "eft", "pairs"]
-    chat, found = session.chat, content["files"]
+    chat, found = setup.encoder.chat, content["files"]
     lengths = np.array([len(chat.prompt(turns(row["prompt"]))) for row in prompts])
     answers = np.array([[len(chat.answer(row[k])) for k in ("chosen", "rejected")] for row in pairs])
     for key in ("prompts", "eft", "pairs"):
@@ -202,56 +201,19 @@ def test_statistics(make, world_dir, tmp_path):
         assert found[key]["answer_tokens"] == percentiles(answers.ravel())
         assert found[key]["answers_cut"] == pytest.approx((answers > 12).mean())
     rows = cut[:, None] + np.minimum(answers, 12)
-    assert found["pairs"]["padding"] == pytest.approx(1 - rows.mean() / session.shapes.scored)
-    judged = [len(ids) for ids, _ in session.data.eft_rows]
-    assert len(judged) == 80 and found["eft"]["padding"] == pytest.approx(1 - np.mean(judged) / session.shapes.eft)
+    assert found["pairs"]["padding"] == pytest.approx(1 - rows.mean() / inputs.lengths.scored)
+    judged = [len(row.ids) for row in inputs.targets["eft"]]
+    padding = 1 - np.mean(judged) / inputs.lengths.targets["eft"]
+    assert len(judged) == 80 and found["eft"]["padding"] == pytest.approx(padding)
     whole = [len(chat.prompt(m["messages"][:3])) + len(chat.answer("b")) for m in ift]
     learned = [len(chat.answer(m["messages"][1]["content"])) + len(chat.answer("b")) for m in ift]
     assert found["ift"]["answer_tokens"] == percentiles(learned) and found["ift"]["answers_cut"] == 0
     assert found["ift"]["prompt_tokens"] == percentiles(np.subtract(whole, learned))
-    assert found["ift"]["row_tokens"] == session.shapes.ift >= max(whole)
-
-
-def shown(files):
-    out = io.StringIO()
-    Console(file=out, width=100).print(statistics.table(files))
-    return out.getvalue()
-
-
-def test_the_table_fits_into_100_columns():
-    tally = Tally("x")
-    tally.rows = tally.used = 1_234_567
-    prompts = [1024] * 60 + [4096] * 35 + [12_345] * 5 + [123_456]
-    answers = [1000] * 60 + [2000] * 35 + [4096] * 5 + [65_432]
-    big = FileStatistics(tally, prompts, answers, 1, 101, [5000, 8000], 16_384)
-    none = FileStatistics(tally, [7], [], 0, 0, [7], 0)
-    text = shown({"heldout_prompts": big, "prompts": none})
-    assert max(map(len, text.splitlines())) <= 100
-    cells = [line.split() for line in text.splitlines() if line.split()[:1] in (["heldout_prompts"], ["prompts"])]
-    assert " ".join(cells[0]) == (
-        "heldout_prompts 1234567 1234567 1024/4096/12345/123456 1 % 1000/2000/4096/65432 100 % 16384 61 %"
-    )
-    assert cells[1] == ["prompts", "1234567", "1234567", "7/7/7/7", "0", "%", "-", "-", "-", "-"]
-    assert "…" not in text
-
-
-def test_a_share_above_nothing_is_not_0_percent():
-    assert [statistics._percent(s) for s in (0.0, 1e-4, 0.01, 0.011, 1.0, None)] == [
-        "0 %",
-        "1 %",
-        "1 %",
-        "2 %",
-        "100 %",
-        "-",
-    ]
+    assert found["ift"]["row_tokens"] == inputs.lengths.targets["ift"] >= max(whole)
 
 
 def test_each_row_is_encoded_once(make, world_dir, monkeypatch):
-    session = make(
-        data=dict(pairs=str(world_dir / "eft.jsonl")),
-        generative=dict(templates=(str(world_dir / "judge.yaml"), str(world_dir / "judge_continuation.yaml"))),
-    )
-    calls = {"prompt": 0, "response": 0}
+    calls = {"prompt": 0, "answer": 0}
     for name in calls:
         original = getattr(Encoder, name)
 
@@ -260,47 +222,40 @@ def test_each_row_is_encoded_once(make, world_dir, monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(Encoder, name, counted)
-    check_inputs(session)
+    setup = make(
+        data=dict(pairs=str(world_dir / "eft.jsonl")),
+        generative=dict(templates=(str(world_dir / "judge.yaml"), str(world_dir / "judge_continuation.yaml"))),
+    )
+    checked(setup)
     rows = {
         key: len(read_rows(world_dir / f"{key}.jsonl"))
         for key in ("prompts", "eft", "heldout_prompts", "heldout_pairs")
     }
     assert calls == {
         "prompt": rows["prompts"] + rows["heldout_prompts"] + rows["heldout_pairs"] + 2 * rows["eft"],
-        "response": 2 * rows["heldout_pairs"] + 4 * rows["eft"],
+        "answer": 2 * rows["heldout_pairs"] + 4 * rows["eft"],
     }
     before = dict(calls)
-    pairing.given_answers(session, 1)
+    pairing.given_pairs(setup.inputs, 1, 1)
     assert calls == before
 
 
 def test_many_rows_have_a_progress_bar(make, monkeypatch, capsys):
-    make().data.prompts  # noqa: B018
+    make()
     assert "tokens of" not in capsys.readouterr().err
-    monkeypatch.setattr(inputs, "SHOW_PROGRESS", 24)
-    session = make()
-    assert len(session.data.prompts) == 24 and "tokens of data.prompts" in capsys.readouterr().err
-    assert session.data.heldout_prompts and "tokens of" not in capsys.readouterr().err
+    monkeypatch.setattr(run_inputs, "SHOW_PROGRESS", 24)
+    inputs = make().inputs
+    shown = capsys.readouterr().err
+    assert len(inputs.prompts) == 24 and "tokens of data.prompts" in shown
+    assert inputs.heldout_prompts and "tokens of data.heldout_prompts" not in shown
+
+
+def test_a_hosts_rows_of_a_batch_that_is_not_full():
+    assert taken("abc", np.array([0, 2])) == ["a", "c"]
+    assert taken("ab", np.arange(4)) == ["a", "b", "a", "a"]
 
 
 # --- limits of length -------------------------------------------------------------------------------------------------
-
-
-def test_middle_cut_keeps_the_end():
-    ids = tuple(range(10))
-    assert middle_cut(ids, 6, 5) == (0, 5, 6, 7, 8, 9) and middle_cut(ids, 6, 2) == (0, 1, 2, 7, 8, 9)
-    assert middle_cut(ids, 3, 5) == (7, 8, 9) and middle_cut(ids, 1) == (9,) and middle_cut(ids, 10, 20) == ids
-
-
-@pytest.mark.parametrize("limit", [5, 6, 7, 12])
-def test_a_cut_prompt_keeps_the_assistants_header(make, limit):
-    encoder = make(text=dict(max_prompt_tokens=limit)).encoder
-    prompt = encoder.prompt(turns("copy abcdefghijklmnop="))
-    user, assistant = encoder.chat.tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
-    assert len(prompt.conversation) == limit and prompt.cut and prompt.tokens == 22
-    assert prompt.conversation[1] == user and prompt.conversation[-1] == assistant
-    assert prompt.conversation[-2] == encoder.chat.encode_text("=")[0]
-    assert not encoder.prompt(turns("a")).cut
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
@@ -340,27 +295,14 @@ def test_conversations_end_with_the_models_context(make, tmp_path):
     messages = turns("copy a=", "a", "copy b=", "b" * 300)
     late = turns("a" * 255, "b")
     path = write(tmp_path / "ift.jsonl", {"messages": messages}, {"messages": late})
-    session = make(data=dict(ift=path))
-    content = check_inputs(session)
-    ((ids, marks),) = session.data.ift_rows
-    (whole,) = session.encoder.conversation_rows(messages)
-    assert len(whole[0]) > 300 and (ids, marks) == (whole[0][:256], whole[1][:256])
+    setup = make(data=dict(ift=path))
+    content = checked(setup)
+    (row,) = setup.inputs.targets["ift"]
+    (whole,) = setup.encoder.conversation_rows(messages)
+    assert len(whole.ids) > 300 and row == (whole.ids[:256], whole.marks[:256])
     ift = content["files"]["ift"]
     assert ift["left_out"] == {"no answer begins within the model's context of 256": 1} and ift["answers_cut"] == 1.0
     assert ift["answer_tokens"]["max"] == 303 and ift["row_tokens"] == 256
-
-
-def test_both_answers_of_a_pair_are_cut_alike(make, world_dir):
-    session = make(text=dict(max_prompt_tokens=100, max_response_tokens=60))
-    prompt = f"copy {'a' * 80}="
-    encoder = session.encoder
-    conversation = encoder.prompt(turns(prompt))
-    a, b = (encoder.response(c * 100) for c in "bc")
-    assert a.cut and b.cut and len(a.ids) == len(b.ids) == 60 and not set(a.ids + b.ids) & set(session.chat.stop_ids)
-    for first, second in ((a, b), (b, a)):
-        ids = encoder.judge_row(session.judges[0], conversation, first, second).ids
-        counts = [ids.count(y.text[0]) for y in (first, second)]
-        assert counts[0] == counts[1] < 60 and len(ids) + 1 <= 256
 
 
 # --- several turns ----------------------------------------------------------------------------------------------------
@@ -368,18 +310,15 @@ def test_both_answers_of_a_pair_are_cut_alike(make, world_dir):
 CONVERSATION = turns("copy ab=", "ab", "reverse ab=")
 
 
-def tokens(session, text):
-    return tuple(session.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 @pytest.mark.parametrize("layout", ["judge", "judge_continuation"])
 def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
     rows = [{"prompt": CONVERSATION, "chosen": "ba", "rejected": [{"role": "assistant", "content": "ab"}]}]
     path = write(tmp_path / "pairs.jsonl", *rows)
-    session = make(
+    encoder, inputs, programs, _ = make(
         data=dict(prompts=path, pairs=path, eft=path),
         generative=dict(templates=(str(world_dir / f"{layout}.yaml"),)),
         text=dict(max_prompt_tokens=64, max_response_tokens=12),
+        replay=dict(weight=0.0),
     )
     context = "<s><|user|>copy ab=<|assistant|>ab</s><|user|>reverse ab=<|assistant|>"
     shown = "user: copy ab=\n\nassistant: ab\n\nuser: reverse ab="
@@ -387,36 +326,36 @@ def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
         "judge": "<s><|user|>judge {x}{a};{x}{b}<|assistant|>",
         "judge_continuation": context + "{a}</s><|user|>judge {x}{b}<|assistant|>",
     }
-    (prompt,) = session.data.prompts
-    assert prompt.conversation == tokens(session, context) and prompt.text == session.chat.encode_text(shown)
-    (pair,) = session.data.given_pairs
-    assert pair.prompt == prompt and (pair.a.ids, pair.b.ids) == (tokens(session, "ba</s>"), tokens(session, "ab</s>"))
+
+    def tokens(text):
+        return tuple(encoder.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def question(a, b):
-        return tokens(session, questions[layout].format(x=shown, a=a, b=b))
+        return tokens(questions[layout].format(x=shown, a=a, b=b))
 
-    (first, _), (second, _) = session.data.eft_rows
-    assert first == (*question("ba", "ab"), *tokens(session, "1")) and second == (
-        *question("ab", "ba"),
-        *tokens(session, "2"),
-    )
+    (prompt,) = inputs.prompts
+    assert prompt.ids == tokens(context) and prompt.quote == encoder.chat.encode_text(shown)
+    (pair,) = inputs.given_pairs
+    assert pair.prompt == prompt and (pair.a.ids, pair.b.ids) == (tokens("ba</s>"), tokens("ab</s>"))
+    first, second = inputs.targets["eft"]
+    assert first.ids == (*question("ba", "ab"), *tokens("1"))
+    assert second.ids == (*question("ab", "ba"), *tokens("2"))
     # DPO: what an iteration writes, read again as the training step takes it.
-    answers, records = pairing.given_answers(session, 1)
-    for answer in answers:
-        answer.logps = dict.fromkeys(("start", "preference", "implicit"), -1.0)
-    row = json.loads(json.dumps(pairing._row(0, records[0], answers, 0.0)))
+    items, (choice,) = pairing.given_pairs(inputs, 1, 1)
+    cached = dict.fromkeys(programs.optimise_spec.pairs.cached, (-1.0, -1.0))
+    made = Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label, cached=cached)
+    row = json.loads(json.dumps(to_row(made, 0)))
     assert row["messages"] == CONVERSATION and row["prompt"] == shown
-    dataset = pairs_dataset(
-        [("pairs:1", row)], session.encoder, session.shapes,
-        rewards=2, need_label=None, batch_size=1, epochs=1, seed=0, ift=None, eft=None,
-    )  # fmt: skip
-    (batch,) = iterator(dataset)
-    responses = batch.pairs.responses
+    spec = dataclasses.replace(programs.optimise_spec, pairs=dataclasses.replace(programs.optimise_spec.pairs, pairs=1))
+    (batch,) = iterator(
+        pair_batches(spec, encoder, [from_row(row, "pairs:1")], inputs.targets, epochs=1, seed=0, seeds={})
+    )
+    answers = batch.pairs.answers
     for side, (y, other) in enumerate((("ba", "ab"), ("ab", "ba"))):
-        start, length = int(responses.start[0, side]), int(responses.length[0, side])
-        ids = tuple(responses.ids[0, side])
-        assert ids[:start] == tokens(session, context) and ids[start : start + length] == tokens(session, f"{y}</s>")
-        judged = responses if layout == "judge_continuation" else batch.pairs.judges[0]
+        start, length = int(answers.start[0, side]), int(answers.length[0, side])
+        ids = tuple(answers.ids[0, side])
+        assert ids[:start] == tokens(context) and ids[start : start + length] == tokens(f"{y}</s>")
+        judged = answers if layout == "judge_continuation" else batch.pairs.judges[0]
         expected = question(y, other)
         assert tuple(judged.ids[0, side])[: len(expected)] == expected and judged.verdict[0, side] == len(expected) - 1
 
@@ -439,12 +378,12 @@ def test_a_run_on_conversations_of_several_turns(command, write_config, world_di
     done = command(train.main, "--config", config)
     assert done.code == 0, done.err
     folder = tmp_path / "run" / "iteration_01"
-    session = Session(cli.parse("train", "", ["--config", str(config)])[0])
+    chat = prepare(cli.parse("train", "", ["--config", str(config)])[0]).encoder.chat
     responses = [row for _, row in read_rows(folder / "responses.jsonl")]
     assert len(responses) == 3 * len(words)
     for row in responses:
         assert row["messages"] == conversations[row["prompt_number"]]
-        assert tuple(row["prompt_ids"]) == session.chat.prompt(row["messages"])
+        assert tuple(row["prompt_ids"]) == chat.prompt(row["messages"])
     pairs = [row for _, row in read_rows(folder / "pairs.jsonl")]
     assert pairs and all(row["messages"] in conversations for row in pairs)
     assert len(read_rows(folder / "decisions.jsonl")) == len(pairs)
@@ -455,27 +394,51 @@ def test_a_run_on_conversations_of_several_turns(command, write_config, world_di
 
 def test_labels_of_given_pairs_have_the_name_that_columns_say(make, tmp_path):
     row = {"prompt": "copy a=", "response_a": "a", "response_b": "b", "teacher": 0.25, "label": 1}
-    path = write(tmp_path / "pairs.jsonl", row)
-    columns = ColumnsConfig(label="teacher")
-    session = make(data=dict(pairs=path, columns=columns), preference=dict(labels="external"))
-    (pair,) = session.data.given_pairs
-    assert pair.comparison.label == 0.25
+    path = write(tmp_path / "given.jsonl", row)
+    data = dict(columns=ColumnsConfig(label="teacher"))
+    inputs = make(data=dict(pairs=path, **data), preference=dict(labels="external")).inputs
+    (pair,) = inputs.given_pairs
+    assert pair.label == 0.25
     # They are copied into pairs.jsonl, under the name that the run gives them.
-    assert _label_columns(session.config) == ("label",)
-    assert _label_columns(
-        dataclasses.replace(session.config, data=dataclasses.replace(session.config.data, pairs=None))
-    ) == ("teacher",)
-    assert _label_columns(make().config) is None
+    items, (choice,) = pairing.given_pairs(inputs, 1, 1)
+    assert choice.label == 0.25
+    file = tmp_path / "pairs.jsonl"
+    write(file, {**to_row(pair, 0), "teacher": 0.75})
+    assert read_pairs(inputs.config, file)[0].label == 0.25
+    external = make(data=data, preference=dict(labels="external")).inputs.config
+    assert read_pairs(external, file)[0].label == 0.75
+    assert read_pairs(make(data=data).inputs.config, file)[0].label == 0.25
 
 
-def test_the_manifest_knows_the_files_of_a_directory(tiny_config, world_dir, tmp_path):
+def test_labels_that_the_user_did_not_add_stop_the_run(make, tmp_path):
+    inputs = make(data=dict(pairs=write(tmp_path / "given.jsonl", {**GOOD[0], "chosen": "a", "rejected": "b"}))).inputs
+    rows = [to_row(dataclasses.replace(inputs.given_pairs[0], label=label), i) for i, label in enumerate((None, 0.0))]
+    file = tmp_path / "pairs.jsonl"
+    write(file, rows[1], *rows)
+    plain = make().inputs.config
+    external = make(
+        data=dict(columns=ColumnsConfig(label=("teacher", "label"))), preference=dict(labels="external")
+    ).inputs.config
+    assert [pair.label for pair in read_pairs(plain, file)] == [0.0, None, 0.0]
+    with pytest.raises(InputError) as error:
+        read_pairs(external, file)
+    assert str(error.value).startswith(f"{file}:2: lacks the external label 'teacher' (1 where response_a is better")
+    write(file, *({**row, "teacher": 1} for row in rows))
+    assert [pair.label for pair in read_pairs(external, file)] == [1.0, 1.0]
+    write(file, rows[1], {**rows[1], "weight": -1})
+    with pytest.raises(InputError, match=f"^{file}:2: weight: must be a number of at least 0, not -1$"):
+        read_pairs(plain, file)
+
+
+def test_the_manifest_knows_the_files_of_a_directory(make, world_dir, tmp_path):
     directory = tmp_path / "prompts"
     directory.mkdir()
     for i in range(2):
         shutil.copy(world_dir / "prompts.jsonl", directory / f"train-{i}.jsonl")
-    config = tiny_config(world_dir, data=dict(prompts=str(directory)))
+    inputs = make(data=dict(prompts=str(directory))).inputs
+    config = inputs.config
     before = manifest(config, {})["sha256"]["data.prompts"]
-    assert len(Session(config).data.prompts) == 48
+    assert len(inputs.prompts) == 48
     (directory / "README.md").write_text("nothing")
     assert manifest(config, {})["sha256"]["data.prompts"] == before
     with (directory / "train-1.jsonl").open("a") as file:
@@ -485,9 +448,23 @@ def test_the_manifest_knows_the_files_of_a_directory(tiny_config, world_dir, tmp
 
 def test_another_engines_responses_are_named_by_their_rows(make, tmp_path):
     path = tmp_path / "responses.jsonl"
-    write(path, {"prompt": "copy a=", "response": "a"}, {"prompt": turns("copy a=", system="x"), "response": "a"})
+
+    def read(*rows, room={}, **sections):
+        encoder, _, programs, _ = make(**sections)
+        write(path, *rows)
+        lengths = dataclasses.replace(programs.facts.lengths, **room)
+        return pairing.sampled_answers(encoder, lengths, programs.arch.vocab_size, path).items
+
+    good = {"prompt": "copy a=", "response": "a"}
     with pytest.raises(InputError, match=f"^{path}:2: .* refuses a conversation of"):
-        pairing.read_answers(make(), path)
-    write(path, {"prompt": "copy a=", "response": "a"}, {"messages": CONVERSATION, "prompt": "x", "response": "a"})
-    answers = pairing.read_answers(make(text=dict(max_prompt_tokens=64)), path)
-    assert [answer.prompt.messages for answer in answers] == [turns("copy a="), CONVERSATION]
+        read(good, {"prompt": turns("copy a=", system="x"), "response": "a"})
+    for key in ("response_ids", "prompt_ids"):
+        row = {"prompt": "copy b=", "response": "a", "prompt_quote_ids": [1], key: [99_999]}
+        with pytest.raises(InputError, match=f"^{path}:2: {key}: must be token ids from 0 to "):
+            read(good, row)
+    rows = (good, {"messages": CONVERSATION, "prompt": "x", "response": "a"})
+    for short in (dict(prompt=12), dict(quote=12)):
+        with pytest.raises(InputError, match=f"^{path}:2: the prompt has .* tokens, but the longest of this run's data"):
+            read(*rows, text=dict(max_prompt_tokens=64), room=dict(prompt=64, quote=64) | short)
+    items = read(*rows, text=dict(max_prompt_tokens=64), room=dict(prompt=64, quote=64))
+    assert [prompt.messages for prompt, _ in items] == [turns("copy a="), CONVERSATION]

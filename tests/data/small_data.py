@@ -1,0 +1,77 @@
+"""Encoders on the embedded world's tokenizer, and pairs of answers with all that training needs of them."""
+
+import itertools
+
+import jax
+import numpy as np
+
+from scir_jax.config.schema import TextConfig
+from scir_jax.data.batches import PairSpec, RowGroup, TrainSpec
+from scir_jax.data.encode import Encoder, Marked
+from scir_jax.data.pairs import Pair
+from scir_jax.text.chat import Chat
+from scir_jax.text.judge import Template, compile_judge
+from scir_jax.world.tokenizer import build_tokenizer
+
+WORDS = ["".join(letters) for letters in itertools.islice(itertools.product("abcdefghij", repeat=3), 0, 1000, 90)]
+CHAT = Chat(build_tokenizer(256), "world")
+JUDGES = {
+    "standalone": Template("s", "standalone", "judge {prompt}{response_a};{prompt}{response_b}", "", ("1", "2")),
+    "continuation": Template("c", "continuation", "judge {prompt}{response_b}", "", ("1", "2")),
+}
+LAYOUTS = [
+    ("standalone",),
+    ("continuation",),
+    ("continuation", "standalone"),
+    ("standalone", "continuation"),
+    ("continuation", "standalone", "continuation"),
+    ("standalone", "standalone", "continuation"),
+]
+
+
+def make_encoder(*layouts, **text):
+    """An encoder with a judge of each layout; `text` changes its limits."""
+    limits = dict(max_prompt_tokens=24, max_response_tokens=8) | text
+    judges = [compile_judge(JUDGES[layout], CHAT) for layout in layouts or ("standalone",)]
+    return Encoder(TextConfig(**limits), CHAT, judges, 256)
+
+
+def make_pairs(encoder, count=len(WORDS), **values):
+    """Pairs whose second answer was cut, with cached values that tell them apart; `values` are of each pair."""
+
+    def pair(i: int, word: str) -> Pair:
+        prompt = encoder.prompt([{"role": "user", "content": f"copy {word}="}], f"pairs.jsonl:{i + 1}")
+        answers = encoder.sampled(CHAT.answer(word)), encoder.sampled(CHAT.encode_text(word[::-1]))
+        cached = {
+            "preference_logps": (-1.0 - i, -2.0),
+            "implicit_logps": (-1.0, -2.0 - i),
+            "start_logps": (-3.0, -4.0),
+        }
+        return Pair(prompt, *answers, **{"cached": cached, **values})
+
+    return [pair(i, word) for i, word in enumerate(WORDS[:count])]
+
+
+def make_spec(encoder, size, targets=None, *, judged=True, **values):
+    """Batches of `size` pairs beside so many supervised rows of four tokens by name."""
+    prompts = [pair.prompt for pair in make_pairs(encoder)]
+    pairs = PairSpec.of(size, encoder.lengths(prompts), judged=judged, continued=encoder.continued, **values)
+    groups = ((name, RowGroup((rows,), 4, 4)) for name, rows in (targets or {}).items())
+    return TrainSpec(pairs, tuple(groups))
+
+
+def marked_rows(count=7):
+    """Supervised rows that their last token tells apart."""
+    return [Marked((1, 2, i), (False, True, True)) for i in range(count)]
+
+
+def same(a, b):
+    """Asserts that two trees of arrays are equal."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def fits(abstract, arrays):
+    """Asserts that arrays have the structure, shapes and types that are announced."""
+    assert jax.tree.structure(abstract) == jax.tree.structure(arrays)
+    for expected, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(arrays), strict=True):
+        assert (expected.shape, expected.dtype) == (found.shape, found.dtype)

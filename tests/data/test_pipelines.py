@@ -1,0 +1,173 @@
+"""The Grain pipelines: every pair once an epoch, seeds, positions, hosts' shares, supervised rows."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, same
+
+from scir_jax.data.batches import RowGroup, TrainSpec
+from scir_jax.data.encode import Marked
+from scir_jax.data.pipelines import iterator, pair_batches, supervised_batches
+from scir_jax.errors import InputError
+
+REPLAYED = {"ift": marked_rows(), "eft": marked_rows()}
+
+
+def batches_of(
+    size=5, *, epochs=1, seed=0, replay=None, share=np.arange, layouts=("standalone",), pairs=None, **values
+):
+    """Batches of twelve pairs; `replay` says how many supervised rows of each name are beside them."""
+    encoder = make_encoder(*layouts)
+    return pair_batches(
+        make_spec(encoder, size, replay, **values),
+        encoder,
+        make_pairs(encoder) if pairs is None else pairs,
+        REPLAYED,
+        epochs=epochs,
+        seed=seed,
+        seeds={"ift": seed + 1, "eft": seed + 2},
+        share=share,
+    )
+
+
+def supervised(steps, seed=0, rows=None, tokens=4, sizes=dict(ift=3)):
+    spec = TrainSpec(None, tuple((name, RowGroup((size,), tokens, tokens)) for name, size in sizes.items()))
+    rows = {"ift": REPLAYED["ift"] if rows is None else rows, "eft": REPLAYED["eft"]}
+    seeds = {"ift": seed, "eft": seed + 1}
+    return supervised_batches(spec, make_encoder(), rows, steps=steps, seeds=seeds)
+
+
+def index(batch):
+    return batch.pairs.index.tolist()
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 12, 16])
+def test_each_pair_once_an_epoch(size):
+    count = len(WORDS)
+    assert count == 12
+    dataset = batches_of(size)
+    assert len(dataset) == -(-count // size)
+    batches = list(iterator(dataset))
+    assert all(len(b.pairs.index) == size and len(b.pairs.answers.ids) == size for b in batches)
+    seen = [i for b in batches for i in index(b)]
+    real = [i for i in seen if i >= 0]
+    assert sorted(real) == list(range(count)) and real != sorted(real)
+    assert seen[:count] == real, "only the end is filled up"
+    weights = np.concatenate([b.pairs.weight for b in batches])
+    assert weights.tolist() == [1.0] * count + [0.0] * (len(seen) - count)
+
+
+def test_a_batch_holds_the_pairs_that_it_names():
+    encoder = make_encoder()
+    pairs, spec = make_pairs(encoder), make_spec(encoder, 5, cached=("preference_logps",))
+    for batch in iterator(batches_of(cached=("preference_logps",))):
+        numbered = [None if i < 0 else (i, pairs[i]) for i in index(batch)]
+        same(batch, spec.arrays(numbered, {}, encoder))
+
+
+def test_epochs_are_shuffled_anew():
+    batches = list(iterator(batches_of(12, epochs=3)))
+    orders = [index(b) for b in batches]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_each_pair_as_often_as_there_are_epochs():
+    seen = [i for b in iterator(batches_of(5, epochs=2)) for i in index(b)]
+    assert sorted(seen) == [-1] + sorted(list(range(12)) * 2), "24 pairs and one to fill"
+    assert sorted(seen[:12]) == list(range(12)), "an epoch ends before the next begins"
+
+
+# Of which rows of a batch a host holds which: thirds, every second one, some held by two hosts.
+SHARES = {
+    "parts": [lambda size, host=host: np.arange(size)[host * size // 3 : (host + 1) * size // 3] for host in range(3)],
+    "alternating": [lambda size, host=host: np.arange(host, size, 2) for host in range(2)],
+    "overlapping": [lambda size: np.arange(size)[: 2 * size // 3], lambda size: np.arange(size)[size // 3 :]],
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_shares_of_hosts_make_the_batch(kind):
+    """Every host makes those rows of the batches that it holds, padding of the last one included."""
+
+    def dataset(share=np.arange):
+        parts = dict(replay=dict(ift=6, eft=3), layouts=("standalone", "continuation"), cached=("start_logps",))
+        return batches_of(9, epochs=2, share=share, **parts)
+
+    whole = dataset()
+    assert len(whole) == 3
+    assert whole[2].pairs.weight.tolist() == [1.0] * 6 + [0.0] * 3, "24 pairs and three to fill"
+    for share in SHARES[kind]:
+        own = dataset(share)
+        assert len(own) == len(whole)
+        for batch, (expected, found) in enumerate(zip(iterator(whole), iterator(own), strict=True)):
+            same(found, jax.tree.map(lambda x: x[share(len(x))], expected))
+            rows = share(9)
+            assert [i < 0 for i in index(found)] == [batch == 2 and row >= 6 for row in rows]
+
+
+def test_the_same_seed_gives_the_same_order():
+    replay = dict(ift=3, eft=3)
+    one, two, other = (list(iterator(batches_of(epochs=2, seed=s, replay=replay))) for s in (3, 3, 4))
+    same(one, two)
+    assert [index(b) for b in one] != [index(b) for b in other]
+    assert any((a.targets["ift"].ids != b.targets["ift"].ids).any() for a, b in zip(one, other))
+    assert any((b.targets["ift"].ids != b.targets["eft"].ids).any() for b in one), "a seed each"
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 4, 5])
+def test_a_position_is_restored_exactly(taken):
+    def dataset():
+        return batches_of(5, epochs=2, replay=dict(ift=3, eft=3))
+
+    whole = list(iterator(dataset()))
+    assert len(whole) == 5
+    first = iterator(dataset())
+    head = [next(first) for _ in range(taken)]
+    state = json.loads(json.dumps(first.get_state()))
+    rest = list(iterator(dataset(), state))
+    assert len(rest) == 5 - taken
+    same(head + rest, whole)
+    same(list(first), rest)
+
+
+def test_a_pair_that_lacks_a_value_is_refused_before_the_first_batch():
+    pairs = make_pairs(make_encoder())
+    pairs[6] = dataclasses.replace(pairs[6], cached={})
+    with pytest.raises(InputError, match="^pairs.jsonl:7: cached: preference_logps has no values, 2 are needed$"):
+        batches_of(cached=("preference_logps",), pairs=pairs)
+    batches_of(pairs=pairs)
+
+
+# --- supervised rows --------------------------------------------------------------------------------------------------
+
+
+def test_supervised_batches():
+    rows = [Marked((1, 2, 3), (False, True, True)), Marked((4,), (True,))]
+    pad_id = make_encoder().chat.pad_id
+    dataset = supervised(6, rows=rows, sizes=dict(ift=2))
+    assert len(dataset) == 6
+    for i in range(6):
+        batch = dataset[i].targets["ift"]
+        order = np.argsort([(ids[ids != pad_id]).min() for ids in batch.ids])
+        assert batch.ids[order].tolist() == [[1, 2, 3, pad_id], [4, *[pad_id] * 3]], "each row once a pass"
+        assert batch.mask[order].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    with pytest.raises(ValueError):
+        supervised(6, rows=rows, tokens=2)[0]
+
+
+def test_supervised_training():
+    batches = list(iterator(supervised(4)))
+    assert len(batches) == 4 and all(b.pairs is None and list(b.targets) == ["ift"] for b in batches)
+    assert all(b.targets["ift"].ids.shape == (3, 4) for b in batches)
+    whole = [row[2] for b in supervised(7) for row in b.targets["ift"].ids.tolist()]
+    assert sorted(whole[:7]) == sorted(whole[7:14]) == list(range(7)) and whole[:7] != whole[7:14]
+    both = supervised(2, sizes=dict(ift=3, eft=2))[1]
+    assert {name: part.ids.shape for name, part in both.targets.items()} == {"ift": (3, 4), "eft": (2, 4)}
+    same(both.targets["ift"], supervised(2)[1].targets["ift"])
