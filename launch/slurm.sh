@@ -11,7 +11,7 @@ usage: launch/slurm.sh --nodes N --gpus-per-node N [options] -- train options
 options
   --nodes N               (required)
   --gpus-per-node N       (required)
-  --process-per-gpu       a process for every GPU; default: one a node, which drives all its GPUs
+  --process-per-gpu       a process for every GPU; default: one per node, which drives all its GPUs
   --time TIME             limit, such as 24:00:00; default: the partition's
   --partition NAME, --account NAME, --cpus-per-task N
   --name NAME             of the job; default: scir_jax

@@ -201,7 +201,7 @@ ask() {
     on_workers all "bash $here/launch/worker.sh status 2> /dev/null || echo worker \$(hostname): not installed"
 }
 
-# A line a worker; fails if one does not answer.
+# One line per worker; fails if one does not answer.
 answers_of_workers() {
     ask | tr -d '\r' | grep '^worker '
 }

@@ -28,6 +28,11 @@ COLUMNS = tuple(key for key in KEYS if key not in ("eos_rate", "seconds"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Raises:
+      InputError: an option contradicts another one, a configuration is not there, or a run fails.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,13 +99,15 @@ class Study:
         self.output: Path = arguments.output
 
     def start(self, seed: int) -> Path:
+        """Returns the run directory of a seed's M0 and M1."""
         return self.output / f"seed_{seed}" / "start"
 
     def directory(self, name: str, rate: str | None, seed: int) -> Path:
+        """Returns the run directory of a method with a learning rate on a seed."""
         return self.output / f"seed_{seed}" / (f"{name}_{rate}" if rate else name)
 
     def starts(self, seeds: Sequence[int]) -> None:
-        """M0 and M1 of every seed."""
+        """Trains M0 and M1 of every seed."""
         jobs = []
         for seed in seeds:
             self.start(seed).parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +115,11 @@ class Study:
         self._parallel(jobs)
 
     def run_all(self, runs: Sequence[tuple[str, str, str | None, int]]) -> None:
+        """Trains methods, each from the M1 of its seed.
+
+        Args:
+          runs: configuration file, method name, learning rate (None: the configuration's) and seed of each run.
+        """
         jobs = []
         for file, name, rate, seed in runs:
             more = ["--config", file, *self._common(seed)[2:], "--run.iterations", str(self.arguments.iterations)]
@@ -117,13 +129,19 @@ class Study:
         self._parallel(jobs)
 
     def rows(self, directory: Path) -> list[dict]:
+        """Reads the rows of a run's final table."""
         return json.loads((directory / "summary.json").read_text(encoding="utf-8"))["rows"]
 
     def last(self, name: str, rate: str | None, seed: int) -> dict:
+        """Reads the last row of a run's final table."""
         return self.rows(self.directory(name, rate, seed))[-1]
 
     def summary(self, name: str, rows: Sequence[dict]) -> dict:
-        """Mean and standard error over seeds of every column that all rows have."""
+        """Computes the mean and the standard error over seeds of every column that all rows have.
+
+        Args:
+          rows: one row per seed.
+        """
         result: dict = {"method": name}
         for column in COLUMNS:
             values = [row.get(column) for row in rows]
@@ -141,7 +159,7 @@ class Study:
 
     def _parallel(self, jobs: Sequence[tuple[Path, list[str]]]) -> None:
         """Runs what has no summary.json yet; the first failure ends the study after the runs under way."""
-        # Each run at a time has cores of its own: sharing them costs more than it gives.
+        # Each of the runs under way has cores of its own: sharing them costs more than it gives.
         shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         for job in range(self.arguments.jobs):
             shares.put(sorted(os.sched_getaffinity(0))[job :: self.arguments.jobs])
@@ -165,6 +183,11 @@ class Study:
 
 
 def print_table(rows: Sequence[dict], seeds: int, iterations: int) -> None:
+    """Prints one row per method, with the mean and the standard error of every column.
+
+    Args:
+      rows: as `Study.summary` makes them.
+    """
     from rich.console import Console
     from rich.table import Table
 

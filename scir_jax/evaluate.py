@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "model directory: reference of the implicit reward, without one it is left out",
             ),
             "output": (str | None, None, "evaluation.json to write for a model directory"),
-            "distributed": (bool, False, "this is one of several processes, one a host, as run.distributed of train"),
+            "distributed": (bool, False, "this is one of several processes, one per host, as run.distributed of train"),
         },
     )
     from scir_jax.data.jsonl import write_json

@@ -13,12 +13,13 @@ from scir_jax.run import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--model", help="M0, M1, ...; the newest by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
-    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one a host")
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     arguments = parser.parse_args(argv)
 
     from scir_jax.engine.hosts import hosts

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _judge_rows(encoder, pair, verdicts) -> list[dict]:
-    """Every judge row of a pair: what another implementation needs to check the probability."""
+    """Returns every judge row of a pair: what another implementation needs to check the probability."""
     return [
         {
             "template": judge.template.name,

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = hosts.together(lambda: cli.output_file(own["output"]))
     hosts.shares(output.parent)
     if hosts.first():
-        # Left by an interrupted command, perhaps of other settings.
+        # An interrupted command, perhaps one with other settings, left these.
         for part in sampling.parts(output):
             part.unlink()
     count = config.sample.prompts

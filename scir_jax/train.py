@@ -78,7 +78,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     data = hosts.together(lambda: preflight.check_inputs(config, inputs, programs))
     templates = templates_of(encoder)
     if hosts.count() > 1:
-        # Where hosts have disks of their own. Of the weights a host may read its part only.
+        # Hosts may have disks of their own. The weights are left out, since a host may read only its part of them.
         hosts.same(hosts.together(lambda: manifest(config, templates, weights=False)), "files and versions")
     hosts.same(data, "data")
 

@@ -37,7 +37,11 @@ DIVIDED = (
 
 
 def resolve(config: Config) -> Config:
-    """Replaces {world} in paths by the world's directory. InputError where there is none."""
+    """Replaces {world} in paths by the world's directory.
+
+    Raises:
+      InputError: a path holds {world}, and world.directory is not set.
+    """
     world = config.world.directory
 
     def fill(value: Any, key: str) -> Any:
@@ -59,7 +63,11 @@ def resolve(config: Config) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuses settings that contradict each other, before anything is loaded."""
+    """Refuses settings that contradict each other, before anything is loaded.
+
+    Raises:
+      InputError: two settings contradict each other, or one is out of its range.
+    """
     models, labels = config.rewards.models, config.preference.labels
     if not (config.preference.weight or config.consistency.weight or config.replay.weight):
         raise InputError(
@@ -95,7 +103,11 @@ def check(config: Config) -> None:
 
 
 def check_positive(config: Config, *sections: str) -> None:
-    """Refuses counts below 1 in the sections that a command reads (all by default)."""
+    """Refuses counts below 1 in the sections that a command reads (all by default).
+
+    Raises:
+      InputError: a count is below 1, or generative.templates is empty.
+    """
     for key in POSITIVE:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
@@ -106,7 +118,11 @@ def check_positive(config: Config, *sections: str) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Refuses settings of `sample` that mean nothing."""
+    """Refuses settings of `sample` that are out of their range.
+
+    Raises:
+      InputError: temperature or top_k is negative, or top_p is not in (0, 1].
+    """
     sample = config.sample
     if sample.temperature < 0 or not 0 < sample.top_p <= 1 or sample.top_k < 0:
         raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")

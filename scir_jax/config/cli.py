@@ -37,6 +37,9 @@ def parse(
       options: name -> (type, default or ..., help) of options outside the configuration; `...` means required.
       default_config: the configuration used when no --config is given.
 
+    Returns:
+      The configuration, and the values of `options` by name.
+
     Raises:
       InputError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong type.
     """
@@ -79,10 +82,13 @@ def distributed(config: Config, several: bool) -> Config:
 
 
 def of_run(directory: Path, several: bool = False) -> Config:
-    """Reads the configuration that a run directory records, with `distributed` as it is here.
+    """Reads the configuration that a run directory records, with run.distributed as it is here.
+
+    Args:
+      several: whether this is one of several processes.
 
     Raises:
-      InputError: there is none, or it is that of another version.
+      InputError: the directory records none, or that of another version.
     """
     recorded = directory / "config.yaml"
     if not recorded.is_file():
@@ -91,7 +97,11 @@ def of_run(directory: Path, several: bool = False) -> Config:
 
 
 def output_file(name: str) -> Path:
-    """Checks a file to be written before any work is done for it."""
+    """Checks the name of a file to be written, before any work is done for it.
+
+    Raises:
+      InputError: it is a directory, or the directory around it does not exist.
+    """
     path = Path(name)
     if path.is_dir():
         raise InputError(f"--output {path}: is a directory, expected a file name")
@@ -101,7 +111,7 @@ def output_file(name: str) -> Path:
 
 
 def _with_values(argv: list[str], flags: set[str]) -> list[str]:
-    """A flag that stands alone means true."""
+    """Gives the value true to a flag that stands alone."""
     result: list[str] = []
     for argument, following in zip(argv, [*argv[1:], "--"]):
         result.append(argument)
@@ -111,7 +121,7 @@ def _with_values(argv: list[str], flags: set[str]) -> list[str]:
 
 
 def _fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
-    """The fields of sections, and of the sections within them, by dotted key."""
+    """Returns the fields of sections, and of the sections within them, by dotted key."""
 
     def fields(kind: type, prefix: str) -> dict[str, dataclasses.Field]:
         result = {}

@@ -1,4 +1,4 @@
-"""Configuration files: YAML of one mapping per section, those that come with the package by name, and how they are written."""
+"""Configuration files: YAML of one mapping per section, found by path, or by name where they come with the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find(name: str) -> Path:
     """Returns the file of a configuration: a path of the user's, or a name like "quickstart" or "methods/srlm".
 
     Raises:
-      InputError: there is neither.
+      InputError: there is neither such a file nor a configuration of that name.
     """
     path = Path(name)
     if path.is_file():
@@ -40,7 +40,7 @@ def read(file: Path) -> dict[str, Any]:
     """Reads the mapping of a configuration file.
 
     Raises:
-      InputError: it is no YAML file, or a section is no mapping.
+      InputError: the file is not YAML, or a section is not a mapping.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ class RunConfig:
     iterations: int = 2
     """rounds of SCIR training: 2 turns M1 into M3"""
     distributed: bool = False
-    """this is one of several processes, one a host, started alike: they find each other on a TPU slice and under Slurm,
-    elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
+    """this is one of several processes, one per host, started alike: they find each other on a TPU slice and under
+    Slurm, elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
     host_timeout: float = 60.0
     """seconds without a sign of another host after which the others stop"""
     start_from: str | None = None
@@ -46,9 +46,9 @@ class WorldConfig:
     steps: int = 1000
     """training steps of the base model M0"""
     documents: int = 48
-    """documents a step"""
+    """documents per step"""
     comparisons: int = 96
-    """comparisons a step"""
+    """comparisons per step"""
     learning_rate: float = 3e-3
     """peak of the cosine schedule"""
 
@@ -110,13 +110,13 @@ class ColumnsConfig:
     chosen: tuple[str, ...] | str = ("chosen",)
     """the better answer, alone or as the end of a conversation"""
     rejected: tuple[str, ...] | str = ("rejected",)
-    """the other one"""
+    """the worse answer, likewise"""
     response_a: tuple[str, ...] | str = ("response_a",)
-    """an answer of a pair with a label, or without"""
+    """the first answer of a pair with a label, or without"""
     response_b: tuple[str, ...] | str = ("response_b",)
-    """the other one"""
+    """the second answer"""
     label: tuple[str, ...] | str = ("label",)
-    """of response_a and response_b: 1 response_a is better, 0 response_b, or a probability; also the column that
+    """1 where response_a is better, 0 where response_b is, or the probability that response_a is; also the column that
     external labels have in an iteration's pairs.jsonl"""
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adafactor: no first moment, a factored second one; its state is a few percent of AdamW's"""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of AdamW's first moment"""
+    """dtype of AdamW's first moment"""
     b1: float = 0.9
     """decay of the first moment"""
     b2: float = 0.95
@@ -187,7 +187,7 @@ class TrainingConfig:
     final: float = 0.1
     """see schedule"""
     accumulate: int = 1
-    """micro-batches a step; changes memory, not the result (but for which inputs lora.dropout leaves out)"""
+    """micro-batches per step; this changes memory, not the result (but for the inputs that lora.dropout leaves out)"""
     max_skipped: int = 5
     """consecutive steps with a non-finite loss or gradient after which the run stops"""
 
@@ -199,21 +199,21 @@ class SFTConfig:
     epochs: float = 1.0
     """passes over the longer of the two files; 0 leaves SFT out (M1 = M0)"""
     ift_batch_size: int = 16
-    """conversations a step"""
+    """conversations per step"""
     eft_batch_size: int = 16
-    """judge questions a step"""
+    """judge questions per step"""
     learning_rate: float = 5e-6
-    """peak"""
+    """peak of the schedule"""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sampling responses."""
+    """How responses are sampled."""
 
     responses: int = 4
-    """N, responses a prompt"""
+    """N, responses per prompt"""
     prompts: int | None = None
-    """prompts an iteration; empty: the file divided evenly over the iterations"""
+    """prompts per iteration; null: the file is divided evenly over the iterations"""
     temperature: float = 1.0
     """0 is greedy"""
     top_p: float = 1.0
@@ -232,7 +232,7 @@ class PairsConfig:
     """best_worst ranks the N responses by the judge's wins and pairs the best with the worst and the second-worst;
     cream pairs the implicit reward's best with its worst, for preference.labels cream"""
     per_prompt: int = 2
-    """pairs a prompt (random and best_worst)"""
+    """pairs per prompt (random and best_worst)"""
     likelihood_weight: float = 0.0
     """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
 
@@ -257,9 +257,9 @@ class ImplicitConfig:
     beta: float = 0.1
     """reward per nat"""
     reference: Literal["previous", "sft", "base"] = "previous"
-    """must lag the policy: M_{t-1}, M1 or M0"""
+    """reference model, which must lag the policy: M_{t-1}, M1 or M0"""
     length: Literal["none", "mean", "penalty"] = "none"
-    """mean: per token; penalty: r - alpha |y|, alpha fitted once an iteration"""
+    """mean: per token; penalty: r - alpha |y|, alpha fitted once per iteration"""
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class RewardsConfig:
     likelihood_length: Literal["none", "mean"] = "none"
     """the likelihood reward is a sum or a mean over tokens"""
     entropy_scale: float = 1.0
-    """the entropy reward is this often the mean token entropy of the other answer minus that of the answer, in nats"""
+    """the entropy reward is this number times (mean token entropy of the other answer - that of the answer), in nats"""
     weights: dict[str, float] = field(default_factory=lambda: {"generative": 1.0})
     """reward model -> weight; the consensus is the sigmoid of the weighted sum of logits, absent weights are 0"""
 
@@ -300,9 +300,9 @@ class SelectionConfig:
     """agreement: all reward models on the same side of 1/2; certainty: all pairs, each with the weight (1 - B)^power, B
     the judge's uncertainty at the start of the iteration"""
     power: float = 1.0
-    """of certainty"""
+    """power of the rule certainty"""
     confidence: float = 0.0
-    """each further than this from 1/2"""
+    """with the rule agreement each reward model is further than this from 1/2"""
 
 
 @dataclass(frozen=True)
@@ -320,12 +320,12 @@ class PreferenceConfig:
     length_normalised: bool = False
     """log-ratios per token"""
     reference: Literal["start", "sft", "base"] = "start"
-    """start: M_t, so that the first step's loss is ln 2"""
+    """reference model; start: M_t, so that the first step's loss is ln 2"""
     labels: Literal[
         "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
     ] = "agreement"
-    """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by M_{t-1},
-    with pairs.kind cream"""
+    """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by
+    M_{t-1}, with pairs.kind cream"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""
     update: Literal["dynamic", "frozen"] = "dynamic"
@@ -339,9 +339,9 @@ class ReplayConfig:
     weight: float = 0.3
     """0 leaves replay out"""
     ift_batch_size: int = 0
-    """conversations a step"""
+    """conversations per step"""
     eft_batch_size: int = 16
-    """judge questions a step"""
+    """judge questions per step"""
 
 
 @dataclass(frozen=True)
@@ -349,11 +349,11 @@ class OptimiseConfig:
     """SCIR training M_t -> M_{t+1}."""
 
     batch_size: int = 16
-    """pairs a step"""
+    """pairs per step"""
     epochs: int = 1
     """passes over the pairs"""
     learning_rate: float = 1e-6
-    """peak"""
+    """peak of the schedule"""
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ class CheckpointConfig:
     """Checkpoints inside a training stage."""
 
     every: int = 100
-    """steps"""
+    """steps from one checkpoint to the next"""
     keep: int = 2
     """newest checkpoints of a stage that stay"""
 
@@ -373,9 +373,9 @@ class EvaluateConfig:
     batch_size: int = 32
     """pairs scored at once"""
     samples: int = 2
-    """responses a held-out prompt, sampled as in `sample`"""
+    """responses per held-out prompt, sampled as in `sample`"""
     greedy: bool = True
-    """one greedy response a prompt too"""
+    """one greedy response per prompt too"""
     grader: str | None = None
     """`module:function` of (prompt, response) -> {"quality": float, ...}; evaluation only, training never sees it"""
 

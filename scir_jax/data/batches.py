@@ -23,7 +23,7 @@ from scir_jax.data.pairs import Pair
 from scir_jax.errors import InputError
 
 Share = Callable[[int], np.ndarray]
-"""The numbers of those rows of a batch of a given size that this host holds."""
+"""Size of a batch -> the numbers of its rows that this host holds."""
 
 
 class Rows(NamedTuple):
@@ -50,7 +50,13 @@ class Targets(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts to sample from: `ids` [B, T], `length` [B], and `index` [B], the prompt's number, -1 for padding; int32."""
+    """Prompts to sample from, all int32.
+
+    Attributes:
+      ids: [B, T].
+      length: [B].
+      index: [B] the prompt's number; -1 for padding.
+    """
 
     ids: np.ndarray
     length: np.ndarray
@@ -58,7 +64,7 @@ class Prompts(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Pairs as a training step takes them; float32 but for what is said.
+    """Pairs as a training step takes them; float32 unless said otherwise.
 
     Attributes:
       answers: [P, 2] rows that hold the answers; with a verdict where the judge continues them.
@@ -67,7 +73,7 @@ class PairBatch(NamedTuple):
       frozen: reward model -> [P, C] logits at the start of the iteration.
       verdicts: [P, S] the judge's single verdicts at the start.
       length_penalty: [P, 2] alpha |y|.
-      label: [P] probability that the first answer is better (1/2 where nobody says).
+      label: [P] probability that the first answer is better (1/2 where it is unknown).
       weight: [P]; 0 for padding.
       index: [P] int32, the pair's place in the iteration's file; -1 for padding.
     """
@@ -96,9 +102,9 @@ class RowGroup(NamedTuple):
     Attributes:
       leading: shape of the rows' axes, [B] or [P, 2].
       tokens: T.
-      scored: places of a row at which the vocabulary's logits are taken, at the most.
+      scored: the most places of a row at which the vocabulary's logits are taken.
       verdict: whether a verdict is read in every row.
-      heads: how often the logits are taken there.
+      heads: how often the logits are taken at each of these places.
     """
 
     leading: tuple[int, ...]
@@ -112,7 +118,11 @@ class RowGroup(NamedTuple):
         return math.prod(self.leading)
 
     def arrays(self, rows: Sequence[Row], pad_id: int) -> Rows:
-        """Returns rows as arrays, right-padded; ValueError where one is too long."""
+        """Returns rows as arrays, right-padded.
+
+        Raises:
+          ValueError: a row has more than `tokens` tokens.
+        """
         shape = (-1, *self.leading[1:])
         return Rows(
             ids=np.stack([pad(row.ids, self.tokens, pad_id) for row in rows]).reshape(*shape, self.tokens),
@@ -122,7 +132,11 @@ class RowGroup(NamedTuple):
         )
 
     def targets(self, rows: Sequence[Marked], pad_id: int) -> Targets:
-        """Returns supervised rows as arrays, right-padded; ValueError where one is too long."""
+        """Returns supervised rows as arrays, right-padded.
+
+        Raises:
+          ValueError: a row has more than `tokens` tokens.
+        """
         mask = np.zeros((len(rows), self.tokens), np.float32)
         for values, row in zip(mask, rows):
             values[: len(row.marks)] = row.marks
@@ -164,9 +178,9 @@ class PairSpec:
         """Describes pairs with rows of these lengths.
 
         Args:
-          judged: the step asks the judge; else there are no rows for it.
+          judged: the step asks the judge; otherwise there are no rows for it.
           continued: the first template continues the conversation (Encoder.continued).
-          heads: of the answers' rows.
+          heads: how often the logits are taken in the answers' rows.
           values: the other attributes.
         """
         leading = (pairs, 2)
@@ -188,7 +202,7 @@ class PairSpec:
         return answers, [encoder.judge_rows(judge, pair) for judge in judges]
 
     def arrays(self, pairs: Sequence[tuple[int, Pair] | None], encoder: Encoder) -> PairBatch:
-        """Returns numbered pairs as arrays; None is a place that counts for nothing.
+        """Returns numbered pairs as arrays; None is padding, a pair that counts for nothing.
 
         Raises:
           InputError: a pair lacks a cached value, a frozen logit or a verdict.
@@ -200,7 +214,7 @@ class PairSpec:
         return _abstract(_stack([self._padding(0)]), self.pairs)
 
     def known(self, pair: Pair) -> dict[str, Any]:
-        """Returns the parts of a PairBatch that are known of a pair beforehand.
+        """Returns the parts of a PairBatch that a pair brings with it.
 
         Raises:
           InputError: the pair lacks a cached value, a frozen logit or a verdict.
@@ -257,7 +271,11 @@ class TrainSpec:
 
     @classmethod
     def of(cls, pairs: PairSpec | None, targets: Mapping[str, int], lengths: Lengths) -> TrainSpec:
-        """Describes pairs beside so many supervised rows by name; names without rows are left out."""
+        """Describes pairs beside supervised rows.
+
+        Args:
+          targets: number of supervised rows by name; names without rows are left out.
+        """
         groups = ((name, RowGroup((size,), lengths.targets[name])) for name, size in targets.items() if size)
         return cls(pairs, tuple((name, group._replace(scored=group.tokens)) for name, group in groups))
 
@@ -300,7 +318,7 @@ class TrainSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-    """Describes a sampler's batch: `prompts` of at most `tokens`, and `answers` of at most `answer_tokens` to each."""
+    """Describes a sampler's batch: `prompts` of at most `tokens`, with `answers` of at most `answer_tokens` to each."""
 
     prompts: int
     tokens: int
@@ -313,7 +331,7 @@ class PromptSpec:
         return self.tokens + self.answer_tokens
 
     def arrays(self, prompts: Sequence[tuple[int, Sequence[int]] | None], pad_id: int) -> Prompts:
-        """Returns numbered prompts' ids as arrays; None is a row that stops at once."""
+        """Returns the ids of numbered prompts as arrays; None is padding, a row that stops at once."""
         filled = [(-1, (pad_id,)) if prompt is None else prompt for prompt in prompts]
         return Prompts(
             np.stack([pad(ids, self.tokens, pad_id) for _, ids in filled]),
@@ -327,14 +345,18 @@ class PromptSpec:
 
 
 def pad(ids: Sequence[int], tokens: int, pad_id: int) -> np.ndarray:
-    """Right-pads ids to [tokens] int32; ValueError where there are more."""
+    """Pads ids at the right end to [tokens] int32.
+
+    Raises:
+      ValueError: there are more ids than `tokens`.
+    """
     if len(ids) > tokens:
         raise ValueError(f"a row of {len(ids)} tokens does not fit into {tokens}")
     return np.array([*ids, *[pad_id] * (tokens - len(ids))], np.int32)
 
 
 def _single(group: RowGroup, rows: Sequence[Row], pad_id: int) -> Rows:
-    """The rows of one pair, [2, T]."""
+    """Returns the rows of one pair, [2, T]."""
     return jax.tree.map(lambda x: x[0], group.arrays(rows, pad_id))
 
 
@@ -350,5 +372,5 @@ def _stack(items: Sequence[PairBatch]) -> PairBatch:
 
 
 def _abstract(example: Any, size: int) -> Any:
-    """The shapes of a batch of `size` like the example, whose leading axis is 1."""
+    """Returns the shapes of a batch of `size` like the example, whose leading axis is 1."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)

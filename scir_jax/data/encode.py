@@ -45,11 +45,11 @@ class Lengths:
     """The static lengths of a run, in tokens: one compilation each.
 
     Attributes:
-      prompt, answer: of the sampler.
+      prompt, answer: of the sampler's prompts and answers.
       quote: of a prompt as a judge is shown it.
-      scored: [prompt answer].
-      judges: the question of every template.
-      targets: supervised rows by name, "ift" and "eft"; 0 where there are none.
+      scored: of a row with a prompt and its answer.
+      judges: of each template's question.
+      targets: of supervised rows by name, "ift" and "eft"; 0 where there are none.
     """
 
     prompt: int
@@ -87,13 +87,19 @@ class Encoder:
 
     @cached_property
     def _around_prompt(self) -> tuple[int, int]:
-        """Tokens that the chat template writes before and behind a single message."""
+        """Counts the tokens that the chat template writes before and behind a single message."""
         slot = (-1,)
         ids = self.chat.flatten(self.chat.pieces([{"role": "user", "content": [slot]}], generation_prompt=True))
         return ids.index(-1), len(ids) - ids.index(-1) - 1
 
     def prompt(self, messages: Messages, where: str = "") -> Prompt | None:
-        """Encodes a prompt; None where an over-long one is left out.
+        """Encodes a prompt.
+
+        Args:
+          where: names the row that it came from.
+
+        Returns:
+          The prompt, or None where it is too long and is left out.
 
         Raises:
           PromptTooLong: text.long_prompts is error.
@@ -128,12 +134,16 @@ class Encoder:
         return Answer(text, ids[:limit], self._quote(text), len(ids))
 
     def sampled(self, ids: Sequence[int]) -> Answer:
-        """Takes an answer's ids as they were sampled."""
+        """Makes an answer of ids as they were sampled."""
         text = self.chat.decode(ids)
         return Answer(text, tuple(ids), self._quote(text, sampled=True), len(ids))
 
     def pair(self, comparison: Comparison) -> Pair | None:
-        """Encodes two given answers; None where the prompt is left out for its length."""
+        """Encodes two given answers to a prompt.
+
+        Returns:
+          The pair, or None where the prompt is left out for its length.
+        """
         prompt = self.prompt(comparison.messages, comparison.where)
         if prompt is None:
             return None
@@ -148,13 +158,16 @@ class Encoder:
     # --- rows -------------------------------------------------------------------------------------------------------
 
     def scored_row(self, prompt: Prompt, answer: Answer) -> Row:
-        """Returns [x y], with y scored."""
+        """Returns the row of a prompt with its answer behind it, which is scored."""
         return Row(prompt.ids + answer.ids, len(prompt.ids), len(answer.ids))
 
     def judge_row(self, judge: Judge, prompt: Prompt, a: Answer, b: Answer) -> Row:
         """Returns the judge's question with `a` shown first; both answers are cut alike where they do not fit.
 
-        In the continuation layout the row holds [x a question(b)], and `a` is scored too.
+        In the continuation layout the row holds the prompt, `a`, and a question with `b`; `a` is scored too.
+
+        Raises:
+          InputError: nothing of an answer fits.
         """
         quote = self.quote_tokens(judge, len(prompt.ids), len(prompt.quote), _at(prompt))
         ids = judge.row(
@@ -178,10 +191,11 @@ class Encoder:
         return self.judge_row(judge, pair.prompt, pair.a, pair.b), self.judge_row(judge, pair.prompt, pair.b, pair.a)
 
     def conversation_rows(self, messages: Messages) -> list[Marked]:
-        """Returns a conversation, of any length, with its assistants' turns (and stop tokens) marked.
+        """Returns the rows of a conversation of any length, with the assistant's turns (and stop tokens) marked.
 
-        One row, unless the template shows an earlier answer otherwise than it was sampled (without its thinking, say):
-        then one row for each such beginning, so that every answer is learned once, behind what it is sampled behind.
+        There is one row, unless the template shows an earlier answer otherwise than it was sampled (without its
+        thinking, say). Then there is one row for each such beginning, so that every answer is learned once, behind the
+        text that it is sampled behind.
         """
         rows = []
         ids: Ids = ()
@@ -198,7 +212,7 @@ class Encoder:
         return [*rows, Marked(ids, marks)] if ids else rows
 
     def verdict_rows(self, judge: Judge, pair: Pair) -> list[Marked]:
-        """Returns the judge's question in both orders with the right verdict; [] where neither answer is better."""
+        """Returns the judge's question in both orders with the right verdict; no row where neither answer is better."""
         if pair.label in (None, 0.5):
             return []
         rows = []
@@ -220,14 +234,14 @@ class Encoder:
           at: beginning of the error's sentence.
 
         Raises:
-          InputError: none fit.
+          InputError: no token fits.
         """
         answer = self.config.max_response_tokens
         fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 1  # the verdict
         if judge.template.layout == "continuation":
             fixed += conversation + answer + 1
         room = (self.context - fixed) // (judge.slots("response_a") + judge.slots("response_b"))
-        # In a continuation only the other answer is quoted: cutting it alone would not be alike.
+        # In a continuation only the other answer is quoted: cutting it alone would not treat both alike.
         least = answer if judge.template.layout == "continuation" else 1
         if room < least:
             raise InputError(
@@ -238,10 +252,13 @@ class Encoder:
         return min(room, answer)
 
     def lengths(self, prompts: Sequence[Prompt], targets: dict[str, int] | None = None) -> Lengths:
-        """Returns the static lengths for these prompts, and for supervised rows of at most so many tokens by name.
+        """Returns the static lengths for these prompts.
+
+        Args:
+          targets: tokens of the longest supervised row by name.
 
         Raises:
-          InputError: there is no prompt, or prompt and answer do not fit into the context.
+          InputError: there is no prompt, or a prompt and its answer do not fit into the context.
         """
         if not prompts:
             raise InputError("no prompt is left: every one is longer than text.max_prompt_tokens")
@@ -277,10 +294,12 @@ class Encoder:
 
 
 def middle_cut(ids: Ids, limit: int, least_end: int = 0) -> Ids:
-    """Keeps the beginning (system text, the task) and the end (the question, the assistant's header).
+    """Cuts the middle out of ids that are more than `limit`.
+
+    The beginning (system text, the task) and the end (the question, the assistant's header) stay.
 
     Args:
-      least_end: how many tokens of the end are kept where half of `limit` is less.
+      least_end: how many tokens of the end stay where half of `limit` is less.
     """
     if len(ids) <= limit:
         return ids
@@ -289,7 +308,7 @@ def middle_cut(ids: Ids, limit: int, least_end: int = 0) -> Ids:
 
 
 def round_up(tokens: int) -> int:
-    """Returns a row length that suits the hardware: a multiple of 8, of 128 where long."""
+    """Rounds up to a row length that suits the hardware: a multiple of 8, of 128 above 256 tokens."""
     unit = 8 if tokens <= 256 else 128
     return -(-tokens // unit) * unit
 

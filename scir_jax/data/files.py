@@ -21,11 +21,14 @@ Places = Iterator[tuple[str, dict[str, Any] | InputError]]
 
 
 def rows(path: Path) -> Places:
-    """(where, row) of each row, by the kind of file; a row that cannot be read is given as its error.
+    """Reads the rows of a file by its kind.
 
-    `where` is file:line in JSON Lines, file:row N elsewhere, counted from 1.
+    Returns:
+      (where, row) of each row; a row that cannot be read is given as its error. `where` is file:line in JSON Lines,
+        file:row N elsewhere, counted from 1.
 
-    Raises InputError where the whole file cannot be read.
+    Raises:
+      InputError: the whole file cannot be read.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
@@ -42,10 +45,13 @@ def rows(path: Path) -> Places:
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line of a JSON Lines file; `where` is file:line.
+    """Reads a JSON Lines file.
 
-    Raises InputError for a file that is missing or empty, and for the first line that is not UTF-8 or not a JSON
-    object.
+    Returns:
+      (where, row) of each line; `where` is file:line.
+
+    Raises:
+      InputError: the file is missing or empty, or a line (the first one is named) is not UTF-8 or not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,7 +92,7 @@ def _jsonl_rows(path: Path) -> Places:
 
 
 def _json_rows(path: Path) -> Places:
-    """A list of objects, {"data": list}, or JSON Lines, as which many .json files are written."""
+    """Reads a list of objects, {"data": list}, or JSON Lines, which many .json files hold."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -109,7 +115,7 @@ def _json_rows(path: Path) -> Places:
 
 
 def _decode(data: bytes, where: str) -> Any:
-    """A JSON value, strictly: no NaN, no key twice in an object."""
+    """Reads a JSON value strictly: no NaN, no key twice in an object."""
     try:
         return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -185,7 +191,13 @@ def _arrow_rows(path: Path) -> Places:
 
 
 def table_rows(batches: Iterable, name: str) -> Places:
-    """Rows of Arrow record batches or tables, numbered on; a NaN is what a table holds where it has no value."""
+    """Yields the rows of Arrow record batches or tables, numbered on from one to the next.
+
+    A NaN is read as None: it is what a table holds where it has no value.
+
+    Args:
+      name: names the file.
+    """
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
@@ -197,7 +209,15 @@ def table_rows(batches: Iterable, name: str) -> Places:
 
 
 def plain_columns(schema, name: str) -> list[str]:
-    """The columns that JSON could hold: not images, bytes, dates. InputError where two have one name."""
+    """Returns the names of the columns that JSON could hold: not images, bytes, dates.
+
+    Args:
+      schema: Arrow's.
+      name: names the file in errors.
+
+    Raises:
+      InputError: two columns have one name.
+    """
     from pyarrow import types
 
     def plain(kind) -> bool:

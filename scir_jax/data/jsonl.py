@@ -62,7 +62,7 @@ class AppendOnly:
         self._file = None
 
     def rows(self) -> list[dict]:
-        """The rows written so far; a torn last line, which a killed process may leave, is not one."""
+        """Reads the rows written so far; a torn last line, which a killed process may leave, does not count."""
         self.sync()
         rows = []
         if self.path.exists():
@@ -72,13 +72,13 @@ class AppendOnly:
         return rows
 
     def cut(self, keep) -> list[dict]:
-        """Keeps the rows for which keep(row), in order, and returns them."""
+        """Keeps the rows for which keep(row) is true, in order, and returns them."""
         rows = [row for row in self.rows() if keep(row)]
         self.rewrite(rows)
         return rows
 
     def rewrite(self, rows: list[dict]) -> None:
-        """These rows in the place of those that are there; without any and without a file nothing is made."""
+        """Puts these rows in the place of those that are there; without rows and without a file it makes none."""
         self.close()
         if rows or self.path.exists():
             partial = self.path.with_name(self.path.name + ".partial")
@@ -86,18 +86,20 @@ class AppendOnly:
             os.replace(partial, self.path)
 
     def write(self, row: dict) -> None:
+        """Appends a row."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(line(row))
 
     def sync(self) -> None:
-        """Everything written so far is on the disk when this returns."""
+        """Brings everything written so far to the disk before it returns."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Brings everything to the disk and closes the file."""
         if self._file is not None:
             self.sync()
             self._file.close()

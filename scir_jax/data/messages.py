@@ -16,14 +16,21 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def prompt_text(messages: Messages) -> str:
-    """A prompt as one text, for a judge's question: the user's words, or the turns with their roles."""
+    """Writes a prompt as one text for a judge's question: the user's words, or the turns with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def prompt_messages(value: Any, where: str) -> Messages:
-    """Checks a prompt, a text (one user's turn, taken as it is) or a list of messages that ends with a user's turn."""
+    """Checks a prompt: a text (one user's turn, taken as it is), or a list of messages that ends with a user's turn.
+
+    Args:
+      where: names the row and its column in errors.
+
+    Raises:
+      InputError: the value is neither, or it is empty.
+    """
     if isinstance(value, str):
         if not value.strip():
             raise InputError(f"{where}: is empty")
@@ -40,7 +47,11 @@ def prompt_messages(value: Any, where: str) -> Messages:
 
 
 def answer_text(value: Any, where: str) -> str:
-    """Checks an answer: a text, or a list with one assistant's message."""
+    """Checks an answer: a text, or a list with one assistant's message.
+
+    Raises:
+      InputError: the value is neither.
+    """
     if isinstance(value, str):
         return _text(value, where)
     messages = check_messages(value, where, ordered=False)
@@ -54,6 +65,9 @@ def check_messages(value: Any, where: str, *, ordered: bool = True) -> Messages:
 
     Args:
       ordered: roles must come as chat templates expect them: a system message first if any, then turn by turn.
+
+    Raises:
+      InputError: the value is no such list.
     """
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
@@ -65,7 +79,11 @@ def check_messages(value: Any, where: str, *, ordered: bool = True) -> Messages:
 
 
 def hh_messages(text: str) -> Messages | None:
-    """The turns of a text as in Anthropic's HH files, "\\n\\nHuman: ...\\n\\nAssistant: ..."; None for another text."""
+    """Reads the turns of a text as in Anthropic's HH files, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+    Returns:
+      The messages, or None for another text.
+    """
     before, *turns = _HH_TURN.split("\n\n" + text.lstrip("\n"))
     if before or not turns:
         return None

@@ -67,11 +67,11 @@ class Pair:
     """Two answers to a prompt, and what is known of them before training.
 
     Attributes:
-      label: the probability that `a` is better, as the user or the pairing says; None where nobody says.
+      label: the probability that `a` is better, as the user or the pairing says; None where it is unknown.
       weight: of the pair in every term of the objective.
       cached: ROLE_READING -> its values for a and b: "implicit_logps" are log pi(y|x) in nats, summed over tokens,
         under the implicit reward's reference.
-      frozen: reward model -> its logits at the start of the iteration, one a column (see method.rewards.REWARDS).
+      frozen: reward model -> its logits at the start of the iteration, one per column (see method.rewards.REWARDS).
       verdicts: the judge's single verdicts at the start, logits in favour of `a`, each template in each order.
       length_penalty: alpha of the implicit reward r - alpha |y|.
     """
@@ -148,7 +148,7 @@ def from_row(row: Mapping[str, Any], where: str, labels: tuple[str, ...] = ("lab
       labels: names of the label's column; the first that the row has counts.
 
     Raises:
-      InputError: a key is missing, ids are none, or a value is no number that it may be.
+      InputError: a key is missing, a list does not hold token ids, or a value is not a number in its range.
     """
     ids = {key: token_ids(need(dict(row), key, where), f"{where}: {key}", 2**31) for key in IDS}
     sides = [Answer(row.get(f"response_{y}", ""), ids[f"response_{y}_ids"], ids[f"quote_{y}_ids"]) for y in "ab"]
@@ -165,7 +165,15 @@ def from_row(row: Mapping[str, Any], where: str, labels: tuple[str, ...] = ("lab
 
 
 def token_ids(value: Any, where: str, vocabulary: int) -> Ids:
-    """Returns a list of token ids from a file. Raises InputError where it is none of a vocabulary of this size."""
+    """Checks a list of token ids from a file, and returns it as a tuple.
+
+    Args:
+      where: names the row and the key in errors.
+      vocabulary: number of ids, which are below it.
+
+    Raises:
+      InputError: the value is not a list of such ids.
+    """
     ids = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
     if not ids or not all(0 <= i < vocabulary for i in value):
         raise InputError(f"{where}: must be token ids from 0 to {vocabulary - 1}")
@@ -173,7 +181,7 @@ def token_ids(value: Any, where: str, vocabulary: int) -> Ids:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that float32 holds."""
+    """Checks whether a value is a number that float32 holds."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3.4e38
 
 

@@ -1,6 +1,6 @@
-"""Grain pipelines: what a training step takes at place i. Random access, so that a position is one number.
+"""Grain pipelines: what a training step takes at place i. Access is random, so that a position is one number.
 
-Of a batch, a host of several makes its own rows only: `share` maps a batch's size to the numbers of these rows.
+Each of several hosts makes only its own rows of a batch: `share` maps a batch's size to the numbers of these rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def supervised_batches(
 
     Args:
       rows: rows by name, those of `spec.targets` at least.
-      seeds: of the shuffling of each name's rows.
+      seeds: seed of the shuffling of each name's rows.
     """
     parts = _shuffled(spec, rows, seeds)
     return grain.MapDataset.range(steps).map(
@@ -47,10 +47,10 @@ def pair_batches(
     seeds: Mapping[str, int],
     share: Share = np.arange,
 ) -> grain.MapDataset:
-    """Makes batches of pairs beside replayed rows: every pair once an epoch, the last batch filled up with padding.
+    """Makes batches of pairs beside replayed rows: every pair once in each epoch, the last batch filled with padding.
 
     Args:
-      seed: of the shuffling of the pairs, anew in each epoch.
+      seed: of the shuffling of the pairs, which is another one in each epoch.
       rows, seeds: as in `supervised_batches`.
 
     Raises:
@@ -72,7 +72,14 @@ def pair_batches(
 
 
 def iterator(dataset: grain.MapDataset, state: dict | None = None):
-    """Iterates over batches and prepares a few ahead; its get_state() is the position of what was taken."""
+    """Iterates over batches and prepares a few ahead.
+
+    Args:
+      state: position to go on from.
+
+    Returns:
+      An iterator whose get_state() is the position of what was taken.
+    """
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     result = iter(dataset.to_iter_dataset(options))
     if state is not None:
@@ -81,7 +88,7 @@ def iterator(dataset: grain.MapDataset, state: dict | None = None):
 
 
 def _shuffled(spec: TrainSpec, rows: Mapping[str, Sequence], seeds: Mapping[str, int]) -> dict[str, grain.MapDataset]:
-    """Endless orders of each name's rows, shuffled anew each pass."""
+    """Returns endless orders of each name's rows, shuffled anew in each pass."""
     return {
         name: grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
         for name, _ in spec.targets

@@ -30,13 +30,17 @@ class Comparison:
 def read_prompts(
     source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
 ) -> list[tuple[str, Messages]]:
-    """(where, conversation that ends with a user's turn) of each row.
+    """Reads prompts, conversations that end with a user's turn.
 
     Args:
       columns: names of columns in the files.
-      tally: counts the rows, and decides on bad ones; by default the first one is raised.
+      tally: counts the rows, and decides on bad ones; by default the first bad one raises.
 
-    Raises InputError for a source that is missing or empty, and for bad rows as `tally` says.
+    Returns:
+      (where, conversation) of each row.
+
+    Raises:
+      InputError: the source is missing or empty, or has bad rows that `tally` does not allow.
     """
     return _read(source, columns, tally, _prompt)
 
@@ -44,7 +48,17 @@ def read_prompts(
 def read_conversations(
     source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
 ) -> list[tuple[str, Messages]]:
-    """(where, conversation with at least one assistant's turn): `messages`, or `prompt` and `response`; see columns."""
+    """Reads conversations with at least one assistant's turn: `messages`, or `prompt` and `response`.
+
+    Args:
+      columns, tally: as in `read_prompts`.
+
+    Returns:
+      (where, conversation) of each row.
+
+    Raises:
+      InputError: as in `read_prompts`.
+    """
     return _read(source, columns, tally, _conversation)
 
 
@@ -55,12 +69,16 @@ def read_comparisons(
     *,
     need_label: bool = False,
 ) -> list[Comparison]:
-    """Pairs of answers: `prompt`, `response_a`, `response_b` with an optional label, or TRL's `chosen`, `rejected`.
+    """Reads pairs: `prompt`, `response_a`, `response_b` with an optional label, or TRL's `chosen`, `rejected`.
 
     chosen/rejected are texts or lists of messages; without `prompt` the conversations' common beginning is the prompt.
 
     Args:
+      columns, tally: as in `read_prompts`.
       need_label: refuse rows of which neither a label nor chosen/rejected says who is better.
+
+    Raises:
+      InputError: as in `read_prompts`.
     """
     return [c for c, _ in read_comparisons_with_rows(source, columns, tally, need_label=need_label)]
 
@@ -68,7 +86,7 @@ def read_comparisons(
 def read_comparisons_with_rows(
     source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None, *, need_label: bool = False
 ) -> list[tuple[Comparison, dict[str, Any]]]:
-    """As `read_comparisons`, each with the row that it was read from."""
+    """Reads pairs as `read_comparisons` does, each with the row that it was read from."""
 
     def parse(row: dict, columns: ColumnsConfig, where: str) -> tuple[Comparison, dict[str, Any]]:
         return _comparison(row, columns, where, need_label), row
@@ -182,7 +200,7 @@ _UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected 
 
 
 def _alpaca_prompt(row: dict, where: str) -> Messages:
-    """Alpaca's `instruction` with its `input`, where there is one, below."""
+    """Reads Alpaca's `instruction`, with its `input` below it where there is one."""
     (message,) = prompt_messages(row["instruction"], f"{where}: instruction")
     if row.get("input"):
         (more,) = prompt_messages(row["input"], f"{where}: input")
@@ -196,7 +214,7 @@ def _refuse_tools(row: dict, where: str) -> None:
 
 
 def _find(row: dict, names: tuple[str, ...]) -> str | None:
-    """The first of the names whose column has a value here, else the first that is there; None if none is."""
+    """Returns the first of the names whose column has a value here, else the first that is there, else None."""
     present = [name for name in names if name in row]
     # A table has every column in every row.
     return next((name for name in present if row[name] is not None), present[0] if present else None)
@@ -211,7 +229,17 @@ def _lacks(row: dict, names: tuple[str, ...], where: str, advice: str = "") -> I
 
 
 def external_label(row: dict, names: tuple[str, ...], where: str) -> float | None:
-    """The probability that response_a is better; None where the row does not say."""
+    """Reads the probability that response_a is better.
+
+    Args:
+      names: of the label's column; the first that has a value counts.
+
+    Returns:
+      The probability, or None where the row has none.
+
+    Raises:
+      InputError: the value is not a number from 0 to 1.
+    """
     key = _find(row, names)
     value = row[key] if key is not None else None
     if value is None:
@@ -222,6 +250,11 @@ def external_label(row: dict, names: tuple[str, ...], where: str) -> float | Non
 
 
 def need(row: dict, key: str, where: str) -> Any:
+    """Returns the value of a key that a row must have.
+
+    Raises:
+      InputError: the row lacks the key.
+    """
     if key not in row:
         raise InputError(f"{where}: lacks the key {key!r}; has {_keys(row)}")
     return row[key]

@@ -18,13 +18,17 @@ _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 
 
 def rows(source: str | Path) -> files.Places:
-    """(where, row or its error) of each row of a data source.
+    """Reads the rows of a data source.
 
     A path that exists is taken first: a file, or a directory with files or with what `save_to_disk` of the package
     datasets wrote (PATH:SPLIT chooses a split). Else OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT is a data
     set of the hub. Without a choice `train` or the only split is taken.
 
-    Raises InputError where the source is missing or cannot be read as a whole.
+    Returns:
+      (where, row or its error) of each row.
+
+    Raises:
+      InputError: the source is missing or cannot be read as a whole.
     """
     local = local_files(str(source))
     if local is None:
@@ -33,7 +37,11 @@ def rows(source: str | Path) -> files.Places:
 
 
 def sha256(source: str | Path) -> str:
-    """Of the bytes of a file, of a directory's files that are read, or of the rows of a hub's data set."""
+    """Computes the SHA-256 of a file, of a directory's files that are read, or of the rows of a hub's data set.
+
+    Raises:
+      InputError: the source is missing.
+    """
     local = local_files(str(source))
     if local is None:
         digest = hashlib.sha256()
@@ -48,9 +56,13 @@ def sha256(source: str | Path) -> str:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files that a source on this machine consists of, in order; None where the name can only be the hub's.
+    """Lists the files that a source on this machine consists of, in order.
 
-    Raises InputError for a path that does not exist, or a directory without files that can be read.
+    Returns:
+      The files, or None where the name can only be the hub's.
+
+    Raises:
+      InputError: the path does not exist, or is a directory without files that can be read.
     """
     path = Path(source)
     if path.is_file():
@@ -90,7 +102,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _saved_files(directory: Path) -> list[Path]:
-    """The Arrow files of a data set as `save_to_disk` writes it."""
+    """Lists the Arrow files of a data set as `save_to_disk` writes it."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         names = [item["filename"] for item in state["_data_files"]]

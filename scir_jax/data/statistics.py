@@ -36,10 +36,11 @@ class FileStatistics:
 
     @property
     def padding(self) -> float | None:
-        """Share of the padded rows that is no token of theirs."""
+        """The padding's share of the padded rows."""
         return 1 - float(np.mean(self.rows)) / self.row_tokens if self.row_tokens and len(self.rows) else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the statistics as data.json has them."""
         return {
             "path": self.tally.path,
             "rows": self.tally.rows,
@@ -56,7 +57,7 @@ class FileStatistics:
 
 
 def table(files: dict[str, FileStatistics]) -> Table:
-    """A row a file, at most 100 columns wide."""
+    """Makes a table with one row per file, at most 100 columns wide."""
     title = "data, in tokens (p50/p90/p99/max)"
     result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False, width=WIDTH)
     result.add_column("file", no_wrap=True)
@@ -79,7 +80,7 @@ def table(files: dict[str, FileStatistics]) -> Table:
 
 
 def left_out(tallies: dict[str, Tally]) -> list[str]:
-    """A sentence a file that lost rows, with the reasons and the first bad row."""
+    """Writes one sentence per file that lost rows, with the reasons and the first bad row."""
     return [
         f"{key}: {tally.left_out.total()} of {tally.rows} rows left out: {tally.reasons()}"
         + (f" (first: {tally.examples[0]})" if tally.examples else "")
@@ -104,5 +105,5 @@ def _joined(percentiles: dict[str, int] | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    """Rounded up: what is cut at all is no 0 %."""
+    """Writes a share in percent, rounded up: where anything at all is cut it is not 0 %."""
     return "-" if share is None else f"{int(np.ceil(100 * share - 1e-9))} %"

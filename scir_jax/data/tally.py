@@ -39,7 +39,15 @@ class Tally:
 
     @contextmanager
     def row(self, where: str) -> Iterator[None]:
-        """Within it an InputError is a bad row's: raised with its place, or counted where bad rows are skipped."""
+        """Takes an InputError of the code inside as a bad row's: raises it, or counts it where bad rows are skipped.
+
+        Args:
+          where: names the row in the error.
+
+        Raises:
+          InputError: the row is bad, and bad rows are not skipped.
+          PromptTooLong: a prompt is too long, whatever becomes of bad rows.
+        """
         try:
             yield
         except InputError as error:
@@ -51,10 +59,15 @@ class Tally:
             self.examples = [*self.examples, sentence][:3]
 
     def leave_out(self, reason: str) -> None:
+        """Counts a row that is left out for a reason."""
         self.left_out[reason] += 1
 
     def check(self) -> None:
-        """Raises InputError where more rows are bad than may be."""
+        """Checks that no more rows are bad than may be.
+
+        Raises:
+          InputError: more rows are bad.
+        """
         allowed = max(ALWAYS_ALLOWED, int(self.max_bad_rows * self.rows))
         if self.bad > allowed:
             raise InputError(
@@ -63,17 +76,22 @@ class Tally:
             )
 
     def finish(self, used: int) -> None:
-        """Takes note of the rows that are used. Raises InputError where none is, or too many are bad."""
+        """Takes note of the rows that are used.
+
+        Raises:
+          InputError: no row is used, or too many are bad.
+        """
         self.check()
         self.used = used
         if not used:
             raise InputError(f"{self.path}: no row is left of {self.rows}: {self.reasons()}")
 
     def reasons(self) -> str:
+        """Lists the reasons with their numbers of rows, the most frequent one first."""
         return ", ".join(f"{count} x {reason}" for reason, count in self.left_out.most_common())
 
 
 def _reason(sentence: str) -> str:
-    """A bad row's sentence without what differs from row to row."""
+    """Returns a bad row's sentence without what differs from row to row."""
     sentence = sentence.split("; ")[0]
     return re.sub(r"\[\d+\]|( in line \d+)? at column \d+|, not .*|, found .*", "", sentence)[:80]

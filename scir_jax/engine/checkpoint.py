@@ -26,22 +26,27 @@ class ModelStore:
         self.directory = directory.absolute()
 
     def path(self, number: int) -> Path:
+        """Returns the directory of M_number."""
         return self.directory / f"M{number}"
 
     def exists(self, number: int) -> bool:
+        """Checks whether M_number is there."""
         return self.path(number).is_dir()
 
     def numbers(self) -> list[int]:
+        """Lists the numbers of the models that are there, in order."""
         return sorted(int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit())
 
     def latest(self) -> int | None:
+        """Returns the number of the newest model, or None without one."""
         return max(self.numbers(), default=None)
 
     def save(self, number: int, params: Any) -> None:
+        """Saves parameters as M_number, in the place of an older one."""
         ocp.save(self.path(number), params, overwrite=True)
 
     def load(self, number: int, abstract: Any) -> Any:
-        """Parameters straight into the shardings of `abstract`.
+        """Loads parameters straight into the shardings of `abstract`.
 
         Raises:
           InputError: the checkpoint is another model's, or cannot be read.
@@ -58,7 +63,7 @@ class ModelStore:
             raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
 
     def _difference(self, number: int, abstract: Any) -> str | None:
-        """The first array that is not the same there and here."""
+        """Names the first array that is not the same there and here."""
 
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
@@ -69,7 +74,7 @@ class ModelStore:
         except Exception:  # whatever it is that is broken
             return None
         here = shapes(abstract)
-        # Without a single array it is not another model's, but broken.
+        # A checkpoint without a single array is not another model's, but broken.
         for name in sorted(there.keys() | here.keys()) if there else ():
             if there.get(name) != here.get(name):
                 return f"{name} is {there.get(name) or 'not'} there, {here.get(name) or 'not'} here"
@@ -97,12 +102,20 @@ class StageCheckpoints:
         self._pending = self._checkpointer.save_checkpointables_async(step, dict(state=state, meta=meta))
 
     def wait(self) -> None:
+        """Waits for the save that is under way, if there is one."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, meta) of the newest checkpoint, or None."""
+        """Loads the newest checkpoint.
+
+        Args:
+          abstract: shapes and shardings of the state.
+
+        Returns:
+          (step, state, meta), or None without a checkpoint.
+        """
         latest = self._checkpointer.latest
         if latest is None:
             return None
@@ -110,6 +123,7 @@ class StageCheckpoints:
         return latest.step, found["state"], found["meta"]
 
     def close(self) -> None:
+        """Waits for the save that is under way, and closes the checkpoints."""
         self.wait()
         self._checkpointer.close()
 
@@ -122,7 +136,10 @@ class StageCheckpoints:
 
 
 def abstract_params(model, mesh) -> Any:
-    """Shapes and shardings of a model's parameters: float32 where trained, of the computation's dtype where frozen."""
+    """Returns the shapes and shardings of a model's parameters.
+
+    Trained ones are float32, frozen ones have the dtype of the computation.
+    """
 
     def as_dtype(part: Any, dtype: str) -> Any:
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=s.sharding), part)

@@ -66,7 +66,7 @@ def read_spans(
       wanted: keys of SPANS.
 
     Returns:
-      [M] float32 for each.
+      [M] float32 by key.
     """
     offsets_R = jnp.arange(answer_tokens)
     places_MR = jnp.minimum(rows.start[:, None] + offsets_R, rows.ids.shape[1] - 1)
@@ -80,7 +80,15 @@ def read_spans(
 def score(
     model: Model, params: Params, rows: Rows, answer_tokens: int, wanted: Sequence[str] = ("logps",)
 ) -> dict[str, Array]:
-    """Computes readings of each row's scored span; "logps" is log pi(y|x) summed over tokens. Rows' leading shape."""
+    """Computes readings of each row's scored span; "logps" is log pi(y|x) summed over tokens.
+
+    Args:
+      answer_tokens: bound of every span.
+      wanted: keys of SPANS.
+
+    Returns:
+      Float32 arrays by key, in the rows' leading shape.
+    """
     flat = _flat(rows)
     read = read_spans(model, params, model.hidden(params, flat.ids), flat, answer_tokens, wanted)
     return jax.tree.map(lambda x: x.reshape(rows.start.shape), read)
@@ -93,10 +101,12 @@ def judge(
     verdict_ids: Sequence[tuple[int, int]],
     key: Array | None = None,
 ) -> Judged:
-    """Reads verdicts off judge rows [P, 2, T], one element of `judges` and of `verdict_ids` for each template.
+    """Reads verdicts off judge rows.
 
     Args:
-      key: of the adapters' dropout; None drops nothing.
+      judges: rows [P, 2, T] of each template.
+      verdict_ids: ids of the two verdicts of each template.
+      key: key of the adapters' dropout; None drops nothing.
     """
     flat = [_flat(rows) for rows in judges]
     hidden = model.hidden_of(params, [rows.ids for rows in flat], key)
@@ -118,11 +128,11 @@ def outputs(
     """Computes everything that a training step reads off the model, in one pass over its layers.
 
     Args:
-      verdict_ids: of the templates that the batch asks.
+      verdict_ids: ids of the two verdicts of each template that the batch asks.
       continued: the answers' rows carry the first template's verdict.
       answer_tokens: bound of every answer.
       wanted: keys of SPANS to read off the answers.
-      key: of the adapters' dropout.
+      key: key of the adapters' dropout; None drops nothing.
     """
     pairs = [] if batch.pairs is None else [_flat(rows) for rows in (batch.pairs.answers, *batch.pairs.judges)]
     ids = [rows.ids for rows in pairs] + [targets.ids for targets in batch.targets.values()]
@@ -159,7 +169,7 @@ def evidence(batch: PairBatch, fresh: dict[str, Array]) -> Evidence:
 
 
 def _sft_sums(model: Model, params: Params, hidden_BTD: Array, targets: Targets) -> tuple[Array, Array]:
-    # The next token at every place; at the last, which has none, nothing is marked.
+    # The target of every place is the next token; nothing is marked at the last place, which has none.
     logps = token_logprobs(hidden_BTD, model.head(params), jnp.roll(targets.ids, -1, axis=1), **_head(model))
     marked = jnp.roll(targets.mask, -1, axis=1).at[:, -1].set(0) > 0
     return -jnp.where(marked, logps, 0).sum(), marked.sum().astype(jnp.float32)

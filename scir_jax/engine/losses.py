@@ -42,8 +42,8 @@ def scir(model: Model, config: Config, spec: TrainSpec, verdict_ids: Sequence[tu
     """Makes the loss of SCIR training, see scir_jax.method.objective.
 
     Args:
-      spec: of the batches.
-      verdict_ids: of every judge template.
+      spec: describes the batches.
+      verdict_ids: ids of the two verdicts of every judge template.
     """
     wanted = objective.needs(config)
     settings = dict(

@@ -21,7 +21,10 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices, or over those given (another machine's, to compile for it).
+    """Makes the mesh (data, fsdp, tensor).
+
+    Args:
+      devices: another machine's, to compile for it; by default all devices here.
 
     Raises:
       InputError: the sizes do not multiply to the devices' number.
@@ -43,13 +46,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh: data x fsdp x tensor ({given}) does not make the {count} devices; "
             f"{' or '.join(advice) or 'mesh.fsdp -1 with data and tensor 1'} would"
         )
-    # Near devices of a slice on one axis, an axis of which may be a part of one of the slice's.
+    # Devices that are near in a slice lie on one axis of the mesh, which may be a part of one of the slice's axes.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def fitting(config: MeshConfig) -> MeshConfig:
-    """The mesh of a run that was perhaps made elsewhere, or, where the devices here make another, all on fsdp."""
+    """Returns a mesh for the devices here: the given one where it fits, else all devices on fsdp.
+
+    Args:
+      config: mesh of a run that was perhaps made elsewhere.
+    """
     try:
         make_mesh(config)
     except InputError:
@@ -58,7 +65,11 @@ def fitting(config: MeshConfig) -> MeshConfig:
 
 
 def check_model(mesh: Mesh, arch: Architecture) -> None:
-    """InputError where the mesh does not divide the model: which number, and what would."""
+    """Checks that the mesh divides the model.
+
+    Raises:
+      InputError: it does not; the sentence says which number, and what would.
+    """
     tensor = {
         "key/value heads": arch.num_kv_heads,
         "attention heads": arch.num_heads,
@@ -75,10 +86,13 @@ def check_model(mesh: Mesh, arch: Architecture) -> None:
 
 
 def check_batches(mesh: Mesh, batches: dict[str, tuple[int, int]]) -> None:
-    """InputError where a batch does not divide over the mesh.
+    """Checks that batches divide over the mesh.
 
     Args:
       batches: key -> (rows or pairs, micro-batches that they are taken in).
+
+    Raises:
+      InputError: one does not; the sentence says which sizes would.
     """
     shards = batch_shards(mesh)
     for key, (size, micro) in batches.items():
@@ -98,32 +112,37 @@ def _either(numbers: Sequence[int]) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data and fsdp axes."""
+    """Returns the sharding that splits rows over the data and fsdp axes."""
     return NamedSharding(mesh, BATCH)
 
 
 def batch_shards(mesh: Mesh) -> int:
+    """Counts the parts that the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_shardings(model: Model, mesh: Mesh):
-    """A sharding for every parameter."""
+    """Returns a sharding for every parameter, in the structure of the parameters."""
     layout = Layout(mesh)
     return jax.tree.map(lambda leaf, axes: layout.sharding(axes, leaf.shape), model.abstract(), model.logical_axes())
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """The numbers of those rows of a batch of `size` that this host's devices hold, in order."""
+    """Returns the numbers of the rows of a batch of `size` that this host's devices hold, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[place] for place in places]))
 
 
 def owned_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Of rows that several hosts hold, the first has them: every row of a batch is in one host's answer."""
+    """Returns the numbers of the rows of a batch of `size` that this host has to write.
+
+    The first of the hosts that hold a row has it, so that every row is in exactly one host's answer.
+    """
     places = batch_sharding(mesh).devices_indices_map((size,))
     owner = np.full(size, jax.process_count())
     for device, place in places.items():
@@ -132,9 +151,13 @@ def owned_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def put_batch(batch, mesh: Mesh):
-    """A batch onto the mesh, split along its leading axis: `batch` has the arrays of this host's `local_rows`.
+    """Puts a batch onto the mesh, split along its leading axis.
 
-    ValueError where it does not divide.
+    Args:
+      batch: arrays of this host's `local_rows`.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
     """
     sharding = batch_sharding(mesh)
     batch = jax.tree.map(np.asarray, batch)

@@ -79,8 +79,11 @@ class Program:
     streamed: int = 0
 
     def compile(self, mesh: Mesh) -> jax.stages.Compiled:
-        """Compiles the program that the run's calls will find ready, or one for a mesh of other machines' devices."""
-        # Abstract arguments with the shardings that the real ones will have, or they would be compiled for again.
+        """Compiles the program for a mesh, which may be one of other machines' devices.
+
+        Calls on the run's own mesh find what was compiled.
+        """
+        # Abstract arguments get the shardings that the real ones have; otherwise the first call would compile again.
         sharding = meshes.batch_sharding(mesh)
 
         def place(leaf: Any) -> Any:
@@ -97,7 +100,8 @@ class Programs:
     Attributes:
       model, mesh, facts: what they are made of.
       abstract_trained: the trained parameters' shapes, float32.
-      abstract_inference: the same to compute with; abstract_frozen: those that no training changes.
+      abstract_inference: the same in the dtype to compute with.
+      abstract_frozen: shapes of the parameters that no training changes.
     """
 
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh, adapters: lora.Lora | None, facts: Facts):
@@ -127,7 +131,7 @@ class Programs:
         )
         self._samplers: dict[int, Any] = {}
         self.abstract_trained, self.abstract_frozen = lora.split(abstract_params(self.model, mesh), adapters)
-        # To compute with, the float32 masters are not needed: every layer casts its weights anyway.
+        # Computing does not need the float32 masters: every layer casts its weights anyway.
         self.abstract_inference = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, config.model.dtype, sharding=s.sharding), self.abstract_trained
         )
@@ -148,30 +152,30 @@ class Programs:
     # --- batches ----------------------------------------------------------------------------------------------------
 
     def prompt_spec(self, answers: int) -> PromptSpec:
-        """Describes the sampler's batch for so many answers to each prompt."""
+        """Describes the sampler's batch for this number of answers to each prompt."""
         lengths = self.facts.lengths
         return PromptSpec(self.config.sample.batch_size, lengths.prompt, answers, lengths.answer)
 
     @property
     def score_group(self) -> RowGroup:
-        """Describes the rows of one call of the scorer."""
+        """The rows of one call of the scorer."""
         lengths = self.facts.lengths
         return RowGroup((2 * self.config.evaluate.batch_size,), lengths.scored, lengths.answer, heads=len(self.spans))
 
     @property
     def judge_groups(self) -> tuple[RowGroup, ...]:
-        """Describes the rows of one call of the judge, for each template."""
+        """The rows of one call of the judge, for each template."""
         leading = (self.config.evaluate.batch_size, 2)
         return tuple(RowGroup(leading, tokens, verdict=True) for tokens in self.facts.lengths.judges)
 
     @cached_property
     def sft_spec(self) -> TrainSpec:
-        """Describes the batch of an SFT step."""
+        """The batch of an SFT step."""
         return TrainSpec.of(None, self._present(self.config.sft), self.facts.lengths)
 
     @cached_property
     def optimise_spec(self) -> TrainSpec:
-        """Describes the batch of a step of SCIR training; judge rows only where the step asks the judge."""
+        """The batch of a step of SCIR training; it has judge rows only where the step asks the judge."""
         config, wanted = self.config, objective.needs(self.config)
         pairs = PairSpec.of(
             config.optimise.batch_size,
@@ -186,14 +190,14 @@ class Programs:
         return TrainSpec.of(pairs, self._present(config.replay) if config.replay.weight else {}, self.facts.lengths)
 
     def _present(self, section: Any) -> dict[str, int]:
-        """The batch sizes of a section's supervised parts that have rows."""
+        """Returns the batch sizes of a section's supervised parts that have rows."""
         sizes = {"ift": section.ift_batch_size, "eft": section.eft_batch_size}
         return {name: size for name, size in sizes.items() if name in self.facts.present}
 
     # --- functions --------------------------------------------------------------------------------------------------
 
     def sampler(self, answers: int):
-        """Returns the jitted sampler of so many answers to each prompt, see engine.sampler."""
+        """Returns the jitted sampler for this number of answers to each prompt, see engine.sampler."""
         if answers not in self._samplers:
             stop_ids, pad_id = self.facts.stop_ids, self.facts.pad_id
             spec = self.prompt_spec(answers)
@@ -224,7 +228,7 @@ class Programs:
 
     @property
     def judge_passes(self) -> int:
-        """How often the judge's uncertainty is sampled with the adapters' dropout; 0: it has none."""
+        """How often the judge's uncertainty is sampled with the adapters' dropout; 0 without dropout."""
         dropout = self.model.lora is not None and self.model.lora.dropout > 0
         return self.config.generative.passes if dropout else 0
 
@@ -320,7 +324,7 @@ class Programs:
         return self._step("SCIR step", "optimise", self.optimise, self.optimise_spec)
 
     def flash(self, tokens: int) -> bool:
-        """Says whether the attention over rows of so many tokens skips masked pairs."""
+        """Checks whether the attention over rows of this many tokens skips masked pairs."""
         arch = self.arch
         kind = chosen(
             self.config.model.attention,
@@ -377,5 +381,5 @@ def batches(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def sample_name(answers: int) -> str:
-    """Returns the name of the sampler of so many answers to each prompt."""
+    """Returns the name of the sampler for this number of answers to each prompt."""
     return f"sample {answers} per prompt"

@@ -39,6 +39,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Sampling:
+        """Makes settings of plain numbers."""
         return cls(np.float32(temperature), np.float32(top_p), np.int32(top_k))
 
 
@@ -55,7 +56,7 @@ class _State(NamedTuple):
 def sampler(
     model: Model, mesh: Mesh, spec: PromptSpec, *, stop_ids: tuple[int, ...], pad_id: int
 ) -> Callable[..., Samples]:
-    """Makes the jitted (params, Prompts, key, Sampling) -> Samples.
+    """Makes the jitted function (params, Prompts, key, Sampling) -> Samples.
 
     A prompt with a negative index is padding and stops at once.
     """
@@ -120,10 +121,14 @@ def sampler(
 
 
 def choose(logits_MV: Array, keys_M: Array, sampling: Sampling) -> Array:
-    """A token for each row, [M] int32: the argmax at temperature 0, else a draw from the filtered distribution."""
+    """Chooses a token for each row: the argmax at temperature 0, else a draw from the filtered distribution.
+
+    Returns:
+      [M] int32.
+    """
     scaled = logits_MV / jnp.maximum(sampling.temperature, 1e-6)
     limited = (sampling.top_p < 1) | (sampling.top_k > 0)
-    # Sorting the vocabulary is paid only where a limit is set.
+    # The vocabulary is sorted only where a limit is set.
     scaled = jax.lax.cond(limited, lambda x: limit(x, sampling.top_p, sampling.top_k), lambda x: x, scaled)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_MV.shape[1:], jnp.float32))(keys_M)
     drawn = jnp.argmax(scaled + noise, axis=1)
@@ -131,7 +136,7 @@ def choose(logits_MV: Array, keys_M: Array, sampling: Sampling) -> Array:
 
 
 def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
-    """-inf outside the top_k highest logits and outside the smallest set of them with probability >= top_p."""
+    """Puts -inf outside the top_k highest logits and outside the smallest set of them with probability >= top_p."""
     descending = -jnp.sort(-scaled_MV, axis=1)
     vocab = scaled_MV.shape[1]
     kept = jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab)
@@ -144,6 +149,10 @@ def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
 
 
 def stream_key(seed: int, stream: str, iteration: int) -> Array:
-    """The key of one use of randomness; prompt and sample numbers are folded in on the device."""
+    """Returns the key of one use of randomness; prompt and sample numbers are folded in on the device.
+
+    Args:
+      stream: "responses", "evaluation", "init", "world", "dropout" or "verdicts".
+    """
     streams = {"responses": 0, "evaluation": 1, "init": 2, "world": 3, "dropout": 4, "verdicts": 5}
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams[stream]), iteration)

@@ -41,10 +41,10 @@ class StepOutput(NamedTuple):
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Makes clipping and the optimiser, without the learning rate: the step takes it as an argument, so that another
-    schedule compiles nothing.
+    """Makes the clipping and the optimiser, without the learning rate.
 
-    Norm scales and biases are not decayed.
+    The step takes the learning rate as an argument, so that another schedule compiles nothing. Norm scales and biases
+    are not decayed.
     """
 
     def matrices(params):
@@ -119,7 +119,7 @@ class Trainer:
         )
 
     def dropout_key(self, seed: int, stage: int, step: int) -> Array | None:
-        """Returns the key of a step's adapter dropout; None where there is none."""
+        """Returns the key of a step's adapter dropout, or None where there is no dropout."""
         if self.model.lora is None or not self.model.lora.dropout:
             return None
         return jax.random.fold_in(stream_key(seed, "dropout", stage), step)
@@ -130,7 +130,7 @@ class Trainer:
         """Computes the loss of a global batch, micro-batch by micro-batch, with its sums and the pairs' decisions.
 
         Args:
-          key: of the adapters' dropout.
+          key: key of the adapters' dropout; None drops nothing.
         """
         params = lora.join(trained, frozen)
         micro = self.settings.accumulate

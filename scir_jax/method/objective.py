@@ -190,7 +190,10 @@ def _columns(logits: dict[str, Array], models: tuple[str, ...]) -> Array:
 
 
 def _blank(evidence: Evidence) -> Evidence:
-    """Zeros in place of what padded pairs hold, which may be anything: masked later, 0 * NaN would be a gradient."""
+    """Puts zeros in place of what padded pairs hold.
+
+    That may be anything: masked later, 0 * NaN would be a gradient.
+    """
 
     def blank(values: Array) -> Array:
         real = evidence.weight > 0

@@ -61,9 +61,12 @@ class Way(NamedTuple):
 
 
 def all_pairs(groups: Sequence[Group], rng: np.random.Generator, config: Config, most: int | None = None):
-    """Returns all pairs of each group, or a random choice of `most`.
+    """Returns all pairs of each group, or a random choice of them.
 
     Which answer comes first is random too, so that no order of sampling leaks into the labels.
+
+    Args:
+      most: pairs to choose from each group; None: all.
     """
     pairs = []
     for group in groups:

@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class Evidence(NamedTuple):
-    """What is known of P pairs; float32 but for what is said.
+    """What is known of P pairs; float32 unless said otherwise.
 
     Attributes:
       fresh: readings under the parameters being trained: "logps" [P, 2] log pi(y|x), summed over tokens, nats;
@@ -93,7 +93,12 @@ def single_verdicts(verdicts_PG22: np.ndarray) -> np.ndarray:
 
 
 def log_ratio(logps: Array, reference_logps: Array, lengths: Array, *, per_token: bool) -> Array:
-    """Returns log pi(y|x) - log pi_ref(y|x) in nats (or nats per token); 0 for an empty answer. Shapes alike, float32."""
+    """Returns log pi(y|x) - log pi_ref(y|x) in nats (or nats per token); 0 for an empty answer.
+
+    Args:
+      logps, reference_logps: float32, nats.
+      lengths: tokens, of the same shape.
+    """
     difference = logps - reference_logps
     return difference / jnp.maximum(lengths, 1) if per_token else difference
 
@@ -162,7 +167,7 @@ def _implicit(evidence: Evidence, config: Config) -> Array:
 
 
 def _entropy(evidence: Evidence, config: Config) -> Array:
-    """The less uncertain the policy is at the answer's tokens, the better the answer."""
+    """Computes the entropy reward's logit: the surer the policy is at an answer's tokens, the better the answer."""
     entropy_P2 = evidence.fresh["entropy"]
     return config.rewards.entropy_scale * (entropy_P2[:, 1] - entropy_P2[:, 0])[:, None]
 
@@ -210,11 +215,12 @@ def fit_length_penalty(rewards: np.ndarray, lengths: np.ndarray) -> float:
     """Finds the alpha for which the answers that r - alpha |y| prefers are, on average, no longer than the others.
 
     Source: DICE, arXiv 2406.09760, section 4.1. The mean length gap of the preferred answers falls stepwise as alpha
-    grows; it changes only where a pair's preference flips, at alpha = (r1 - r2) / (|y1| - |y2|). The gaps between
-    these points are searched exhaustively.
+    grows; it changes only where a pair's preference flips, at alpha = (r1 - r2) / (|y1| - |y2|). The gaps between these
+    points are searched exhaustively.
 
     Args:
-      rewards: [P, 2] implicit rewards; lengths: [P, 2] tokens.
+      rewards: [P, 2] implicit rewards.
+      lengths: [P, 2] tokens.
 
     Returns:
       The alpha >= 0 with the smallest absolute mean gap, the smallest such; 0.0 without pairs of different lengths.

@@ -30,7 +30,11 @@ class Rule(NamedTuple):
 
 
 def agreed(logits_PR: Array, confidence: float = 0.0) -> Array:
-    """Says where all p_r are on the same side of 1/2, each further than `confidence` from it. [P] bool."""
+    """Checks where all p_r are on the same side of 1/2, each further than `confidence` from it.
+
+    Returns:
+      [P] bool.
+    """
     p = jax.nn.sigmoid(logits_PR)
     # The side is the logit's sign: a small logit's probability rounds to 1/2.
     far = jnp.abs(p - 0.5) > confidence if confidence > 0 else True

@@ -21,8 +21,12 @@ LINEARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions. `kind`: "default"; "linear" (all frequencies divided by `factor`); "llama3" (low frequencies
-    divided by `factor`, high ones kept, those between interpolated; Llama 3.1)."""
+    """Rotary positions.
+
+    Attributes:
+      kind: "default"; "linear" (all frequencies divided by `factor`); "llama3" (low frequencies divided by `factor`,
+        high ones kept, those between interpolated; Llama 3.1).
+    """
 
     theta: float = 10000.0
     kind: str = "default"
@@ -32,9 +36,9 @@ class Rope:
     original_positions: int = 8192
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position of each pair of dimensions, [head_dim / 2] float32.
+        """Computes the radians per position of each pair of dimensions, [head_dim / 2] float32.
 
-        On the host: an accelerator's float32 power is too coarse for positions in the thousands.
+        It runs on the host: an accelerator's float32 power is too coarse for positions in the thousands.
         """
         half = head_dim // 2
         frequencies = self.theta ** (-np.arange(half) / half)
@@ -93,7 +97,7 @@ class Architecture:
         return tuple(dict.fromkeys(self.layers))
 
     def linear_axes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Sizes of the output and of the input axes of each of LINEARS."""
+        """Returns the sizes of the output and of the input axes of each of LINEARS."""
         width, inner = (self.hidden_size,), (self.intermediate_size,)
         queries, keys = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         return {
@@ -107,7 +111,7 @@ class Architecture:
         }
 
     def parameter_count(self) -> int:
-        """The number of weights, a tied head counted once."""
+        """Counts the weights, a tied head once."""
         d, f, v = self.hidden_size, self.intermediate_size, self.vocab_size
         queries, keys = self.head_dim * self.num_heads, self.head_dim * self.num_kv_heads
         layer = 2 * d * (queries + keys) + 3 * d * f + (4 if self.post_norms else 2) * d

@@ -27,25 +27,25 @@ def attention(
     layout: Layout | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """Causal attention over right-padded rows, or one decoding step against a cache.
+    """Computes causal attention over right-padded rows, or one decoding step against a cache.
 
-    Without `positions_B`, S = T and query t sees the keys s <= t. Padding is at the right end of a
-    row, where no valid query looks, so that no padding mask is needed; the outputs at padded
-    positions are finite and meaningless.
+    Without `positions_B`, S = T and query t sees the keys s <= t. Padding is at the right end of a row, where no valid
+    query looks, so that no padding mask is needed; the outputs at padded positions are finite and meaningless.
 
-    With `positions_B`, T = 1 and the query of row b stands at positions_B[b] of a cache of S places,
-    of which it sees the places up to and including its own. XLA computes that, whatever is asked for.
+    With `positions_B`, T = 1 and the query of row b stands at positions_B[b] of a cache of S places, of which it sees
+    the places up to and including its own. XLA computes that, whatever is asked for.
 
     Args:
-      q_BTHd: queries, H a multiple of K; k_BSKd, v_BSKd: keys and values, of the same dtype.
+      q_BTHd: queries, H a multiple of K.
+      k_BSKd, v_BSKd: keys and values, of the queries' dtype.
       positions_B: int32, or None.
       segments_BT: int32, or None. A query sees only keys with its own number; not in cuDNN, nor with `positions_B`.
       window: with a sliding window, a query sees only its own place and the window - 1 before it.
       scale: of the scores; d ** -0.5 by default.
       cap: scores become cap * tanh(scores / cap); not in cuDNN.
       implementation: "xla", which holds all scores; "cudnn" (GPU, bfloat16 or float16); "splash" (TPU, bfloat16 or
-        float32; on a CPU its operations are interpreted, to check it); or "auto": on a GPU cuDNN where it computes
-        what is asked for, on a TPU splash for rows of at least 256 tokens, else XLA.
+        float32; on a CPU its operations are interpreted, to check it); or "auto": on a GPU cuDNN where it computes what
+        is asked for, on a TPU splash for rows of at least 256 tokens, else XLA.
       layout: of the arrays on a mesh.
       backend: "cpu", "gpu" or "tpu", what the program is compiled for; by default that of the layout's devices, and
         JAX's own without a layout.
@@ -117,7 +117,7 @@ def attention(
 
 
 def backend_of(layout: Layout | None) -> str:
-    """What programs are compiled for: "cpu", "gpu" or "tpu".
+    """Returns what programs are compiled for: "cpu", "gpu" or "tpu".
 
     That is the layout's devices, which may be those of another machine than this one.
     """
@@ -126,13 +126,19 @@ def backend_of(layout: Layout | None) -> str:
 
 
 def refusal(implementation: str, backend: str, dtype, cap: float | None) -> str | None:
-    """Why a backend cannot compute attention with this implementation, as half a sentence; None where it can.
+    """Says why a backend cannot compute attention with this implementation.
 
     Args:
-      implementation: one of IMPLEMENTATIONS; others raise a ValueError.
+      implementation: one of IMPLEMENTATIONS.
       backend: as `backend_of` says.
       dtype: of queries, keys and values.
       cap: of the scores.
+
+    Returns:
+      Half a sentence, or None where the backend can.
+
+    Raises:
+      ValueError: the implementation is unknown.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}.")
@@ -181,7 +187,7 @@ def chosen(
 def _xla(
     q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, visible: jax.Array, scale: float, cap: float | None
 ) -> jax.Array:
-    """Attention as two batched matrix products; `visible` broadcasts to [B, K, G, T, S], G = H / K.
+    """Computes attention as two batched matrix products; `visible` broadcasts to [B, K, G, T, S], G = H / K.
 
     The queries of a group are stacked as rows of one product with their shared key head. XLA compiles that (and its
     gradient) to plain batched products, several times faster on a CPU than the five-axis einsum.
@@ -195,7 +201,7 @@ def _xla(
     scores = scores.reshape(batch, kv_heads, group, tokens, places) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    # Finite, so that a row that sees nothing (none does) would not become NaN.
+    # The masked value is finite, so that a row that sees nothing (none does) would not become NaN.
     weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
     weights = weights.astype(v_BSKd.dtype).reshape(batch, kv_heads, group * tokens, places)
     mixed = jnp.matmul(weights, v_BSKd.transpose(0, 2, 1, 3))

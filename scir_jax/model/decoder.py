@@ -41,36 +41,36 @@ class Model:
     lora: Lora | None = None
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters: normal with standard deviation 0.02, norms and adapters that change nothing."""
+        """Makes fresh float32 parameters: normal with standard deviation 0.02; norms and adapters change nothing."""
         return nnx.to_pure_dict(nnx.state(self._decoder(key), nnx.Param))
 
     def abstract(self) -> Params:
-        """The parameters' shapes and dtypes, as jax.ShapeDtypeStruct; nothing is allocated."""
+        """Returns the parameters' shapes and dtypes, as jax.ShapeDtypeStruct; nothing is allocated."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def logical_axes(self) -> Params:
-        """Like the parameters, with a tuple of axis names for every array (None: never sharded)."""
+        """Returns a tuple of axis names for every array (None: never sharded), in the structure of the parameters."""
         return layers.axes_of(nnx.state(nnx.eval_shape(lambda: self._decoder(jax.random.key(0))), nnx.Param))
 
     def head(self, params: Params) -> jax.Array:
-        """The output head [V, D] in the parameters' dtype: the embedding where they are tied."""
+        """Returns the output head [V, D] in the parameters' dtype: the embedding where they are tied."""
         return params["embed" if self.arch.tie_embeddings else "head"]
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits [..., V], float32, of hidden states [..., D]: for one position a row, never for whole rows."""
+        """Computes float32 logits [..., V] of hidden states [..., D]: at one position per row, never at all of them."""
         logits = jnp.einsum(
             "...d,vd->...v", hidden, self.head(params).astype(hidden.dtype), preferred_element_type=jnp.float32
         )
         return soft_cap(logits, self.arch.final_cap)
 
     def hidden(self, params: Params, ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Final-normed hidden states [B, T, D] (compute dtype) of right-padded rows of token ids.
+        """Computes final-normed hidden states [B, T, D] (compute dtype) of right-padded rows of token ids.
 
-        A position depends on the ids up to and including its own, so that the padding may hold any
-        valid id. Ids outside 0..V-1 are clamped, not reported: check them where they are read.
+        A position depends on the ids up to and including its own, so that the padding may hold any valid id. Ids
+        outside 0..V-1 are clamped, not reported: check them where they are read.
 
         Args:
-          key: of the adapters' dropout; None drops nothing.
+          key: key of the adapters' dropout; None drops nothing.
         """
 
         return self.hidden_of(params, (ids_BT,), key)[0]
@@ -78,9 +78,10 @@ class Model:
     def hidden_of(
         self, params: Params, groups: Sequence[jax.Array], key: jax.Array | None = None
     ) -> tuple[jax.Array, ...]:
-        """`hidden` of several groups of rows, each of its own length, in one pass over the layers.
+        """Computes `hidden` of several groups of rows, each of its own length, in one pass over the layers.
 
-        The layers' weights are gathered once for all of them, and there is one gradient, not one a group to be added.
+        The layers' weights are gathered once for all groups. There is one gradient of them, and not one per group to be
+        added.
         """
         rows = self._groups([ids_BT.shape for ids_BT in groups])
 
@@ -96,10 +97,10 @@ class Model:
         return tuple(map(self._constrain, rows.unpack(self._final_norm(params, x_PND))))
 
     def prefill(self, params: Params, ids_BP: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, P, D] of right-padded prompts, and a cache with S = cache_length places.
+        """Computes hidden states [B, P, D] of right-padded prompts, and a cache with S = cache_length places.
 
-        The places of a prompt's padding hold keys that no query may see. `decode` keeps to that by
-        starting at the prompt's length: it overwrites each place before it first looks at it.
+        The places of a prompt's padding hold keys that no query may see. `decode` keeps to that by starting at the
+        prompt's length: it overwrites each place before it first looks at it.
 
         Raises:
           ValueError: if the prompts do not fit into the cache.
@@ -122,10 +123,10 @@ class Model:
         return self._final_norm(params, x_BPD), self._lay_out(cache)
 
     def decode(self, params: Params, ids_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, D] of one token a row at positions_B (int32), and the updated cache.
+        """Computes hidden states [B, D] of one token per row at positions_B (int32), and the updated cache.
 
-        The token's key and value are written at its position. A position at or past the end of the
-        cache is not written, and its hidden state is then not that of the full row.
+        The token's key and value are written at its position. A position at or past the end of the cache is not
+        written, and its hidden state is then not that of the full row.
         """
 
         def step(carry, layer):
@@ -155,7 +156,7 @@ class Model:
         return self._constrain(x_BTD)
 
     def _kinds(self) -> jax.Array:
-        """Each layer's place among the different kinds of layers, [L] int32."""
+        """Returns each layer's place among the different kinds of layers, [L] int32."""
         kinds = self.arch.kinds
         return jnp.asarray([kinds.index(layer) for layer in self.arch.layers], jnp.int32)
 
@@ -179,7 +180,7 @@ class Model:
         return self._lay(x_PND, "batch", "place", None)
 
     def _split_width(self, x_B1D: jax.Array) -> jax.Array:
-        """One token a row, split like the weights: a few activations travel at each step, and no weights."""
+        """Splits one token per row like the weights: a few activations travel at each step, and no weights."""
         return self._lay(x_B1D, "replica", None, "embed")
 
     def _lay_out(self, cache: Cache) -> Cache:
@@ -220,13 +221,13 @@ def define(
     layout: Layout | None = None,
     lora: Lora | None = None,
 ) -> Model:
-    """The model of an architecture.
+    """Makes the model of an architecture, without its parameters.
 
     Args:
       compute_dtype: "float32", "bfloat16" or "float16": of activations and of the weights in use.
       attention: "auto", "xla", "cudnn" or "splash", see scir_jax.model.attention.
-      remat: what the backward pass computes again: "none", "full" (all but the blocks' inputs), or
-        "dots" (all but the blocks' inputs and the outputs of matrix products with weights).
+      remat: what the backward pass computes again: "none", "full" (all but the blocks' inputs), or "dots" (all but the
+        blocks' inputs and the outputs of matrix products with weights).
       layout: of activations and caches on a mesh, whose devices the model is compiled for.
       lora: adapters beside the model's own parameters.
 

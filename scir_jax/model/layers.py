@@ -1,7 +1,7 @@
 """The decoder's Flax NNX modules, whose features an Architecture switches.
 
-Shapes: B batch, T tokens, N token places of several groups of rows, S places in the cache, D width, H heads, K key/value
-heads, d head dimension, F feed-forward width, r rank of an adapter.
+Shapes: B batch, T tokens, N token places of several groups of rows, S places in the cache, D width, H heads, K
+key/value heads, d head dimension, F feed-forward width, r rank of an adapter.
 
 A weight has its output axes before its input axes, as in a Hugging Face checkpoint, so that import and export only
 reshape. Every parameter names its axes for scir_jax.model.sharding.
@@ -41,11 +41,18 @@ class Cache(NamedTuple):
 
 
 def normal(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
+    """Makes a parameter of normally distributed float32 numbers.
+
+    Args:
+      sizes: name of each axis -> its size.
+    """
     value = _INIT_SCALE * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
     return nnx.Param(value, axes=tuple(sizes))
 
 
 class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32, with a scale that is shifted by `offset`."""
+
     def __init__(self, width: int, eps: float, offset: float = 0.0):
         self.eps = eps
         self.offset = offset
@@ -61,7 +68,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """W x, plus a bias, plus an adapter's scale B A x, where there are some. `out` and `inputs` are axes and sizes."""
+    """W x, plus a bias and an adapter's scale B A x where there are some. `out` and `inputs` are axes and sizes."""
 
     def __init__(
         self,
@@ -100,13 +107,13 @@ class Linear(nnx.Module):
 
 
 def _contract(x: jax.Array, weight: jax.Array, axes: int) -> jax.Array:
-    """Sums over as many last axes of both."""
+    """Sums over as many last axes of both as `axes` says."""
     last = tuple(range(-axes, 0))
     return jnp.tensordot(x, weight, (last, last))
 
 
 def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotary positions: dimension i of the first half turns with dimension i of the second half."""
+    """Turns queries or keys by their positions: dimension i of the first half with dimension i of the second half."""
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, d/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
@@ -114,6 +121,8 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with its four projections."""
+
     def __init__(self, arch: Architecture, implementation: str, layout: Layout | None, linear, rngs: nnx.Rngs):
         self.arch = arch
         self.implementation = implementation
@@ -132,7 +141,7 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, kind: jax.Array, kept: Sequence[Kept | None]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, d], keys and values [B, T, K, d], rotated."""
+        """Computes queries [B, T, H, d], keys and values [B, T, K, d]; queries and keys are rotated."""
         q, k, v = self.q(x_BTD, kept[0]), self.k(x_BTD, kept[1]), self.v(x_BTD, kept[2])
         if self.arch.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -143,7 +152,10 @@ class Attention(nnx.Module):
     def mix(
         self, q: jax.Array, k: jax.Array, v: jax.Array, kind: jax.Array, positions_B: jax.Array | None = None
     ) -> jax.Array:
-        """[B, T, H, d]; of the different layers one is chosen at run time, so that all are one scanned program."""
+        """Mixes the values that each query sees, [B, T, H, d].
+
+        One of the different kinds of layers is chosen at run time, so that all are one scanned program.
+        """
         places = k.shape[1]
         windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
         attend = functools.partial(
@@ -160,6 +172,8 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    """Gated feed-forward layer."""
+
     def __init__(self, arch: Architecture, linear):
         width, inner = {"embed": arch.hidden_size}, {"mlp": arch.intermediate_size}
         self.activation = arch.activation
@@ -216,7 +230,7 @@ class Block(nnx.Module):
     def decode(
         self, x_B1D: jax.Array, positions_B: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """A block at one position a row, whose key and value go into the cache of all layers."""
+        """Computes a block at one position per row, whose key and value go into the cache of all layers."""
         kept = [None] * 7
         q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, kept)
         rows_B = jnp.arange(positions_B.shape[0])
@@ -242,33 +256,36 @@ class Groups:
 
     Attributes:
       shapes: (B, T) of each group.
-      parts: P, in which the rows of every group are split over devices.
+      parts: P, the parts into which the rows of every group are split over devices.
     """
 
     shapes: tuple[tuple[int, int], ...]
     parts: int = 1
 
     def pack(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        """[B, T, ...] of every group to [P, N, ...]."""
+        """Packs [B, T, ...] of every group into [P, N, ...]."""
         flat = [x.reshape(self.parts, -1, *x.shape[2:]) for x in arrays]
         return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
 
     def unpack(self, x: jax.Array) -> list[jax.Array]:
-        """[P, N, ...] to [B, T, ...] of every group."""
+        """Unpacks [P, N, ...] into [B, T, ...] of every group."""
         sizes = [rows * tokens // self.parts for rows, tokens in self.shapes]
         ends = np.cumsum(sizes)
         parts = [x[:, end - size : end] for end, size in zip(ends, sizes, strict=True)]
         return [part.reshape(*shape, *x.shape[2:]) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def kept(self, key: jax.Array, share: float, inputs: tuple[int, ...]) -> jax.Array:
-        """Packed booleans [P, N, *inputs], true with probability `share`; drawn by row, so that P changes none."""
+        """Draws packed booleans [P, N, *inputs], true with probability `share`.
+
+        They are drawn by row, so that P does not change them.
+        """
         keys = jax.random.split(key, len(self.shapes))
         return self.pack(
             [jax.random.bernoulli(k, share, (*shape, *inputs)) for k, shape in zip(keys, self.shapes, strict=True)]
         )
 
     def positions(self) -> jax.Array:
-        """Of every token place in its row, [1, N] int32."""
+        """Returns the position of every token place in its row, [1, N] int32."""
         return jnp.concatenate([jnp.tile(jnp.arange(tokens), rows // self.parts) for rows, tokens in self.shapes])[None]
 
 
@@ -297,7 +314,7 @@ class Decoder(nnx.Module):
 
 
 def axes_of(state: Any) -> Any:
-    """The axis names of a state's parameters, as nested plain dictionaries; those of blocks lead with "layers"."""
+    """Returns the axis names of a state's parameters, as nested dictionaries; those of blocks lead with "layers"."""
     flat = nnx.to_flat_state(state)
     named = [
         (path, (("layers",) if path[0] == "layers" else ()) + tuple(param.get_metadata()["axes"]))

@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens, the vocabulary taken a chunk at a time, and the verdict read-out.
+"""Log-probabilities of tokens, computed over one chunk of the vocabulary at a time, and the verdict read-out.
 
-With N hidden states and V tokens the logits are an [N, V] array, by far the largest of a training
-step. Here they exist a chunk of C columns at a time: forward, a running maximum and sum give the
-log-sum-exp; backward, each chunk is computed again from the saved log-sum-exp.
+With N hidden states and V tokens the logits are an [N, V] array, by far the largest of a training step. Here they exist
+for one chunk of C columns at a time: forward, a running maximum and sum give the log-sum-exp; backward, each chunk is
+computed again from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ def token_logprobs(
     cap: float | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
+    """Computes log softmax(hidden @ head.T)[target], without the logits of the whole vocabulary.
 
-    Products are made in the dtype of `hidden` and summed in float32, in which everything else is
-    computed too. Differentiable in `hidden` and `head_VD`, in reverse mode, once.
+    Products are made in the dtype of `hidden` and summed in float32, in which everything else is computed too.
+    Differentiable in `hidden` and `head_VD`, in reverse mode, once.
 
     Args:
       hidden: [..., D], the decoder's final hidden states.
       head_VD: [V, D], any float dtype; its gradient is accumulated in float32.
-      targets: integers [...] in 0..V-1. For a target outside, the result is -inf: mask it out with
-        `jnp.where` before it is summed.
-      chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits a device,
-        at least 128.
+      targets: integers [...] in 0..V-1. For a target outside, the result is -inf: mask it out with `jnp.where` before
+        it is summed.
+      chunk: vocabulary columns at a time. By default as many as make 64 MiB of float32 logits per device, at least 128.
       cap: logits become cap * tanh(logits / cap) (Gemma 2).
-      layout: of a mesh over whose devices the hidden states are dealt out; the head comes to them a chunk at a time,
+      layout: of a mesh over whose devices the hidden states are dealt out; the head comes to them one chunk at a time,
         and neither it nor its gradient is ever whole on a device.
 
     Returns:
@@ -95,7 +94,11 @@ def log_normalizer(
     cap: float | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """log sum_v exp(hidden @ head[v]) for hidden [..., D] and head [V, D]: float32 [...]."""
+    """Computes log sum_v exp(hidden @ head[v]) for hidden [..., D] and head [V, D]: float32 [...].
+
+    Args:
+      chunk, cap, layout: as in `token_logprobs`.
+    """
     hidden = jnp.asarray(hidden)
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     chunk = chunk_size(hidden_ND.shape[0], head_VD.shape[0], chunk, layout)
@@ -107,7 +110,7 @@ def log_normalizer(
 def verdict_logits(
     hidden_BD: jax.Array, head_VD: jax.Array, verdict_ids: jax.Array, *, cap: float | None = None
 ) -> jax.Array:
-    """The logits [B, 2] (float32) of the two verdict tokens: two rows of the head, no others."""
+    """Computes the logits [B, 2] (float32) of the two verdict tokens: two rows of the head, no others."""
     rows_2D = head_VD[jnp.asarray(verdict_ids)].astype(hidden_BD.dtype)
     return soft_cap(jnp.einsum("bd,vd->bv", hidden_BD, rows_2D, preferred_element_type=jnp.float32), cap)
 
@@ -120,9 +123,9 @@ def verdict_mass(
     cap: float | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
+    """Computes P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
 
-    A measure, not an objective: no gradient passes through it.
+    It is a measure, not an objective: no gradient passes through it.
     """
     hidden_BD, head_VD = jax.lax.stop_gradient((hidden_BD, head_VD))
     both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids, cap=cap), axis=-1)
@@ -130,12 +133,16 @@ def verdict_mass(
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(logits / cap); None caps nothing."""
+    """Computes cap * tanh(logits / cap); None caps nothing."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def chunk_size(rows: int, vocab: int, chunk: int | None = None, layout: Layout | None = None) -> int:
-    """Vocabulary columns at a time: `chunk`, or by default what `token_logprobs` says, at most all."""
+    """Returns how many vocabulary columns to take at a time: `chunk`, or the default of `token_logprobs`, at most all.
+
+    Raises:
+      ValueError: `chunk` is below 1.
+    """
     if chunk is None:
         rows = rows if layout is None else layout.shard_size("token", rows)
         chunk = _CHUNK_BYTES // (4 * max(rows, 1)) // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
@@ -158,14 +165,14 @@ def _chunk_logits(
     head_VD: jax.Array,
     targets_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One chunk: its first row, head rows [C, D], logits [N, C] and where the target is [N, C].
+    """Computes one chunk: its first row, head rows [C, D], logits [N, C] and where the target is [N, C].
 
-    The last chunk starts early enough to be whole, instead of a padded copy of the head. The
-    columns that it shares with the chunk before count there: here their logits are -inf.
+    The last chunk starts early enough to be whole, instead of a padded copy of the head. The columns that it shares
+    with the chunk before count there: here their logits are -inf.
     """
     start = jnp.minimum(index * chunk, head_VD.shape[0] - chunk)
     rows_CD = jax.lax.dynamic_slice_in_dim(head_VD, start, chunk).astype(hidden_ND.dtype)
-    # Sliced and rounded where it lies, then gathered.
+    # The rows are sliced and rounded where they lie, then gathered.
     rows_CD = _constrain(layout, _constrain(layout, rows_CD, None, "table"), None, None)
     logits_NC = jnp.einsum("nd,cd->nc", hidden_ND, rows_CD, preferred_element_type=jnp.float32)
     logits_NC = soft_cap(logits_NC, cap)
@@ -189,7 +196,7 @@ def _pick_and_normalize(
     head_VD: jax.Array,
     targets_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The target's logit (-inf without one) and the log-sum-exp of all logits: float32 [N] each."""
+    """Computes the target's logit (-inf without one) and the log-sum-exp of all logits: float32 [N] each."""
     hidden_ND = _constrain(layout, hidden_ND, "token", None)
 
     def step(index, carry):
@@ -226,7 +233,11 @@ def _backward(chunk, cap, layout, saved, cotangents):
 
 
 def _accumulate(chunk, cap, layout, hidden_ND, head_VD, targets_N, gradient):
-    """The gradients of hidden states and head, of `gradient`: (logits [N, C], is target [N, C]) -> dlogits [N, C]."""
+    """Computes the gradients of hidden states and head.
+
+    Args:
+      gradient: (logits [N, C], is target [N, C]) -> gradient of the logits [N, C].
+    """
     hidden_ND = _constrain(layout, hidden_ND, "token", None)
 
     def step(index, carry):
@@ -240,7 +251,7 @@ def _accumulate(chunk, cap, layout, hidden_ND, head_VD, targets_N, gradient):
         dhidden_ND += jnp.einsum("nc,cd->nd", dlogits_NC, rows_CD, preferred_element_type=jnp.float32)
         drows_CD = jnp.einsum("nc,nd->cd", dlogits_NC, hidden_ND, preferred_element_type=jnp.float32)
         drows_CD = _constrain(layout, drows_CD, None, "table")
-        # Added, for the last chunk overlaps the one before it; in the overlap drows is zero.
+        # The rows are added, since the last chunk overlaps the one before it; in the overlap drows is zero.
         drows_CD += jax.lax.dynamic_slice_in_dim(dhead_VD, start, chunk)
         dhead_VD = jax.lax.dynamic_update_slice_in_dim(dhead_VD, drows_CD, start, axis=0)
         return _constrain(layout, dhidden_ND, "token", None), _constrain(layout, dhead_VD, None, "table")
@@ -261,7 +272,7 @@ _pick_and_normalize.defvjp(_forward, _backward)
 def _entropy(
     chunk: int, cap: float | None, layout: Layout | None, hidden_ND: jax.Array, head_VD: jax.Array
 ) -> jax.Array:
-    """H = log sum_v exp(z_v) - sum_v p_v z_v of the logits z: float32 [N]."""
+    """Computes H = log sum_v exp(z_v) - sum_v p_v z_v of the logits z: float32 [N]."""
     return _entropy_forward(chunk, cap, layout, hidden_ND, head_VD)[0]
 
 

@@ -62,7 +62,7 @@ class Lora:
 
 
 def split(params: Params, lora: Lora | None) -> tuple[Params, Params]:
-    """(trained, frozen) nested dictionaries, which `join` puts together again."""
+    """Splits parameters into (trained, frozen) nested dictionaries, which `join` puts together again."""
     if lora is None:
         return params, {}
     trained: Params = {}
@@ -79,7 +79,7 @@ def split(params: Params, lora: Lora | None) -> tuple[Params, Params]:
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The parameters of which `split` made these two."""
+    """Puts the parameters together of which `split` made these two."""
     joined = dict(frozen)
     for name, value in trained.items():
         joined[name] = join(value, frozen[name]) if isinstance(value, dict) and name in frozen else value
@@ -87,9 +87,14 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def merge(weight: np.ndarray, a: np.ndarray, b: np.ndarray, lora: Lora) -> np.ndarray:
-    """The weight [*out, *inputs] of a layer that computes without adapters what it does with them: W + scale B A.
+    """Adds a layer's adapters to its weight: W + scale B A, which computes without adapters what W does with them.
 
-    Summed in float32 and given in W's dtype. The adapters are a [r, *inputs] and b [*out, r].
+    The sum is made in float32 and given in W's dtype.
+
+    Args:
+      weight: [*out, *inputs].
+      a: [r, *inputs].
+      b: [*out, r].
     """
     a, b = (np.asarray(x, np.float32) for x in (a, b))
     delta = b.reshape(-1, lora.rank) @ a.reshape(lora.rank, -1)

@@ -24,8 +24,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    # The width of the embedding and of the head. Their vocabulary is not split: log-probabilities take it a chunk at a
-    # time, and a split one would be gathered whole.
+    # The width of the embedding and of the head. Their vocabulary is not split: log-probabilities take it one chunk
+    # at a time, and a split one would be gathered whole.
     "table": ("tensor", "fsdp"),
 }
 
@@ -39,7 +39,10 @@ class Layout:
     mesh: Mesh
 
     def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-        """The mesh axes of each axis of an array; an axis that they do not divide is left whole by the last of them."""
+        """Returns the mesh axes of each axis of an array.
+
+        Where they do not divide an axis, the last of them leaves it whole.
+        """
         result: list[Any] = []
         for name, size in zip(axes, shape, strict=True):
             names = RULES.get(name, ())
@@ -49,27 +52,29 @@ class Layout:
         return PartitionSpec(*result)
 
     def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """Returns the sharding of an array with these axes."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """`x`, laid out like this inside a compiled program."""
+        """Returns `x` laid out by its axes inside a compiled program."""
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def parts(self, *names: str) -> int:
-        """How many parts these mesh axes make."""
+        """Counts the parts that these mesh axes make."""
         return math.prod(self.mesh.shape[name] for name in names)
 
     def shard_size(self, axis: str, size: int) -> int:
-        """What a device has of an axis."""
+        """Returns how much of an axis of this size a device has."""
         return self.sharding((axis,), (size,)).shard_shape((size,))[0]
 
     def look_up(self, table_VD: jax.Array, ids_BT: jax.Array, dtype: str) -> jax.Array:
-        """Rows of a table whose width is split ("table"), ids outside clamped: [B, T, D], rows split ("batch").
+        """Takes rows of a table whose width is split ("table"): [B, T, D], rows split ("batch").
 
-        Every device looks its part of the width up for the rows of all, and an all-to-all gives each its own rows whole.
-        Neither the table nor its gradient is ever whole on a device, as they would be if the compiler chose.
+        Ids outside the table are clamped. Every device looks its part of the width up for the rows of all, and an
+        all-to-all gives each its own rows whole. Neither the table nor its gradient is ever whole on a device, as they
+        would be if the compiler chose.
         """
         ids_spec, table_spec = self.spec(("batch", None), ids_BT.shape), self.spec((None, "table"), table_VD.shape)
         rows, width = ids_spec[0] or (), table_spec[1] or ()

@@ -21,7 +21,7 @@ FUSED_BLOCKS = 4
 
 
 def blocks(tokens: int) -> tuple[int, int]:
-    """The padded length of a row, and the size of its blocks, which divides it.
+    """Returns the padded length of a row, and the size of its blocks, which divides it.
 
     A row of up to 512 tokens is one block, a multiple of the kernel's 128 lanes. Longer ones have blocks of 512, 384 or
     256 queries by as many keys, whichever pads least, the largest of those: the scores of 512 x 512 in float32, several
@@ -49,7 +49,7 @@ def splash(
     layout: Layout | None,
     interpret: bool,
 ) -> jax.Array:
-    """Causal attention, as scir_jax.model.attention describes it.
+    """Computes causal attention, as scir_jax.model.attention describes it.
 
     Args:
       layout: each device computes its own rows and heads; None for a single device.
@@ -58,7 +58,7 @@ def splash(
     Returns:
       [B, T, H, d] in the queries' dtype.
     """
-    # The kernel has no scale. Queries in bfloat16 are rounded once more by it, unless it is a power of two.
+    # The kernel has no scale. Scaling rounds queries in bfloat16 once more, unless the scale is a power of two.
     q_BTHd = (q_BTHd.astype(jnp.float32) * scale).astype(q_BTHd.dtype)
     attend = functools.partial(_attend, window=window, cap=cap, interpret=interpret)
     if layout is None or layout.mesh.size == 1:
@@ -92,7 +92,7 @@ def _attend(
     kernel = _kernel(heads, length, block, window, cap, interpret)
 
     def heads_first(x_BTHd: jax.Array) -> jax.Array:
-        # At the right end, where no query of the row looks.
+        # The padding is at the right end, where no query of the row looks.
         return jnp.pad(x_BTHd, ((0, 0), (0, length - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
 
     segments = None
@@ -106,14 +106,14 @@ def _attend(
 
 @functools.cache
 def _kernel(heads: int, length: int, block: int, window: int | None, cap: float | None, interpret: bool):
-    """The kernel as a function of q [H, T, d], k, v [K, T, d] and segments; its scores' mask depends on no input."""
+    """Makes the kernel as a function of q [H, T, d], k, v [K, T, d] and segments; its mask depends on no input."""
     # Imported late: Pallas takes a second that runs without it need not spend.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     shape = (length, length)
     mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), offset=0)
-    # One backward kernel instead of two computes the scores once, five matrix products a block and not seven, but writes
-    # the gradient of the queries once for every block of keys, in their dtype.
+    # One backward kernel instead of two computes the scores once, with five matrix products per block and not seven.
+    # But it writes the gradient of the queries once for every block of keys, in their dtype.
     fused = length <= FUSED_BLOCKS * block
     sizes = library.BlockSizes(
         block_q=block,

@@ -23,10 +23,13 @@ KEYS = {
 
 
 class Largest(NamedTuple):
-    """Of one key: the configured batch, the largest that fits (0: none), and what it was compared with.
+    """The largest batch that fits, of one key.
 
-    `total` is what the largest one needs, bytes per device; `next` the smallest batch that was seen not to fit, 0 where
-    the search ended at MOST.
+    Attributes:
+      configured: the configured batch.
+      largest: the largest that fits; 0: none.
+      total: what the largest one needs, bytes per device.
+      next: the smallest batch that was seen not to fit; 0 where the search ended at MOST.
     """
 
     key: str
@@ -37,7 +40,7 @@ class Largest(NamedTuple):
 
 
 def largest(config: Config, target: Machine) -> Iterator[Largest]:
-    """One after the other, each key alone, all else as configured."""
+    """Finds the largest batch of one key after the other, all else as configured."""
     for key, kinds in KEYS.items():
         section, field = key.split(".")
         configured = getattr(getattr(config, section), field)
@@ -54,14 +57,14 @@ def largest(config: Config, target: Machine) -> Iterator[Largest]:
 
 
 def units(config: Config, target: Machine, key: str) -> int:
-    """What a batch must be a multiple of."""
+    """Returns what a batch must be a multiple of."""
     mesh = machine.make_mesh(config.mesh, target.devices)
     micro = config.training.accumulate if key.startswith("optimise.") else 1
     return mesh.shape["data"] * mesh.shape["fsdp"] * micro
 
 
 def _search(need: Callable[[int], list[Stage]], configured: int, unit: int) -> tuple[int, int, int]:
-    """(largest batch that fits, its bytes, smallest that does not), in multiples of `unit`.
+    """Finds (largest batch that fits, its bytes, smallest that does not), in multiples of `unit`.
 
     Memory grows along a line, which two compilations give: each further one tries where it ends.
     """

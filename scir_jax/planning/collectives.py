@@ -45,8 +45,11 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Bytes that one device must receive at the least: (n - 1) / n of the whole in groups of n, for an all-reduce
-        twice as much (a reduce-scatter and an all-gather)."""
+        """Bytes that one device must receive at the least.
+
+        They are (n - 1) / n of the whole in groups of n, for an all-reduce twice as much (a reduce-scatter and an
+        all-gather).
+        """
         share = 1 - 1 / self.devices if self.devices else 1.0
         return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
 
@@ -56,7 +59,7 @@ _Counts = dict[_Key, tuple[int, int, bool]]  # (kind, devices) -> (bytes, count,
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """The collectives of `compiled.as_text()` on one device, the most bytes first.
+    """Counts the collectives of `compiled.as_text()` on one device, the most bytes first.
 
     Loops count as often as they run (at most, where a condition may end them earlier), of a conditional's branches the
     one with the most bytes. An asynchronous collective counts once, whatever parts the compiler made of it. All-reduces
@@ -98,10 +101,13 @@ def _of(module: Module, computation: Computation, known: Mapping[int, int]) -> _
 
 
 def _fusion(module: Module, fusion: Instruction, channels: set[str]) -> _Counts:
-    """The collectives inside a fusion. `channels`: those of fusions before it, which is added to.
+    """Counts the collectives inside a fusion.
 
     The TPU compiler spreads a collective over several fusions (start, computation beside it, end), each of which shows
     it, on the same channel.
+
+    Args:
+      channels: those of the fusions before it, to which this one's are added.
     """
     total: _Counts = {}
     computation = module.computations[fusion.called["calls"]]

@@ -52,6 +52,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """Instructions by name, and the name of the one whose value the computation returns."""
+
     name: str
     instructions: Mapping[str, Instruction]
     root: str
@@ -59,12 +61,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """The computations of a program by name, and the name of the one that it starts with."""
+
     computations: Mapping[str, Computation]
     entry: str
 
 
 def parse(text: str) -> Module:
-    """The computations of `compiled.as_text()`. ValueError where the text holds none."""
+    """Reads the computations of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text holds none.
+    """
     computations: dict[str, Computation] = {}
     entry = ""
     name, root, found = "", "", {}
@@ -85,7 +93,7 @@ def parse(text: str) -> Module:
 
 
 def type_bytes(text: str) -> int:
-    """Bytes of a type; of a tuple, of all its parts."""
+    """Counts the bytes of a type; of a tuple, of all its parts."""
     bits = 0
     for kind, sizes in _ARRAY.findall(text):
         count = 1
@@ -97,7 +105,7 @@ def type_bytes(text: str) -> int:
 
 
 def tuple_types(text: str) -> list[str]:
-    """The types of a tuple's parts, or the type itself where it is none."""
+    """Returns the types of a tuple's parts, or the type itself where it is none."""
     if not text.startswith("("):
         return [text]
     parts, depth, start = [], 0, 1
@@ -110,11 +118,14 @@ def tuple_types(text: str) -> list[str]:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction, known: Known) -> int | None:
-    """How often a while loop's body runs: at most, where the loop may also end earlier. None where that is not found.
+    """Finds how often a while loop's body runs: at most, where the loop may also end earlier.
 
     Args:
       computation: what the loop is in.
       known: integers that are known of the computation's parameter, by their place in its tuple.
+
+    Returns:
+      The number, or None where it is not found.
     """
     if noted := _TRIP_COUNT.search(loop.attributes):
         return int(noted[1])
@@ -125,7 +136,11 @@ def trip_count(module: Module, computation: Computation, loop: Instruction, know
 
 
 def loop_constants(module: Module, computation: Computation, loop: Instruction, known: Known) -> dict[int, int]:
-    """The known integers of a loop's tuple that its body does not change; arguments as those of `trip_count`."""
+    """Returns the known integers of a loop's tuple that its body does not change, by their place.
+
+    Args:
+      computation, known: as in `trip_count`.
+    """
     start = _tuple_values(module, computation, loop.operands[0], known)
     changes = _body_changes(module, loop)
     return {place: value for place, value in start.items() if changes.get(place) == 0}
@@ -155,7 +170,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """The place of the parenthesis that closes one opened before the text."""
+    """Finds the place of the parenthesis that closes one opened before the text."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -190,7 +205,7 @@ class _Scope(NamedTuple):
 
 
 def _sum(scope: _Scope, name: str) -> _Sum | None:
-    """What an integer is, as far as that can be read off; else None."""
+    """Reads off what an integer is, as far as possible; else None."""
     instruction = scope.computation.instructions.get(name)
     if instruction is None or not _INTEGER.match(instruction.type):
         return None
@@ -231,7 +246,7 @@ def _element(scope: _Scope, name: str, place: int) -> _Sum | None:
 
 
 def _tuple_values(module: Module, computation: Computation, name: str, known: Known) -> dict[int, int]:
-    """The known integers of a tuple, by their place."""
+    """Returns the known integers of a tuple, by their place."""
     scope = _Scope(module, computation)
     places = range(len(tuple_types(computation.instructions[name].type)))
     sums = {place: _element(scope, name, place) for place in places}
@@ -240,7 +255,7 @@ def _tuple_values(module: Module, computation: Computation, name: str, known: Kn
 
 
 def _body_changes(module: Module, loop: Instruction) -> dict[int, int]:
-    """The constants that a loop's body adds to elements of its tuple, by their place; 0 for those it leaves alone."""
+    """Returns the constants that a loop's body adds to elements of its tuple, by place; 0 for those it leaves alone."""
     body = module.computations[loop.called["body"]]
     root = body.instructions[body.root]
     if root.opcode != "tuple":
@@ -251,7 +266,7 @@ def _body_changes(module: Module, loop: Instruction) -> dict[int, int]:
 
 
 def _runs(scope: _Scope, name: str, start: Known, steps: Known) -> int | None:
-    """The most runs that a condition allows; of several that must all hold, the fewest."""
+    """Finds the most runs that a condition allows; of several that must all hold, the fewest."""
     instruction = scope.computation.instructions[name]
     if instruction.opcode in _SAME:
         return _runs(scope, instruction.operands[0], start, steps)
@@ -270,7 +285,7 @@ def _runs(scope: _Scope, name: str, start: Known, steps: Known) -> int | None:
     if direction not in ("LT", "LE") or left is None or right is None or left.place not in steps:
         return None
     first, limit = left.value(start), right.value(start)
-    # A limit that moves is none.
+    # A limit that changes is not one.
     if first is None or limit is None or right.place in steps:
         return None
     distance = limit - first + (direction == "LE")

@@ -17,17 +17,18 @@ from scir_jax.run.models import roles
 from scir_jax.planning.stages import Stage
 
 PROMPTS = 1000
-"""an iteration, where neither the configuration nor a file says how many"""
+"""prompts per iteration, where neither the configuration nor a file says how many"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one stage of an iteration.
+    """What one stage of an iteration costs.
 
     Attributes:
+      stage: the stage of the iteration.
       kind: the stage of the program that is called.
       program: its name.
-      calls: how often.
+      calls: how often it is called.
       least: seconds at the least, all calls.
     """
 
@@ -39,7 +40,7 @@ class Cost:
 
 
 def prompts_of(config: Config, given: int | None) -> tuple[int, str]:
-    """Prompts of an iteration, and who says so."""
+    """Returns the prompts of an iteration, and who says so."""
     if given:
         return given, "--prompts"
     if config.sample.prompts:
@@ -52,10 +53,13 @@ def prompts_of(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
-    """Counts (stage, stage of the program, calls) of an iteration; evaluation depends on the held-out files.
+    """Counts the calls of an iteration; evaluation depends on the held-out files and is not counted.
 
     Args:
       prompts: of the iteration.
+
+    Returns:
+      (stage, stage of the program, calls) in order.
     """
     responses, way = config.sample.responses, PAIRING[config.pairs.kind]
     pairs = prompts * way.count(responses, config)
@@ -75,7 +79,7 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
 
 
 def costs(config: Config, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int) -> list[Cost]:
-    """The cost of every stage of an iteration whose program fits."""
+    """Returns the cost of every stage of an iteration whose program fits."""
     sampler = sample_name(config.sample.responses)
     fitting = {stage.kind: stage for stage in stages if stage.fits and (stage.kind != "sample" or stage.name == sampler)}
     return [

@@ -27,7 +27,7 @@ class Machine:
     Attributes:
       chip: None where its figures are not known: nothing is said about time then.
       limit: bytes that a program may use on a device.
-      hosts: None where nobody says.
+      hosts: None where their number is not known.
     """
 
     name: str
@@ -42,7 +42,11 @@ class Machine:
 
 
 def describe(name: str | None) -> Machine:
-    """Describes the slice of a name, or what is here. InputError where there is no such slice, or no compiler for it."""
+    """Describes the slice of a name, or what is here.
+
+    Raises:
+      InputError: there is no such slice, or no compiler for it.
+    """
     if name is not None:
         found = topology(name)
         return Machine(found.name, found.devices, found.chip, found.chip.usable, found.hosts)
@@ -52,7 +56,11 @@ def describe(name: str | None) -> Machine:
 
 
 def plan(config: Config, machine: Machine) -> Programs:
-    """Makes the configuration's programs for the machine. InputError where they cannot be made."""
+    """Makes the configuration's programs for the machine.
+
+    Raises:
+      InputError: they cannot be made.
+    """
     config = resolve(config)
     if config.world.directory and not Path(config.model.path, "config.json").is_file():
         raise InputError(

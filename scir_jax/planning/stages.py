@@ -48,7 +48,10 @@ class Stage:
         return self.reason is None and self.memory.total <= self.limit
 
     def least(self, chip: Chip, devices: int) -> dict[str, float]:
-        """Seconds of one call at the least, by what bounds it: every FLOP at the peak, every byte at full bandwidth."""
+        """Computes the seconds of one call at the least, by what bounds it.
+
+        That is every FLOP at the peak, and every byte at full bandwidth.
+        """
         return {
             "arithmetic": self.flops.hardware / devices / chip.flops,
             "memory": self.streamed / chip.bandwidth,
@@ -98,7 +101,7 @@ def _stage(run: Programs, program: Program, limit: int, hopeless: bool) -> Stage
 
 
 def _short(error: str) -> str:
-    """The compiler's refusal in a few words."""
+    """Writes the compiler's refusal in a few words."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", error)
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of", error)
     return f"the compiler finds no way: {found[1]} {found[2]}iB" if found else "the compiler finds no way"

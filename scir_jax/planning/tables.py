@@ -20,7 +20,7 @@ from scir_jax.planning.stages import Stage
 
 
 def show_machine(run: Programs, machine: Machine) -> None:
-    """The model, the machine and the lengths of rows."""
+    """Shows the model, the machine and the lengths of rows."""
     chip, config, lengths = machine.chip, run.config, run.facts.lengths
     how = f"{run.model.lora}" if run.model.lora else "full fine-tuning"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
@@ -77,7 +77,7 @@ def show_stages(run: Programs, found: Sequence[Stage], machine: Machine) -> None
 
 
 def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
-    """FLOPs and communication of a call, and the least time that it takes."""
+    """Shows FLOPs and communication of a call, and the least time that it takes."""
     devices = len(machine.devices)
     found = [stage for stage in found if stage.reason is None]
     kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives))
@@ -105,7 +105,12 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
 
 
 def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, prompts: int | None, share: float) -> None:
-    """Chip-hours of an iteration, with what is assumed."""
+    """Shows the chip-hours of an iteration, with what is assumed.
+
+    Args:
+      prompts: of the iteration; None: as the configuration says.
+      share: of the least time's speed.
+    """
     number, source = iteration.prompts_of(config, prompts)
     costs = iteration.costs(config, found, machine.chip, len(machine.devices), number)
     table = _table(
@@ -129,7 +134,7 @@ def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, pro
 
 
 def show_largest(config: Config, found: Iterable[Largest], machine: Machine) -> None:
-    """The largest batches that fit."""
+    """Shows the largest batches that fit."""
     table = _table(
         "largest batches that fit, each alone", "key", "configured", "largest", "GiB per device", "does not fit"
     )
@@ -140,7 +145,7 @@ def show_largest(config: Config, found: Iterable[Largest], machine: Machine) -> 
 
 
 def verdict(run: Programs, found: Sequence[Stage], searched: bool) -> int:
-    """The last line, and the command's exit code: 0 where everything fits, else 1."""
+    """Prints the last line, and returns the command's exit code: 0 where everything fits, else 1."""
     missing = [stage for stage in found if not stage.fits and stage.reason != stages.SKIPPED]
     if missing:
         worst = max(missing, key=lambda stage: stage.memory.total)

@@ -34,10 +34,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "tpu7x": ((1, 1, 1), *_CUBES, (16, 16, 24), (16, 16, 36)),
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7": "tpu7x", "v7x": "tpu7x", "trillium": "v6e", "ironwood": "tpu7x"}
-# A slice's other name counts TensorCores: two a chip in these generations.
+# A slice's other name counts TensorCores: two per chip in these generations.
 _CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}
-# What libtpu would otherwise look for on a TPU machine and complain of on any other, and its log files. The lock is
-# one for hardware, which nothing here touches.
+# Without these libtpu would look for a TPU machine, complain on any other, and write log files. Its lock is one for
+# hardware, which nothing here touches.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -53,7 +53,7 @@ class Topology:
 
     Attributes:
       name: generation and shape, "v5e:4x4".
-      devices: to compile for, not to run on; chip.devices of them a chip.
+      devices: to compile for, not to run on; each chip has chip.devices of them.
       hosts: machines.
     """
 
@@ -68,8 +68,10 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The slice of a name: generation and shape in chips ("v5e:4x4", "v5p:2x2x4"), or as slices are called when they
-    are created ("v5litepod-16", "v6e-8", "v5p-32", whose number counts TensorCores where a chip has two).
+    """Finds the slice of a name.
+
+    A name is a generation and a shape in chips ("v5e:4x4", "v5p:2x2x4"), or what slices are called when they are
+    created ("v5litepod-16", "v6e-8", "v5p-32", whose number counts TensorCores where a chip has two).
 
     Loads libtpu, whose noise on stderr it avoids. JAX's backends are not initialised and no device is touched; to
     compile for the slice JAX needs some backend all the same, for which a CPU will do (JAX_PLATFORMS=cpu).
@@ -87,7 +89,7 @@ def topology(name: str) -> Topology:
     host = _host(shape)
     options: dict[str, Any] = {"chips_per_host_bounds": [*host, *[1] * (3 - len(host))]}
     if generation == "v4":
-        # As on the machines: the two cores of a chip are one device.
+        # As on the real machines, the two cores of a chip are one device.
         options["chip_config_name"] = "megacore"
     try:
         with _environment():
@@ -98,7 +100,11 @@ def topology(name: str) -> Topology:
 
 
 def parse(name: str) -> tuple[str, Shape]:
-    """Generation and shape in chips of a slice's name; see `topology`. InputError where there is none."""
+    """Reads the generation and the shape in chips from a slice's name; see `topology`.
+
+    Raises:
+      InputError: there is no such slice.
+    """
     match = re.fullmatch(r"(\w+)[:-](\d+(?:x\d+)*)", name.strip().lower())
     generation = _ALIASES.get(match[1], match[1]) if match else ""
     if generation not in SHAPES:
@@ -120,7 +126,10 @@ def parse(name: str) -> tuple[str, Shape]:
 
 
 def _whole_cubes(generation: str, shape: Shape) -> bool:
-    """Larger slices of the three-dimensional generations are of any shape that cubes of 4 x 4 x 4 chips make."""
+    """Checks whether a slice is made of cubes, as larger ones of the three-dimensional generations are.
+
+    They may have any shape that cubes of 4 x 4 x 4 chips make.
+    """
     largest = math.prod(SHAPES[generation][-1])
     return (
         len(SHAPES[generation][-1]) == len(shape) == 3
@@ -140,7 +149,7 @@ def _listed(generation: str) -> str:
 
 
 def _host(shape: Shape) -> Shape:
-    """The chips of one machine: a flat slice of up to eight has one, all others machines of four."""
+    """Returns the chips of one machine: a flat slice of up to eight has one, all others machines of four."""
     if math.prod(shape) == 1 or shape == (2, 4):
         return shape
     return (2, 2)
@@ -153,7 +162,7 @@ def _installed() -> bool:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """libtpu's settings while it is loaded; those that are set already stay."""
+    """Sets libtpu's settings while it is loaded; those that are set already stay."""
     added = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     os.environ.update(added)
     try:

@@ -43,7 +43,7 @@ class RunFiles:
 
 
 def parse(text: str) -> dict | None:
-    """The mapping that a JSON text is, or None."""
+    """Reads the mapping that a JSON text is; None for another text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ def parse(text: str) -> dict | None:
 
 
 def read_lines(path: Path, notices: list[str]) -> Iterator[dict]:
-    """The mappings of a JSON-lines file; lines that are none (a write cut short) are counted in `notices`."""
+    """Yields the mappings of a JSON-lines file; lines that are none (a write cut short) are counted in `notices`."""
     if not path.is_file():
         return
     bad = 0
@@ -68,12 +68,12 @@ def read_lines(path: Path, notices: list[str]) -> Iterator[dict]:
 
 
 def read_text(path: Path) -> str | None:
-    """A text file's content, or None if it is not there."""
+    """Reads a text file's content; None if it is not there."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def read_mapping(path: Path, notices: list[str]) -> dict:
-    """The mapping in a JSON file; empty if the file is not there or cannot be read."""
+    """Reads the mapping in a JSON file; empty if the file is not there or cannot be read."""
     if (text := read_text(path)) is None:
         return {}
     if (value := parse(text)) is None:
@@ -82,7 +82,7 @@ def read_mapping(path: Path, notices: list[str]) -> dict:
 
 
 def read_iteration(directory: Path, notices: list[str]) -> IterationFiles:
-    """One iteration's files. Those of many pairs are streamed, and only the sampled texts are kept."""
+    """Reads one iteration's files; those of many pairs are streamed, and only the sampled texts are kept."""
     number = int(directory.name.removeprefix("iteration_"))
     wanted = ["evaluation.json"] + (["responses.jsonl", "pairs.jsonl", "decisions.jsonl"] if number else [])
     absent = [name for name in wanted if not (directory / name).is_file()]
@@ -110,7 +110,7 @@ def read_iteration(directory: Path, notices: list[str]) -> IterationFiles:
 
 
 def sample_pairs(known: list[int], decisions: dict[int, dict], source: random.Random) -> list[int]:
-    """Pairs to show: half of them agreed and half not where there are enough of both, then any others."""
+    """Chooses pairs to show: half of them agreed and half not where there are enough of both, then any others."""
     order = sorted(set(known))
     source.shuffle(order)
     agreed = [pair for pair in order if decisions.get(pair, {}).get("agreed") is True]
@@ -120,9 +120,10 @@ def sample_pairs(known: list[int], decisions: dict[int, dict], source: random.Ra
 
 
 def read_run(directory: Path) -> RunFiles:
-    """Everything the page shows of a run directory.
+    """Reads everything that the page shows of a run directory.
 
-    Raises InputError if there is neither a step nor an evaluation to show.
+    Raises:
+      InputError: there is neither a step nor an evaluation to show.
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory.")
@@ -155,10 +156,10 @@ def read_run(directory: Path) -> RunFiles:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value can be drawn: a number, not nan, nor near overflow (true and false count as 1 and 0)."""
+    """Checks whether a value can be drawn: a number, not nan, nor near overflow (true and false count as 1 and 0)."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def column(records: list[dict], name: str) -> np.ndarray:
-    """One column of the records as floats, nan where a value is absent or null."""
+    """Returns one column of the records as floats, nan where a value is absent or null."""
     return np.array([float(r[name]) if is_number(r.get(name)) else math.nan for r in records])

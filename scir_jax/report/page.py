@@ -83,7 +83,7 @@ class Plot:
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points: means of neighbours, so that no region of a long run is hidden by chance."""
+    """Makes at most MAX_POINTS points: means of neighbours, so that no region of a long run is hidden by chance."""
     keep = np.isfinite(y)
     x, y = x[keep], y[keep]
     if len(x) <= MAX_POINTS:
@@ -92,7 +92,7 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def show(value: object) -> str:
-    """A value as a table shows it."""
+    """Writes a value as a table shows it."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -105,7 +105,7 @@ def show(value: object) -> str:
 
 
 def show_label(value: object) -> str:
-    """A label as the response it prefers, with its weight where it is soft."""
+    """Writes a label as the response that it prefers, with its weight where it is soft."""
     if not is_number(value):
         return "–"
     side = "A" if value > 0.5 else "B" if value < 0.5 else "neither"
@@ -113,14 +113,14 @@ def show_label(value: object) -> str:
 
 
 def generative(decision: dict) -> float:
-    """p_generative of a decision, the mean of its templates; nan where there is none."""
+    """Returns p_generative of a decision, the mean of its templates; nan where there is none."""
     values = decision.get("p_generative")
     values = [v for v in (values if isinstance(values, list) else [values]) if is_number(v)]
     return sum(values) / len(values) if values else math.nan
 
 
 def panel(title: str, draw, size: tuple[float, float] = (3.9, 2.8)) -> Markup:
-    """One SVG drawn by `draw(axes)`, in the page's own text colour and font, with nothing outside it."""
+    """Makes one SVG drawn by `draw(axes)`, in the page's own text colour and font, with nothing outside it."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):  # the salt keeps ids of different panels apart
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -141,7 +141,13 @@ def panel(title: str, draw, size: tuple[float, float] = (3.9, 2.8)) -> Markup:
 
 
 def curves(title: str, x: np.ndarray, series: dict[str, np.ndarray], marks=(), level=None, models=()) -> Markup:
-    """A panel of curves over steps or, where `models` names them, over models."""
+    """Makes a panel of curves over steps or, where `models` names them, over models.
+
+    Args:
+      series: label -> values.
+      marks: places of vertical lines.
+      level: height of a dashed line.
+    """
 
     def draw(axes):
         for mark in marks:
@@ -163,7 +169,7 @@ def curves(title: str, x: np.ndarray, series: dict[str, np.ndarray], marks=(), l
 
 
 def curve_plots(run: RunFiles) -> list[Plot]:
-    """The figures of PANELS; columns without a value are named instead of drawn."""
+    """Makes the figures of PANELS; columns without a value are named instead of drawn."""
     records = {
         "models": run.rows,
         "steps": run.metrics,
@@ -188,7 +194,7 @@ def curve_plots(run: RunFiles) -> list[Plot]:
 
 
 def length_plot(iterations: list[IterationFiles]) -> Plot | None:
-    """Distribution of response lengths, one outline an iteration."""
+    """Makes the distribution of response lengths, one outline per iteration; None without responses."""
     sampled = [it for it in iterations if it.lengths]
     if not sampled:
         return None
@@ -207,14 +213,14 @@ def length_plot(iterations: list[IterationFiles]) -> Plot | None:
 
 
 def kind_of(decision: dict) -> str:
-    """How a decision is marked in a scatter."""
+    """Says how a decision is marked in a scatter."""
     if not decision.get("agreed"):
         return "not agreed"
     return "selected" if decision.get("selected") else "agreed, not selected"
 
 
 def scatter_plot(iteration: IterationFiles) -> Plot | None:
-    """p_generative against p_implicit, at the first and at the last decision about every pair."""
+    """Plots p_generative against p_implicit, at the first and at the last decision about every pair."""
     if not iteration.first:
         return None
     plot = Plot("Reward models by pair", f"Iteration {iteration.number}: the two reward models")
@@ -222,7 +228,7 @@ def scatter_plot(iteration: IterationFiles) -> Plot | None:
     random.Random(SEED).shuffle(order)
     rounds = {"first decisions": iteration.first, "last decisions": iteration.last}
     if iteration.first == iteration.last:
-        rounds = {"decisions (one a pair)": iteration.first}
+        rounds = {"decisions (one per pair)": iteration.first}
     looks = {
         "not agreed": dict(marker="x", color=COLOURS[1]),
         "agreed, not selected": dict(marker="o", edgecolors=COLOURS[0], facecolors="none"),
@@ -249,7 +255,7 @@ def scatter_plot(iteration: IterationFiles) -> Plot | None:
 
 
 def pair_rows(iteration: IterationFiles) -> list[dict]:
-    """The sampled pairs with their last decisions, as strings."""
+    """Returns the sampled pairs with their last decisions, as strings."""
     rows = []
     for pair in iteration.pairs:
         decision = iteration.last.get(pair["pair"], {})
@@ -263,7 +269,7 @@ def pair_rows(iteration: IterationFiles) -> list[dict]:
 
 
 def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Column names that have a value in some row, and the table's cells."""
+    """Returns the column names that have a value in some row, and the table's cells."""
     found = dict.fromkeys(KEYS) | {name: None for row in rows for name in row if name != "model"}
     names = [name for name in found if any(row.get(name) is not None for row in rows)]
     return names, [[show(row.get("model"))] + [show(row.get(name)) for name in names] for row in rows]
@@ -272,7 +278,8 @@ def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 def write_report(run_directory: Path) -> Path:
     """Writes `report.html` into the run directory and returns its path; an older one is replaced whole.
 
-    Raises InputError if the directory has neither metrics nor an evaluation.
+    Raises:
+      InputError: the directory has neither metrics nor an evaluation.
     """
     run_directory = Path(run_directory)
     run = read_run(run_directory)

@@ -71,7 +71,7 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     check_batches(make_mesh(config.mesh), sizes)
     encoder, inputs, programs, _ = hosts.together(lambda: prepare(config))
     standalone, continuation = encoder.judges
-    # Mostly the layout of the quickstart, and enough of the other that SFT can teach it.
+    # Most questions have the layout of the quickstart, and enough have the other one that SFT can teach it.
     judged = [(standalone, inputs.eft), (continuation, inputs.eft[: len(inputs.eft) // 4])]
     questions = [row for judge, pairs in judged for pair in pairs for row in encoder.verdict_rows(judge, pair)]
     seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
-    """A column.
+    """A column of the table.
 
     Attributes:
       key: in evaluation.json and summary.json.

@@ -40,12 +40,13 @@ class Bar:
         self._progress, self._task = progress, task
 
     def advance(self, note: str = "", by: int = 1) -> None:
+        """Moves the bar on, and shows a note beside it."""
         self._progress.update(self._task, advance=by, note=note)
 
 
 @contextlib.contextmanager
 def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar]:
-    """A progress bar while inside, and one line with the stage's time afterwards."""
+    """Shows a progress bar while inside, and one line with the stage's time afterwards."""
     started = time.monotonic()
     columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
     with Progress(
@@ -56,17 +57,18 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
 
 
 def show(table: Table) -> None:
-    """A table on stderr, 100 columns wide where nobody watches."""
+    """Prints a table on stderr, 100 columns wide where nobody watches."""
     console = stderr if stderr.is_terminal else Console(stderr=True, highlight=False, quiet=stderr.quiet, width=100)
     console.print(table)
 
 
 def say(message: str) -> None:
+    """Prints a line on stderr."""
     stderr.print(message, soft_wrap=True, markup=False)
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Returns a table with one row per model; columns that no row has are left out."""
+    """Makes a table with one row per model; columns that no row has are left out."""
     present = tuple(column for column in CONSOLE if any(row.get(column.key) is not None for row in rows))
     result = Table(title=title)
     for column in present:
@@ -77,6 +79,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    """Prints the table of models on stdout, 140 columns wide where nobody watches."""
     console = Console(highlight=False, quiet=stderr.quiet)
     if not console.is_terminal:
         console = Console(highlight=False, quiet=stderr.quiet, width=140)
@@ -84,7 +87,7 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def only_first_host_speaks() -> None:
-    """Bars, tables and notes of the other hosts would be the same; their errors are printed all the same."""
+    """Silences bars, tables and notes of the other hosts, which would be the same; their errors are still printed."""
     stderr.quiet = not hosts.first()
 
 

@@ -78,7 +78,7 @@ class RunDirectory:
             raise InputError(f"{self.path}: is a file, or below one; choose another run.directory") from None
         except PermissionError:
             raise InputError(f"{self.path}: may not be written; choose another run.directory") from None
-        # Held until the process ends, however it ends: the kernel frees it.
+        # The lock is held until the process ends, however it ends: the kernel frees it.
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -121,7 +121,11 @@ class RunDirectory:
             self._lock.release()
 
     def check_manifest(self, manifest: dict[str, Any]) -> None:
-        """Records what the run is made of; on resuming, refuses files that have changed."""
+        """Records what the run is made of; on resuming, refuses files that have changed.
+
+        Raises:
+          InputError: files have changed; they are named.
+        """
         path = self.path / "manifest.json"
         if not path.exists():
             write_json(path, manifest)
@@ -136,7 +140,7 @@ class RunDirectory:
             )
 
     def _is_ours(self, recorded: Path) -> bool:
-        """Whether a config.yaml is one that `open` wrote: it has every section with every key."""
+        """Checks whether a config.yaml is one that `open` wrote: it has every section with every key."""
         try:
             content = yaml.safe_load(recorded.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -149,7 +153,11 @@ class RunDirectory:
         )
 
     def _recorded(self, path: Path) -> dict[str, dict[str, Any]]:
-        """The recorded configuration. InputError where another version of this program wrote it."""
+        """Reads the recorded configuration.
+
+        Raises:
+          InputError: another version of this program wrote it, or it cannot be read.
+        """
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (ValueError, yaml.YAMLError):
@@ -192,7 +200,7 @@ def _write_config(path: Path, config: Config) -> None:
 
 
 def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True) -> dict[str, Any]:
-    """Versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates.
+    """Collects versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates.
 
     Args:
       weights: read the model's weights too; else their bytes are counted.
@@ -232,5 +240,6 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
 
 
 def sha256(path: Path) -> str:
+    """Computes the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

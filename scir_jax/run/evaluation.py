@@ -36,7 +36,11 @@ Grader = Callable[[str, str], dict[str, float]]
 
 
 def load_grader(name: str | None) -> Grader | None:
-    """Imports the function `module:function`. InputError where it cannot be imported."""
+    """Imports the function `module:function`; None without a name.
+
+    Raises:
+      InputError: it cannot be imported.
+    """
     if not name:
         return None
     module, _, function = name.partition(":")
@@ -232,14 +236,18 @@ def reward_logits(config: Config, evidence: Evidence) -> dict[str, np.ndarray]:
 
 
 def accuracy(logits: np.ndarray, right: np.ndarray) -> float | None:
-    """Returns the share of pairs on the right side; a logit of exactly 0 counts 1/2. None without pairs."""
+    """Returns the share of pairs on the right side; a logit of exactly 0 counts 1/2.
+
+    Returns:
+      The share, or None without pairs.
+    """
     if not len(logits):
         return None
     return float(np.mean(np.where(logits == 0, 0.5, (logits > 0) == right)))
 
 
 def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]:
-    """Measures the share of pairs selected during the iteration, and the accuracy of their labels against the grader."""
+    """Measures the share of pairs selected in the iteration, and the accuracy of their labels against the grader."""
     pairs = [row for _, row in read_rows(directory / "pairs.jsonl")]
     decisions = [row for _, row in read_rows(directory / "decisions.jsonl")]
     result = {
@@ -259,7 +267,7 @@ def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]
 
 
 def labelled_pairs(given: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
-    """Returns pairs and their labels [P]. The labelled-better answer is moved to either side in turn.
+    """Returns pairs and their labels [P]; the labelled-better answer is moved to either side in turn.
 
     Files of chosen and rejected name the better answer first; a reward model must not profit from that.
     """
@@ -268,7 +276,7 @@ def labelled_pairs(given: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
 
 
 def clean(values: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what is absent; JSON has no NaN."""
+    """Leaves out values that are None or NaN, which JSON does not have."""
     return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
 
 

@@ -29,7 +29,7 @@ def export_model(config: Config, programs: Programs, run: RunDirectory, number: 
     with contextlib.ExitStack() as stack:
         tensors = params
         if programs.model.lora is not None:
-            # Merged into the weights as they are stored, not as they were rounded for the computation.
+            # Adapters are merged into the weights as they are stored, not as they were rounded for the computation.
             base = stack.enter_context(weights.stored_tensors(source))
             tensors = adapters.merged(base, params, programs.model.lora, wanted=writer)
         dtype = weights.dtype_of(source)
@@ -38,9 +38,12 @@ def export_model(config: Config, programs: Programs, run: RunDirectory, number: 
 
 
 def export_adapter(config: Config, programs: Programs, run: RunDirectory, number: int, output: Path) -> None:
-    """Writes M_number's adapters as a PEFT directory. InputError if the run has no such model or no adapters.
+    """Writes M_number's adapters as a PEFT directory.
 
     All processes of a run must call this; the first one writes.
+
+    Raises:
+      InputError: if the run has no such model or no adapters.
     """
     if programs.model.lora is None:
         raise InputError(f"{run.path}: a run without adapters (lora.rank is 0); export the model instead")

@@ -21,7 +21,7 @@ SHOW_PROGRESS = 20_000
 
 
 class Conversations(NamedTuple):
-    """The rows of data.ift, and of each conversation its tokens and its answers' tokens before the cut."""
+    """The rows of data.ift, and the numbers of tokens of each conversation and of its answers before the cut."""
 
     rows: list[Marked]
     tokens: list[int]
@@ -29,7 +29,9 @@ class Conversations(NamedTuple):
 
 
 class Inputs:
-    """Prompts, conversations and pairs of the configuration's files. InputError where one cannot be used.
+    """Prompts, conversations and pairs of the configuration's files, each read when it is first asked for.
+
+    Reading one that cannot be used raises InputError.
 
     Attributes:
       tallies: key of the configuration -> what became of the file's rows, for the files that were read so far.
@@ -113,7 +115,14 @@ class Inputs:
         return self.tallies[key]
 
     def encode_pairs(self, key: str, comparisons: Sequence[records.Comparison], *, ties: bool = True) -> list[Pair]:
-        """Encodes the pairs of a file that `tally(key, path)` counts."""
+        """Encodes the pairs of a file that `tally(key, path)` counts.
+
+        Args:
+          ties: keep pairs of which neither answer is better.
+
+        Raises:
+          InputError: the file has bad rows that its tally does not allow, or no pair is left.
+        """
         tally = self.tallies[key]
         pairs = []
         for comparison in _watched(key, comparisons):

@@ -97,7 +97,7 @@ def run_stages(stages: Iterable[Stage], directory: RunDirectory, stopper: consol
     """Runs every stage that is not done, and keeps its time (of the last try) in seconds.json of its iteration."""
     for stage in stages:
         if hosts.decide(stage.done):
-            # Left where a process was killed between saving the model and removing the checkpoints that led to it.
+            # A process that was killed between saving the model and removing its checkpoints left these.
             if stage.name in ("sft", "optimise") and hosts.first():
                 shutil.rmtree(directory.stage_checkpoints(stage.iteration), ignore_errors=True)
             continue
@@ -124,7 +124,11 @@ def rows(directory: RunDirectory, iterations: int) -> list[dict]:
 
 
 def copy_model(source: ModelStore, number: int, store: ModelStore, programs: Programs) -> None:
-    """Copies M_number of another run. InputError where that has none."""
+    """Copies M_number of another run.
+
+    Raises:
+      InputError: that run has none.
+    """
     if not hosts.decide(lambda: source.exists(number)):
         raise InputError(f"run.start_from {source.directory.parent}: holds no model M{number}")
     store.save(number, source.load(number, programs.abstract_trained))

@@ -34,21 +34,23 @@ class Metrics:
         self._open_events(self._offset + completed + 1)
 
     def write(self, stage: str, iteration: int, stage_step: int, values: dict[str, float]) -> None:
-        """One training step; a value that is not finite is written as null."""
+        """Writes one training step; a value that is not finite is written as null."""
         step = self._offset + stage_step
         clean = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
         self._file.write({"step": step, "stage": stage, "iteration": iteration, "stage_step": stage_step, **clean})
         self._emit(clean, step)
 
     def evaluation(self, values: dict[str, Any]) -> None:
-        """An evaluation's numbers into the event files, at the last step written."""
+        """Writes an evaluation's numbers into the event files, at the last step written."""
         numbers = {f"eval_{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         self._emit(numbers, max((row["step"] for row in self._file.rows()), default=0))
 
     def sync(self) -> None:
+        """Brings everything written so far to the disk before it returns."""
         self._file.sync()
 
     def close(self) -> None:
+        """Closes the files, and ends the run of Weights & Biases."""
         self._file.close()
         if self._events is not None:
             self._events.close()
@@ -75,24 +77,29 @@ class Metrics:
 
 
 class NoMetrics(Metrics):
-    """Of the hosts that leave writing to the first one."""
+    """Writes nothing: for the hosts that leave writing to the first one."""
 
     def __init__(self) -> None:
         pass
 
     def start_stage(self, stage: str, iteration: int, completed: int) -> None:
+        """Does nothing."""
         pass
 
     def write(self, stage: str, iteration: int, stage_step: int, values: dict[str, float]) -> None:
+        """Does nothing."""
         pass
 
     def evaluation(self, values: dict[str, Any]) -> None:
+        """Does nothing."""
         pass
 
     def sync(self) -> None:
+        """Does nothing."""
         pass
 
     def close(self) -> None:
+        """Does nothing."""
         pass
 
 

@@ -25,11 +25,14 @@ class Parameters:
         self._programs = programs
 
     def of_directory(self, directory: Path, *, adapter: Path | None = None, inference: bool = False) -> Any:
-        """Reads all parameters of a Hugging Face directory. InputError if its shape is not this model's.
+        """Reads all parameters of a Hugging Face directory.
 
         Args:
           adapter: PEFT directory of the adapters; without one they are new and change nothing.
           inference: in the computation's dtype throughout, instead of float32 where trained.
+
+        Raises:
+          InputError: its shape is not this model's.
         """
         programs = self._programs
         abstract = programs.abstract_inference if inference else programs.abstract_trained
@@ -57,7 +60,7 @@ class Parameters:
         return Path(self._config.lora.adapter) if self._config.lora.adapter else None
 
     def _stored(self, directory: Path, abstract: Any) -> Any:
-        """The parameters of a Hugging Face directory, without adapters; those that are trained as in `abstract`."""
+        """Reads the parameters of a Hugging Face directory, without adapters; trained ones as in `abstract`."""
         arch = families.read(weights.hf_config(directory), str(directory / "config.json"))
         if arch != self._programs.arch:
             raise InputError(f"{directory}: another architecture than {self._config.model.path}")
@@ -65,7 +68,7 @@ class Parameters:
         return params
 
     def _adapters(self, directory: Path | None, abstract: Any) -> Any:
-        """The adapters of a PEFT directory, or fresh ones."""
+        """Reads the adapters of a PEFT directory, or makes fresh ones."""
         model = self._programs.model
         if model.lora is None:
             return {}
@@ -130,7 +133,11 @@ def roles(config: Config, iteration: int) -> dict[str, int]:
 
 
 def adapters_of(config: LoraConfig) -> lora.Lora | None:
-    """Returns the adapters that the configuration asks for. InputError where it contradicts the PEFT directory."""
+    """Returns the adapters that the configuration asks for, or None.
+
+    Raises:
+      InputError: lora.rank is negative, or contradicts the PEFT directory.
+    """
     if not config.adapter:
         if config.rank < 0:
             raise InputError(f"lora.rank must not be negative, not {config.rank}")

@@ -99,7 +99,7 @@ def _check_length(prompt: Prompt | None, lengths: Lengths, where: str) -> None:
 
 
 def given_pairs(inputs: Inputs, shares: int, iteration: int) -> Source:
-    """Returns the iteration's even share of the pairs in data.pairs, in the file's order, round again where it ends.
+    """Returns the iteration's even share of the pairs in data.pairs, in the file's order; after the end it starts anew.
 
     Args:
       shares: into how many parts the pairs are divided.
@@ -252,7 +252,7 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
 
 
 def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: int) -> Scores:
-    """What a way of choosing pairs looks at."""
+    """Collects what a way of choosing pairs looks at."""
     numbers = roles(config, iteration)
     wins = scored.frozen.get("generative")
     return Scores(

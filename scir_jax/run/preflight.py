@@ -29,6 +29,9 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
 
     Returns:
       The content of data.json.
+
+    Raises:
+      InputError: there is nothing to train on, or something cannot be used.
     """
     if config.run.iterations and not inputs.prompts and not inputs.given_pairs:
         raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
@@ -100,7 +103,7 @@ def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]
 
 
 def _fits(needs: list[tuple[str, Memory]], limit: int, config: Config, programs: Programs) -> None:
-    """InputError about the largest program where it is larger than the limit."""
+    """Raises InputError about the largest program where it is larger than the limit."""
     name, need = max(needs, key=lambda item: item[1].total, default=("", Memory()))
     if need.total > limit:
         kinds = {kind: value for kind, value in dataclasses.asdict(need).items() if value}
@@ -112,7 +115,7 @@ def _fits(needs: list[tuple[str, Memory]], limit: int, config: Config, programs:
 
 
 def advice(config: Config, programs: Programs, need: Memory) -> str:
-    """What would make a program smaller, without what is set already."""
+    """Says what would make a program smaller, without what is set already."""
     training = bool(need.optimiser)
     ways = []
     if config.model.dtype == "float32":

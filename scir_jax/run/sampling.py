@@ -119,7 +119,7 @@ def sample_file(
 
 
 def parts(path: Path) -> list[Path]:
-    """What hosts wrote of a file that is not whole yet, the first host's part first."""
+    """Lists what hosts wrote of a file that is not whole yet, the first host's part first."""
     first = _part(path, 0)
     others = sorted(path.parent.glob(f"{glob.escape(first.name)}-[0-9]*"))
     return [first, *others] if first.exists() else others
@@ -130,11 +130,15 @@ def _part(path: Path, host: int) -> Path:
 
 
 def _gather_parts(path: Path, place: dict[int, int], size: int, responses: int) -> int:
-    """Puts what hosts wrote, perhaps others than now, into the first one's part, in order; how many whole batches."""
+    """Puts what hosts wrote, perhaps others than now, into the first one's part, in order.
+
+    Returns:
+      The number of whole batches.
+    """
     first = AppendOnly(_part(path, 0))
     parts_found = parts(path)
     found = [row for part in parts_found for row in AppendOnly(part).rows() if row["prompt_number"] in place]
-    # Ended between writing the first part and removing the others, both have the same rows.
+    # A process that ended between writing the first part and removing the others left the same rows in both.
     by_place = {(place[row["prompt_number"]], row["sample"]): row for row in found}
     rows = [by_place[key] for key in sorted(by_place)]
     done = 0
@@ -151,7 +155,7 @@ def _gather_parts(path: Path, place: dict[int, int], size: int, responses: int) 
 
 
 def iteration_prompts(config: Config, prompts: Sequence[Prompt], shares: int, iteration: int) -> list[Numbered]:
-    """Returns the prompts of an iteration: consecutive parts of one seeded permutation, round again where it ends.
+    """Returns the prompts of an iteration: consecutive parts of one seeded permutation; after its end it starts anew.
 
     Args:
       shares: into how many parts the prompts are divided where sample.prompts does not say how many there are.
@@ -176,8 +180,8 @@ def sample_iteration(
     """Writes responses.jsonl of an iteration.
 
     Args:
-      params: of M_t.
-      prompts: of the iteration.
+      params: parameters of M_t.
+      prompts: those of the iteration.
     """
     sample_file(
         encoder,

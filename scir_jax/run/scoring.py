@@ -64,7 +64,8 @@ def judge_pairs(
     """Reads verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32.
 
     Args:
-      key: of the adapters' dropout; None drops nothing.
+      advance: is called after each batch.
+      key: key of the adapters' dropout; None drops nothing.
 
     Raises:
       InputError: the model gives values that are not finite.
@@ -96,7 +97,7 @@ def single_verdicts(
     """Samples the judge's predictions with the adapters' dropout, [P, programs.judge_passes] logits, float32.
 
     Args:
-      key: of the dropout, another one in each pass.
+      key: key of the dropout, from which each pass has one of its own.
     """
     passes = [
         judge_pairs(encoder, programs, params, pairs, advance, jax.random.fold_in(key, number)).verdicts
@@ -177,7 +178,7 @@ def score_batches(programs: Programs, pairs: int, *, with_reference: bool) -> in
 
 
 def batches_of(items: int, size: int) -> int:
-    """Returns how many batches of `size` hold so many items."""
+    """Returns how many batches of `size` hold these items."""
     return -(-items // size)
 
 
@@ -187,6 +188,15 @@ def taken(items: Sequence, rows: np.ndarray) -> list:
 
 
 def check_finite(values: np.ndarray, what: str) -> None:
-    """Raises InputError where a model gives NaN or infinity: its weights are broken, and nothing made of it is of use."""
+    """Checks the values that a model gives; NaN or infinity mean that its weights are broken.
+
+    Nothing that is made of such values is of use.
+
+    Args:
+      what: names the values in the error.
+
+    Raises:
+      InputError: a value is not finite.
+    """
     if not np.isfinite(values).all():
         raise InputError(f"the model gives {what} that are not finite; its weights are broken")

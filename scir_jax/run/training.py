@@ -112,7 +112,11 @@ def run_optimise(
 
 
 def read_pairs(config: Config, path: Path) -> list[Pair]:
-    """Reads the pairs of an iteration. InputError where one lacks the external label that the method needs."""
+    """Reads the pairs of an iteration.
+
+    Raises:
+      InputError: a row is bad, or lacks the external label that the method needs.
+    """
     external = config.preference.labels == "external"
     # The labels of data.pairs are copied to the column "label"; else the user adds the column.
     names = config.data.columns.label if external and not config.data.pairs else ("label",)
@@ -199,7 +203,7 @@ def train_stage(
                 state, output = trainer.step(state, rest, batch, rates[step], key)
                 if waits:
                     jax.block_until_ready(output)
-                # Read one step late: an accelerator is never waited for.
+                # The output is read one step late, so that the host never waits for an accelerator.
                 writer.flush()
                 writer.hold(step + 1, output, started)
                 bar.advance(writer.note)

@@ -38,9 +38,10 @@ class Literal(str):
 
 
 def load_tokenizer(directory: Path):
-    """The tokenizer of a Hugging Face directory, without torch and without remote code.
+    """Loads the tokenizer of a Hugging Face directory, without torch and without remote code.
 
-    Raises InputError if the directory has none that loads.
+    Raises:
+      InputError: the directory has none that loads.
     """
     from transformers import AutoTokenizer
 
@@ -106,11 +107,15 @@ class Chat:
     # --- text -------------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> Ids:
-        """Ids of plain text in the midst of other text; no control token, whatever the text spells."""
+        """Returns the ids of plain text in the midst of other text; no control token, whatever the text spells.
+
+        Raises:
+          InputError: the tokenizer can only write a character as a control token.
+        """
         return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of response ids without their stop token; control tokens inside are spelled out."""
+        """Decodes response ids without their stop token; control tokens inside are spelled out."""
         ids = list(ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
@@ -119,7 +124,11 @@ class Chat:
     # --- conversations ----------------------------------------------------------------------------------------------
 
     def prompt(self, messages: Sequence[dict]) -> Ids:
-        """Ids of a conversation up to where the assistant's answer begins."""
+        """Returns the ids of a conversation up to where the assistant's answer begins.
+
+        Raises:
+          InputError: as `pieces` does.
+        """
         return self.flatten(self.pieces(messages, generation_prompt=True))
 
     def answer(self, text: str) -> Ids:
@@ -158,12 +167,13 @@ class Chat:
 
     @staticmethod
     def flatten(pieces: Sequence[Ids]) -> Ids:
+        """Joins pieces into one row of ids."""
         return tuple(i for piece in pieces for i in piece)
 
     def pieces(
         self, messages: Sequence[dict], *, generation_prompt: bool, suffix: Sequence[Literal | str] = ()
     ) -> list[Ids]:
-        """Ids of a conversation; contents given as ids are pieces of their own.
+        """Returns the ids of a conversation; contents given as ids are pieces of their own.
 
         All text between them is tokenised together, as the whole rendered text would be; control tokens come from the
         template alone.
@@ -212,7 +222,7 @@ class Chat:
 
     @cached_property
     def allows_system(self) -> bool:
-        """The template takes a system message, and shows it."""
+        """Whether the template takes a system message, and shows it."""
         return self._renders(("system", "user"))
 
     # --- rendering --------------------------------------------------------------------------------------------------
@@ -220,7 +230,7 @@ class Chat:
     def _rendered(
         self, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool
     ) -> tuple[Skeleton, Sequence[str]]:
-        """The template's own texts, and the contents as the template shows them."""
+        """Returns the template's own texts, and the contents as the template shows them."""
         skeleton = self._skeleton(tuple(roles), generation_prompt, contents)
         whole = self._render(roles, contents, generation_prompt)
         if _fill(skeleton, contents) == whole:
@@ -238,7 +248,7 @@ class Chat:
     def _shown(
         self, number: int, roles: Sequence[str], contents: Sequence[str], generation_prompt: bool, skeleton: Skeleton
     ) -> str | None:
-        """One content as the template shows it; None where the text around it is not as for any other content."""
+        """Returns one content as the template shows it; None where the text around it is not as for other contents."""
         content = contents[number]
         if number not in skeleton:
             return content
@@ -251,7 +261,7 @@ class Chat:
         return text[len(start) : len(text) - len(end)]
 
     def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool, contents: Sequence[str] = ()) -> Skeleton:
-        """A conversation rendered with a slot for each content.
+        """Renders a conversation with a slot for each content.
 
         A blank content (none by default) stays as it is: templates ask whether there is one, and trim what is around.
         """
@@ -304,7 +314,7 @@ class Chat:
     # --- the assistant's turn ---------------------------------------------------------------------------------------
 
     def _around_answer(self) -> tuple[str, str, list[int]]:
-        """Template text before an answer (`lead`), white space behind it, and the control tokens behind it.
+        """Finds the template's text before an answer (`lead`), white space behind it, and the control tokens behind it.
 
         Llama 2 and Mistral write "[/INST] answer </s>", but end the prompt at "[/INST]": the spaces are the model's to
         sample, so they belong to the answer.
@@ -334,7 +344,7 @@ class Chat:
         return lead, trail, [index for index, _ in control if index in self.control_ids]
 
     def _trimmed_answer(self, text: str) -> str:
-        """An answer as the template shows it in a conversation, but for its thinking."""
+        """Returns an answer as the template shows it in a conversation, but for its thinking."""
         if text == text.strip():
             return text
         roles, contents = ("user", "assistant"), (_SLOT.format(0), text)
@@ -376,5 +386,5 @@ def _fill(skeleton: Skeleton, contents: Sequence[str]) -> str:
 
 
 def _unused(texts: Sequence[str]) -> str:
-    """A private-use character that none of the texts holds."""
+    """Returns a private-use character that none of the texts holds."""
     return next(c for c in map(chr, range(0xE002, 0xF900)) if not any(c in text for text in texts))

@@ -47,9 +47,10 @@ class Template:
 
 
 def load_template(name: str) -> Template:
-    """A built-in template by name, or one from a YAML file.
+    """Reads a built-in template by name, or one from a YAML file.
 
-    Raises InputError for a file that is missing, has other keys, or lacks a field.
+    Raises:
+      InputError: the file is missing, has other keys, or lacks a field.
     """
     built_in = resources.files("scir_jax.text") / "templates" / f"{name}.yaml"
     path = built_in if built_in.is_file() else Path(name)
@@ -97,7 +98,7 @@ class Field(str):
 
 
 def split_fields(text: str) -> list[str]:
-    """A template's text as constant texts and `Field`s in turn, with {{name}} written out as {name}."""
+    """Splits a template's text into constant texts and `Field`s in turn, with {{name}} written out as {name}."""
     pieces: list[str] = [""]
     end = 0
     for match in _FIELD.finditer(text):
@@ -133,10 +134,11 @@ class Judge:
         return sum(len(part) for part in self.parts if not isinstance(part, str))
 
     def slots(self, name: str) -> int:
+        """Counts the slots of a name."""
         return sum(part == name for part in self.parts)
 
     def row(self, *, conversation: Ids, prompt: Ids, a: Ids, b: Ids, a_text: Ids, b_text: Ids) -> Ids:
-        """Ids up to and without the verdict.
+        """Returns the ids up to and without the verdict.
 
         Args:
           conversation: the prompt as sampled from, up to the assistant's header.
@@ -156,7 +158,8 @@ class Judge:
 def compile_judge(template: Template, chat: Chat) -> Judge:
     """Finds a template's constant ids and its verdict ids.
 
-    Raises InputError unless the two verdicts differ in exactly one token, the last.
+    Raises:
+      InputError: the two verdicts do not differ in exactly one token, the last.
     """
     names: list[str] = []
 

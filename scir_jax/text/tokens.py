@@ -74,9 +74,10 @@ class TextEncoder:
             self._contexts[Before.TEXT] = (*texts, control, "")
 
     def encode(self, text: str, before: Before = Before.TEXT) -> Ids:
-        """Ids of plain text; no control token, whatever the text spells.
+        """Returns the ids of plain text; no control token, whatever the text spells.
 
-        Raises InputError for a character that the tokenizer can only write as a control token.
+        Raises:
+          InputError: the tokenizer can only write a character as a control token.
         """
         return self._recent(text, before)
 
@@ -91,7 +92,7 @@ class TextEncoder:
         return tuple(result)
 
     def split(self, text: str) -> list[str]:
-        """A text, the added tokens that it spells as parts of their own (members of `added`)."""
+        """Splits a text so that the added tokens that it spells are parts of their own (members of `added`)."""
         parts: list[str] = []
         end = 0
         for start, token in self._found(text):
@@ -101,7 +102,7 @@ class TextEncoder:
         return [part for part in (*parts, text[end:]) if part]
 
     def spelled(self, text: str) -> Counter[str]:
-        """How often a text spells each added token."""
+        """Counts how often a text spells each added token."""
         return Counter(part for part in self.split(text) if part in self.added)
 
     @cached_property
@@ -111,12 +112,12 @@ class TextEncoder:
 
     @cached_property
     def _lengths(self) -> dict[str, list[int]]:
-        """Of the added tokens that begin with a character, the longest first."""
+        """The lengths of the added tokens that begin with a character, the longest first."""
         firsts = {text[0] for text in self.added}
         return {first: sorted({len(t) for t in self.added if t[0] == first}, reverse=True) for first in firsts}
 
     def _found(self, text: str) -> Iterator[tuple[int, str]]:
-        """Each place where the text spells an added token, overlapping ones too, with the longest one there.
+        """Finds each place where the text spells an added token, overlapping ones too, with the longest one there.
 
         Some tokenizers have thousands of added tokens: the text is not compared with each.
         """
@@ -139,7 +140,7 @@ class TextEncoder:
         return self._plain(text[:half], before) + self._plain(text[half:], Before.TEXT)
 
     def _character(self, character: str) -> Ids:
-        """Ids of a character that the tokenizer would turn into a control token: its bytes, or the unknown token."""
+        """Returns the ids of a character that would become a control token: its bytes, or the unknown token."""
         byte_fallback = [f"<0x{byte:02X}>" for byte in character.encode("utf-8", "surrogatepass")]
         byte_level = list(pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(character)[0][0])
         vocabulary = self.tokenizer.get_vocab()
@@ -192,7 +193,7 @@ class Writer:
         return self._before, self._strip
 
     def template(self, text: str) -> None:
-        """Text of a template's author; added tokens that it spells become their ids."""
+        """Adds text of a template's author; added tokens that it spells become their ids."""
         for part in self._encoder.split(text):
             if part not in self._encoder.added:
                 self.text(part)
@@ -204,7 +205,7 @@ class Writer:
             self._strip = token.rstrip
 
     def text(self, text: str) -> None:
-        """Text of users and models."""
+        """Adds text of users and models."""
         if self._strip:
             text = text.lstrip()
         if text:
@@ -212,11 +213,13 @@ class Writer:
             self._strip = False
 
     def ids(self, ids: Sequence[int]) -> None:
+        """Adds finished ids."""
         if ids:
             self._add(tuple(ids), Before.TEXT)
             self._strip = False
 
     def finish(self) -> list[Ids]:
+        """Returns the pieces."""
         self._flush()
         return self._pieces
 

@@ -19,10 +19,12 @@ MAX_DRAWS = 10_000
 
 
 def make_files(spec: WorldSpec) -> dict[str, list[dict]]:
-    """All data files: name to rows.
+    """Makes all data files: name -> rows.
 
-    Each file draws from its own child of the seed, so the length of one file does not
-    change the contents of another.
+    Each file draws from its own child of the seed, so the length of one file does not change the contents of another.
+
+    Raises:
+      InputError: the world of `spec` does not have such rows.
     """
     makers = {
         "base.jsonl": lambda rng: _documents(rng, spec, spec.base_documents, spec.base_modes, spec.base_marker),
@@ -46,17 +48,17 @@ def make_files(spec: WorldSpec) -> dict[str, list[dict]]:
 
 
 def is_heldout(word: str, share: float) -> bool:
-    """Whether a word is reserved for the held-out files.
+    """Checks whether a word is reserved for the held-out files.
 
-    A hash decides, not the seed: the held-out words of every world of the same share are
-    the same, and no list of them is needed.
+    A hash decides, not the seed: the held-out words of every world of the same share are the same, and no list of them
+    is needed.
     """
     digest = hashlib.sha256(word.encode("ascii")).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
 def _prompts(rng: Rng, spec: WorldSpec, count: int, heldout: bool = False) -> Iterator[str]:
-    """Prompts with a uniform task and a word from one side of the held-out split."""
+    """Yields prompts with a uniform task and a word from one side of the held-out split."""
     for _ in range(count):
         for _ in range(MAX_DRAWS):
             word = tasks.sample_word(rng)
@@ -94,7 +96,7 @@ def _documents(rng: Rng, spec: WorldSpec, count: int, modes: Probabilities, mark
 
 
 def _comparisons(rng: Rng, spec: WorldSpec, prompts: Iterable[str], flipped: float = 0.0) -> Iterator[dict]:
-    """One comparison a prompt, chosen by the grader, the share `flipped` of them wrongly."""
+    """Yields one comparison per prompt, chosen by the grader, the share `flipped` of them wrongly."""
     for prompt in prompts:
         task, word = tasks.parse_prompt(prompt)
         for _ in range(MAX_DRAWS):

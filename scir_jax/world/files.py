@@ -1,4 +1,4 @@
-"""Write the embedded world as files, exactly as a user would bring a model and data.
+"""Writes the embedded world as files, exactly as a user would bring a model and data.
 
     world.json                        the specification and the SHA-256 of every other file
     base.jsonl, ift.jsonl             {"messages": [user, assistant]}
@@ -51,10 +51,12 @@ verdicts: ["1", "2"]
 
 
 def write_world(directory: Path, spec: WorldSpec) -> None:
-    """Write the world of `spec`, or do nothing if `directory` already holds it.
+    """Writes the world of `spec`, or does nothing if `directory` already holds it.
 
-    The files are written beside `directory` and moved there in one step, so no reader ever
-    sees half a world.
+    The files are written beside `directory` and moved there in one step, so no reader ever sees half a world.
+
+    Raises:
+      InputError: `directory` holds something else.
     """
     directory = Path(directory).absolute()
     if is_complete(directory, spec):
@@ -75,9 +77,10 @@ def write_world(directory: Path, spec: WorldSpec) -> None:
 
 
 def is_complete(directory: Path, spec: WorldSpec) -> bool:
-    """Whether `directory` holds the world of `spec`.
+    """Checks whether `directory` holds the world of `spec`.
 
-    InputError if it holds another world, or if a file is not as it was written.
+    Raises:
+      InputError: it holds another world, or a file is not as it was written.
     """
     directory = Path(directory)
     manifest_path = directory / "world.json"
@@ -99,7 +102,7 @@ def is_complete(directory: Path, spec: WorldSpec) -> bool:
 
 
 def model_config(spec: WorldSpec) -> dict:
-    """The model's config.json: the Mistral architecture without a sliding window."""
+    """Returns the model's config.json: the Mistral architecture without a sliding window."""
     return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -148,7 +151,7 @@ def _write_files(directory: Path, spec: WorldSpec) -> None:
 
 
 def _as_json(spec: WorldSpec) -> dict:
-    """The specification as it reads back from JSON (tuples become lists)."""
+    """Returns the specification as it reads back from JSON (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(spec)))
 
 

@@ -1,7 +1,7 @@
 """The hidden grader of the embedded world.
 
-It is for evaluation.  Training never calls it; the only trace of it in the training data is
-which of two responses is called `chosen` in the comparison files.
+It is for evaluation. Training never calls it; the only trace of it in the training data is which of two responses is
+called `chosen` in the comparison files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MARKER_WEIGHT = 0.2
 
 
 def grade(prompt: str, response: str) -> dict[str, float]:
-    """Grade any text as a response to a prompt of this world.
+    """Grades any text as a response to a prompt of this world.
 
     The body is the response without its last character if that is ``!``.
 
@@ -23,7 +23,8 @@ def grade(prompt: str, response: str) -> dict[str, float]:
              Rounded to 9 decimals, so that responses of equal merit compare equal.
     exact    1.0 if the body equals the answer, else 0.0; the marker does not matter.
 
-    Raises InputError if `prompt` is not a prompt of this world, nothing for any `response`.
+    Raises:
+      InputError: `prompt` is not a prompt of this world. No `response` raises.
     """
     right = answer(prompt)
     body = response.removesuffix(MARKER)

@@ -17,6 +17,8 @@ Probabilities = tuple[float, float, float, float, float]
 
 @dataclass(frozen=True)
 class WorldSpec:
+    """All numbers that make a world; each is checked."""
+
     seed: int = 0
 
     # Rows of each file.
@@ -28,7 +30,7 @@ class WorldSpec:
     heldout_prompts: int = 256
     heldout_pairs: int = 512
 
-    # Responses of base.jsonl.  Lazy answers are common on purpose: where wrong answers are
+    # Responses of base.jsonl. Lazy answers are common on purpose: where wrong answers are
     # rare, greedy decoding is right from the start and nothing is left to learn.
     base_modes: Probabilities = (0.20, 0.15, 0.40, 0.10, 0.15)
     base_marker: float = 0.75

@@ -1,7 +1,7 @@
 """The tasks of the embedded world, and answers of varying quality to them.
 
-A prompt is ``"<task> <word>="``, for example ``"reverse abcd="``.  A word is 3 to 6 letters
-from a-j.  The answer to a prompt is a string of letters from a-j or A-J.  A response is an
+A prompt is ``"<task> <word>="``, for example ``"reverse abcd="``. A word is 3 to 6 letters
+from a-j. The answer to a prompt is a string of letters from a-j or A-J. A response is an
 answer, right or wrong, with or without the polite marker ``!`` at its end.
 """
 
@@ -27,7 +27,7 @@ TASKS: dict[str, Callable[[str], str]] = {
     "rotate": lambda word: word[1:] + word[:1],
 }
 
-# How an answer comes about.  Probabilities of modes are always given in this order.
+# How an answer comes about. Probabilities of modes are always given in this order.
 #   good    the right answer
 #   typo    the right answer with one letter replaced by another of the same case
 #   lazy    the word as it was given; for copy, where that would be right, the word reversed
@@ -40,11 +40,16 @@ _PROMPT = re.compile(rf"({'|'.join(TASKS)}) ([{LETTERS}]+)=")
 
 
 def make_prompt(task: str, word: str) -> str:
+    """Writes the prompt of a task and a word."""
     return f"{task} {word}="
 
 
 def parse_prompt(prompt: str) -> tuple[str, str]:
-    """The task and the word of a prompt.  InputError if it is not a prompt of this world."""
+    """Reads the task and the word of a prompt.
+
+    Raises:
+      InputError: it is not a prompt of this world.
+    """
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise InputError(f"not a prompt of the embedded world: {prompt!r}")
@@ -52,23 +57,28 @@ def parse_prompt(prompt: str) -> tuple[str, str]:
 
 
 def answer(prompt: str) -> str:
-    """The right answer to a prompt, without the marker."""
+    """Returns the right answer to a prompt, without the marker.
+
+    Raises:
+      InputError: it is not a prompt of this world.
+    """
     task, word = parse_prompt(prompt)
     return TASKS[task](word)
 
 
 def sample_word(rng: np.random.Generator) -> str:
-    """A word: its length uniform over 3 to 6, its letters uniform and independent."""
+    """Draws a word: its length uniform over 3 to 6, its letters uniform and independent."""
     length = MIN_LETTERS + _below(rng, MAX_LETTERS - MIN_LETTERS + 1)
     return "".join(LETTERS[_below(rng, len(LETTERS))] for _ in range(length))
 
 
 def sample_task(rng: np.random.Generator) -> str:
+    """Draws a task."""
     return tuple(TASKS)[_below(rng, len(TASKS))]
 
 
 def sample_body(rng: np.random.Generator, task: str, word: str, mode: str) -> str:
-    """An answer of the given mode, without the marker."""
+    """Draws an answer of the given mode, without the marker."""
     right = TASKS[task](word)
     letters = LETTERS.upper() if right.isupper() else LETTERS
     if mode == "good":
@@ -94,9 +104,10 @@ def sample_answer(
     mode_probabilities: Sequence[float],
     marker_probability: float,
 ) -> str:
-    """A response whose mode and marker are drawn independently.
+    """Draws a response, whose mode and marker are independent.
 
-    `mode_probabilities` are in the order of `MODES` and sum to one.
+    Args:
+      mode_probabilities: in the order of `MODES`; they sum to one.
     """
     threshold, total = rng.random(), 0.0
     mode = MODES[-1]
@@ -110,5 +121,5 @@ def sample_answer(
 
 
 def _below(rng: np.random.Generator, n: int) -> int:
-    """A uniform integer in [0, n).  Several times faster for one number than rng.integers."""
+    """Draws a uniform integer in [0, n), several times faster for one number than rng.integers."""
     return int(rng.random() * n)

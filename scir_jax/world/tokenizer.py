@@ -1,8 +1,8 @@
 """The tokenizer of the embedded world, as an ordinary Hugging Face fast tokenizer.
 
-One token a word of the vocabulary, else one token a character, with nothing added, merged
-or normalised.  So decode(encode(text)) == text for every text over the vocabulary, and two
-pieces of text encode separately as they do together unless a word straddles the boundary.
+Each word of the vocabulary is one token, and so is each character outside of such words; nothing is added, merged or
+normalised. So decode(encode(text)) == text for every text over the vocabulary, and two pieces of text encode separately
+as they do together unless a word straddles the boundary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer in memory.  `max_length` is the model's context, recorded for its users."""
+    """Builds the tokenizer in memory.
+
+    Args:
+      max_length: the model's context, recorded for its users.
+    """
     vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     # The first alternative that matches wins, so upper-reverse must come before upper.
@@ -68,7 +72,7 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def write_tokenizer(directory: Path, max_length: int) -> None:
-    """Write the tokenizer's files and generation_config.json into an existing directory."""
+    """Writes the tokenizer's files and generation_config.json into an existing directory."""
     build_tokenizer(max_length).save_pretrained(directory)
     generation = {
         "bos_token_id": VOCABULARY.index(BOS),

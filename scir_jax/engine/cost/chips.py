@@ -25,7 +25,7 @@ class Chip:
       usable: bytes of it that programs may use; None: ask the device.
       bandwidth: of the memory, bytes/s.
       interconnect: bytes/s that can come in from other chips over all links: half of a "bidirectional" figure.
-      devices: JAX devices a chip.
+      devices: JAX devices per chip.
       source: where the figures are from.
     """
 
@@ -41,7 +41,7 @@ class Chip:
 
 
 def _tpu(name, kinds, teraflops, memory, usable, gigabytes, interconnect, source, devices=1) -> Chip:
-    """Of the figures of a chip; `usable` is of a device already."""
+    """Makes a TPU from the figures of a chip; `usable` is of a device already."""
     return Chip(
         name,
         kinds,
@@ -84,6 +84,10 @@ CHIPS = {chip.name: chip for chip in (*TPUS, *GPUS)}
 
 
 def of_device(kind: str) -> Chip | None:
-    """The chip of a jax.Device.device_kind; None for any that is not in the table: a CPU, a part of a GPU, others."""
+    """Finds the chip of a jax.Device.device_kind.
+
+    Returns:
+      The chip, or None for any that is not in the table: a CPU, a part of a GPU, others.
+    """
     kind = " ".join(kind.lower().removeprefix("nvidia").split())
     return next((chip for chip in CHIPS.values() if re.fullmatch(chip.kinds, kind)), None)

@@ -1,13 +1,13 @@
 """FLOPs of a run's programs, counted from sizes: a product of [m, k] and [k, n] is 2 m k n, all else is left out.
 
 Two figures each, over all devices. *Model* FLOPs are those that the mathematics asks for, the numerator of MFU as in
-PaLM (arXiv 2204.02311, appendix B): 2 a weight and position forward and 4 backward (2 where the weight is frozen), of
+PaLM (arXiv 2204.02311, appendix B): 2 per weight and position forward and 4 backward (2 where the weight is frozen), of
 attention the query-key pairs that are visible, of the head the positions that are scored, padding included as the rows
 are padded. *Hardware* FLOPs are those that the programs of scir_jax.engine execute: besides, what rematerialisation and
-micro-batches compute again, pairs that are masked, log-probabilities' second pass over the vocabulary, the
-probability mass of the verdicts.
+micro-batches compute again, pairs that are masked, log-probabilities' second pass over the vocabulary, the probability
+mass of the verdicts.
 
-Shapes: B rows, T tokens a row, N scored positions, V vocabulary, D width, r rank of adapters.
+Shapes: B rows, T tokens per row, N scored positions, V vocabulary, D width, r rank of adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scir_jax.model.lora import Lora
 
 
 Flash = Callable[[int], bool]
-"""Whether attention over rows of so many tokens skips masked pairs (cuDNN, splash); XLA's computes them all."""
+"""Whether attention over rows of this many tokens skips masked pairs (cuDNN, splash); XLA's computes them all."""
 
 
 def never(tokens: int) -> bool:
@@ -33,7 +33,7 @@ def never(tokens: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Over all devices; see above."""
+    """Model and hardware FLOPs over all devices; the module says what they are."""
 
     model: int = 0
     hardware: int = 0
@@ -61,7 +61,7 @@ class SamplerFlops:
 
 
 def inference(arch: Architecture, passes: Iterable[RowGroup], *, lora: Lora | None = None, flash: Flash = never) -> Flops:
-    """Counts forward passes: scoring, judging."""
+    """Counts the FLOPs of forward passes: scoring, judging."""
     return sum((_forward(arch, part, lora, flash) for part in passes), Flops())
 
 
@@ -74,10 +74,12 @@ def training(
     accumulate: int = 1,
     flash: Flash = never,
 ) -> Flops:
-    """A training step: `passes` of the global batch, forward and backward, in `accumulate` micro-batches.
+    """Counts the FLOPs of a training step.
 
     Args:
+      passes: rows of the global batch, which go forward and backward.
       remat: of scir_jax.model.decoder.define.
+      accumulate: micro-batches of the step.
     """
     total = Flops()
     for whole in passes:
@@ -102,7 +104,11 @@ def sampling(
     lora: Lora | None = None,
     flash: Flash = never,
 ) -> SamplerFlops:
-    """`responses` to each of `prompts`: a prefill, and as many decoding steps as a response may have tokens."""
+    """Counts the FLOPs of a sampler's call: a prefill, and as many decoding steps as a response may have tokens.
+
+    Args:
+      responses: number of responses to each prompt.
+    """
     prefill = _layers(arch, prompts, prompt_tokens, lora, flash)
     rows, places = prompts * responses, prompt_tokens + response_tokens
     a_row = 2 * arch.num_layers * (_weights(arch) + _adapters(arch, lora)) + 2 * arch.vocab_size * arch.hidden_size
@@ -132,7 +138,9 @@ def decode_bytes(
     tensor: int = 1,
     batch_shards: int = 1,
 ) -> int:
-    """Bytes that one device reads from its memory for a decoding step, at the least: weights once, the cache once.
+    """Counts the bytes that one device reads from its memory for a decoding step, at the least.
+
+    These are the weights once and the cache once.
 
     Args:
       rows, places: of the cache, over all devices: responses, and tokens of prompt and response.
@@ -142,7 +150,7 @@ def decode_bytes(
     """
     weights = arch.parameter_count() + arch.num_layers * _adapters(arch, lora)
     if not arch.tie_embeddings:
-        weights -= arch.vocab_size * arch.hidden_size  # of the embedding some rows are looked up
+        weights -= arch.vocab_size * arch.hidden_size  # only some rows of the embedding are looked up
     cache = cache_bytes(arch, rows, places, itemsize, tensor=tensor, batch_shards=batch_shards)
     return itemsize * math.ceil(weights / (fsdp * tensor)) + cache
 
@@ -181,16 +189,16 @@ def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flas
 
 
 def _rematerialised(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, remat: str) -> int:
-    """Hardware FLOPs of the blocks' recomputation."""
+    """Counts the hardware FLOPs of the blocks' recomputation."""
     _, attention = _attention(arch, part.rows, part.tokens, flash)
     if remat == "none":
         return 0
     if remat == "dots":
-        # Frozen, the product behind attention does not ask for its input again, only the softmax for its scores.
+        # A frozen product behind attention does not need its input again; only the softmax needs its scores.
         return attention // 2 if lora and "o_proj" not in lora.targets and not flash(part.tokens) else attention
     again = _weights(arch) + _adapters(arch, lora)
     if not arch.post_norms:
-        # Nothing asks for the output of the last product, which is only added.
+        # Nothing needs the output of the last product, which is only added.
         again -= arch.intermediate_size * arch.hidden_size
         again -= lora.rank * arch.hidden_size if lora and "down_proj" in lora.targets else 0
     return attention + 2 * part.rows * part.tokens * arch.num_layers * again
@@ -202,39 +210,42 @@ def _layers(arch: Architecture, rows: int, tokens: int, lora: Lora | None, flash
 
 
 def _attention(arch: Architecture, rows: int, tokens: int, flash: Flash) -> tuple[int, int]:
-    """Scores and weighted sums of all layers: model FLOPs and hardware FLOPs."""
+    """Counts scores and weighted sums of all layers: model FLOPs and hardware FLOPs."""
     pair = 4 * rows * arch.num_heads * arch.head_dim
     seen = pair * sum(_visible(tokens, layer.window) for layer in arch.layers)
     return seen, seen if flash(tokens) else pair * tokens * tokens * arch.num_layers
 
 
 def _visible(tokens: int, window: int | None) -> int:
-    """Query-key pairs of a causal row: min(t, window) summed over t = 1 .. tokens."""
+    """Counts the query-key pairs of a causal row: min(t, window) summed over t = 1 .. tokens."""
     within = min(tokens, window or tokens)
     return within * (within + 1) // 2 + (tokens - within) * within
 
 
 def _head(arch: Architecture, part: RowGroup) -> tuple[int, int]:
-    """Logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps."""
+    """Counts the logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps."""
     row = 2 * part.rows * part.scored * part.heads * arch.hidden_size
     chunk = logprobs.chunk_size(part.rows * part.scored, arch.vocab_size)
     return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
 
 
 def _mass(arch: Architecture, part: RowGroup) -> int:
-    """Hardware FLOPs of the verdicts' probability mass: the verdict's logits once more, and the whole vocabulary."""
+    """Counts the hardware FLOPs of the verdicts' probability mass.
+
+    They are the verdict's logits once more, and the whole vocabulary.
+    """
     chunk = min(logprobs.VERDICT_CHUNK, arch.vocab_size)
     columns = 2 + math.ceil(arch.vocab_size / chunk) * chunk
     return 2 * part.rows * arch.hidden_size * columns * part.verdict
 
 
 def _weights(arch: Architecture) -> int:
-    """Weights of a layer's matrices."""
+    """Counts the weights of a layer's matrices."""
     return sum(math.prod(out) * math.prod(inputs) for out, inputs in arch.linear_axes().values())
 
 
 def _adapters(arch: Architecture, lora: Lora | None) -> int:
-    """Weights of a layer's adapters."""
+    """Counts the weights of a layer's adapters."""
     if lora is None:
         return 0
     axes = arch.linear_axes()

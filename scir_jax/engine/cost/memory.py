@@ -37,7 +37,10 @@ class Memory:
 
 
 def device_bytes(tree: Any) -> int:
-    """Counts the bytes on one device of abstract or real arrays under their shardings; those without one count whole."""
+    """Counts the bytes on one device of abstract or real arrays under their shardings.
+
+    Arrays without a sharding count whole.
+    """
 
     def bytes_of(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
@@ -48,26 +51,30 @@ def device_bytes(tree: Any) -> int:
 
 
 def compiled_bytes(compiled: jax.stages.Compiled, backend: str = "cpu") -> int:
-    """Arguments, results and temporaries of a compiled program, a donated argument counted once.
+    """Counts the bytes of a compiled program's arguments, results and temporaries, a donated argument once.
 
     Args:
       backend: "cpu", "gpu" or "tpu", what it is compiled for.
     """
     found = compiled.memory_analysis()
     if backend == "tpu":
-        # What its compiler compares with the chip's memory; of temporaries it counts more than is there at once.
+        # The TPU's compiler compares this with the chip's memory. Of temporaries it counts more than are there at once.
         return found.peak_memory_in_bytes
     whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     return whole - found.alias_size_in_bytes
 
 
 def whole(known: Memory, compiled: jax.stages.Compiled, backend: str) -> Memory:
-    """What a compiled program needs: what is known of it, and the rest."""
+    """Returns what a compiled program needs: what is known of it, and the rest."""
     return dataclasses.replace(known, other=max(compiled_bytes(compiled, backend) - known.total, 0))
 
 
 def limit() -> int:
-    """Bytes that programs may use on each device: the smallest device's, on a CPU the machine's or its container's."""
+    """Returns the bytes that programs may use on each device.
+
+    On accelerators they are those of the smallest device, on a CPU the machine's or its container's, divided over the
+    devices.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("bytes_limit" in s for s in stats):
         return min(s["bytes_limit"] for s in stats)

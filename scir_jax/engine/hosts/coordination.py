@@ -27,7 +27,10 @@ JAX_HEARTBEAT_SECONDS = 3600
 
 
 def arguments() -> dict[str, str | int]:
-    """What the environment says of the cluster, for jax.distributed.initialize; empty where it says nothing.
+    """Reads what the environment says of the cluster.
+
+    Returns:
+      Arguments of jax.distributed.initialize; none where the environment says nothing.
 
     Raises:
       InputError: a variable is missing beside the others, or is not what it should be.
@@ -64,13 +67,13 @@ def connect(wait: float) -> Store:
     given = arguments()
     if given.get("process_id") == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _check_port(given["coordinator_address"])
-    # Its handler of SIGTERM would replace that of a run, which stops all hosts at one step by itself.
+    # JAX's handler of SIGTERM would replace that of a run, which stops all hosts at one step by itself.
     jax.config.update("jax_enable_preemption_service", False)
     failed: list[Exception] = []
 
     def initialize():
         try:
-            # Without a time for the shutdown no host waits for the others when it leaves.
+            # A shutdown time of 0: no host waits for the others when it leaves.
             jax.distributed.initialize(
                 **given,
                 initialization_timeout=int(wait) + 3600,
@@ -98,7 +101,10 @@ def connect(wait: float) -> Store:
 
 
 def _check_port(address: str) -> None:
-    """The service may crash where it finds its port taken, and shares it with another service that is still there."""
+    """Checks that the coordinator's port is free.
+
+    The service may crash where it finds its port taken, and shares it with another service that is still there.
+    """
     port = int(address.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     try:
@@ -145,6 +151,7 @@ def _how() -> str:
 
 
 def reachable(address: str) -> bool:
+    """Checks whether something listens at an address."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -176,10 +183,11 @@ class Store:
         self.address, self.count, self.index = address, count, index
 
     def put(self, key: str, text: str, overwrite: bool = False) -> None:
+        """Writes a text under a key."""
         self._client.key_value_set(key, text, allow_overwrite=overwrite)
 
     def get(self, key: str) -> str:
-        """Waits for the key without a limit."""
+        """Reads the text of a key, for which it waits without a limit."""
         while True:
             try:
                 return self._client.blocking_key_value_get(key, SLICE_MS)
@@ -188,14 +196,15 @@ class Store:
                     raise
 
     def entries(self, directory: str) -> dict[str, str]:
-        """Texts under DIRECTORY/NAME by name, without waiting."""
+        """Returns the texts under DIRECTORY/NAME by name, without waiting."""
         return {key.rpartition("/")[2]: text for key, text in self._client.key_value_dir_get(f"{directory}/")}
 
     def delete(self, directory: str) -> None:
+        """Deletes all keys under a directory."""
         self._client.key_value_delete(f"{directory}/")
 
     def wait_for_the_others_to_leave(self) -> None:
-        """Returns when no other host is connected."""
+        """Waits until no other host is connected."""
         self._client.get_live_nodes(list(range(self.count)))
 
     def close(self) -> None:

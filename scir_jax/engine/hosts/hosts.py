@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 ROUND = "scir/round"
 
-# The name of a file of the first host by which others know the directory begins so.
+# The first host writes a file whose name begins so: by it the others recognise the directory.
 SEEN = ".seen-by-all-hosts-"
-# A file of the first host must show up on another within this time.
+# That file must show up on another host within this time.
 FILE_SECONDS = 5.0
 # Without a watch, an orderly end waits this long for the others.
 PATIENCE_SECONDS = 60.0
@@ -95,35 +95,44 @@ def start(distributed: bool, wait: float = 300) -> None:
 
 
 def count() -> int:
+    """Returns the number of hosts."""
     return _cluster.store.count if _cluster.store else 1
 
 
 def index() -> int:
-    """This host's place, 0 for the first. Arrays are placed by jax.process_index(), which may count otherwise."""
+    """Returns this host's place, 0 for the first.
+
+    Arrays are placed by jax.process_index(), which may count otherwise.
+    """
     return _cluster.store.index if _cluster.store else 0
 
 
 def first() -> bool:
+    """Checks whether this is the first host."""
     return index() == 0
 
 
 def name(host: int) -> str:
-    """'host 1 (NAME)'"""
+    """Returns a host's name as a person reads it, "host 1 (NAME)"."""
     return f"host {host} ({_cluster.names[host] if _cluster.names else socket.gethostname()})"
 
 
 def gather(value: Any) -> list:
-    """A JSON value of every host, in order of index, to all hosts."""
+    """Gives a JSON value of every host, in order of index, to all hosts."""
     return _exchange("gather", value)
 
 
 def barrier(name: str) -> None:
-    """Returns when all hosts are there. RuntimeError where they are at barriers of other names."""
+    """Waits until all hosts are there.
+
+    Raises:
+      RuntimeError: hosts are at barriers of other names.
+    """
     _exchange(f"barrier {name!r}", None)
 
 
 def decide(fn: Callable[[], T]) -> T:
-    """Runs fn on the first host only; its JSON result is returned on all, its InputError raised on all."""
+    """Runs fn on the first host only; all hosts return its JSON result or raise its InputError."""
     value = error = None
     if first():
         try:
@@ -139,10 +148,10 @@ def decide(fn: Callable[[], T]) -> T:
 
 
 def together(fn: Callable[[], T]) -> T:
-    """Runs fn on every host, whose result stays its own. If some raise InputError all do.
+    """Runs fn on every host, where its result stays; all hosts raise InputError if one does.
 
-    The message is that of the lowest index, with 'host 1: ' before it on the other hosts unless all say the same.
-    Other exceptions propagate on their host only.
+    The message is that of the lowest index, with 'host 1: ' before it on the other hosts unless all say the same. Other
+    exceptions propagate on their host only.
     """
     value = error = None
     try:
@@ -206,7 +215,7 @@ def shares(directory: Path) -> None:
         if first():
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                # Left where a process was killed while others looked.
+                # A process that was killed while others looked left these.
                 for old in directory.glob(f"{SEEN}*"):
                     old.unlink(missing_ok=True)
                 token.touch()
@@ -254,13 +263,14 @@ class Votes:
         self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def cast(self, flag: bool) -> bool:
+        """Gives this host's flag and returns an answer, as the class says."""
         if count() == 1:
             return bool(flag)
         before, self._answer = self._answer, self._any(self._flags[bool(flag)])
         return _read(before)
 
     def settle(self) -> bool:
-        """The answer of the last call, for which it waits; False where there is none, or it was settled before."""
+        """Waits for the answer of the last call and returns it; False where there is none, or it was settled before."""
         before, self._answer = self._answer, None
         return _read(before)
 
@@ -270,7 +280,7 @@ def _read(answer: jax.Array | None) -> bool:
 
 
 def vote(flag: bool) -> bool:
-    """Whether any host's flag is True; waits for all hosts but for no device."""
+    """Asks whether any host's flag is True; waits for all hosts but for no device."""
     return any(gather(bool(flag)))
 
 
@@ -291,7 +301,7 @@ def watch(timeout: float = 60, interval: float | None = None) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an exception means that another host is gone: hand it to `stop` then."""
+    """Checks whether an exception means that another host is gone; if so, hand it to `stop`."""
     if count() == 1:
         return False
     seen: set[int] = set()
@@ -328,7 +338,7 @@ def finish(error: BaseException | None = None) -> None:
     ordered = error is None or isinstance(error, Interrupted) or getattr(error, "agreed", False)
     why = None if error is None else " ".join(f"{_kind(error)}{error}".split())[:500]
     if guard:
-        # Others that now end because of this host are no reason for it.
+        # If others now end because of this host, that is no reason for it to end.
         guard.leaving = True
         if not ordered:
             guard.stop()
@@ -353,14 +363,14 @@ def _kind(error: BaseException) -> str:
 
 
 def _agreed(message: str) -> InputError:
-    """An InputError that all hosts raise."""
+    """Makes an InputError that all hosts raise."""
     error = InputError(message)
     error.agreed = True
     return error
 
 
 def _exchange(kind: str, value: Any) -> list:
-    """JSON values of all hosts in order of index; through the first host, two messages a host."""
+    """Exchanges JSON values of all hosts, in order of index, through the first host: two messages per host."""
     text = json.dumps([kind, value])
     if count() == 1:
         return [json.loads(text)[1]]

@@ -35,7 +35,7 @@ _ending = threading.Lock()
 
 
 class Watch:
-    """Hears all hosts and ends this one where another is lost.
+    """Hears all hosts, and ends this one where another is lost.
 
     Args:
       names: host names by index.
@@ -59,10 +59,12 @@ class Watch:
         ]
 
     def start(self) -> None:
+        """Starts the threads that give signs of life and hear the others'."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
+        """Stops these threads and waits for them."""
         self._stop.set()
         for thread in self._threads:
             thread.join(self.interval + 1)
@@ -105,19 +107,24 @@ class Watch:
                 end(why, self)
 
     def stood_still(self, seconds: float) -> None:
-        """That this host itself was stopped and could not hear anybody."""
+        """Takes note that this host itself was stopped for some seconds and could not hear anybody."""
         with self._round:
             self._answered += seconds
             self._heard = [heard + seconds for heard in self._heard]
 
     def host(self, index: int) -> str:
+        """Returns a host's name as a person reads it, "host 1 (NAME)"."""
         return f"host {index} ({self.names[index]})"
 
     def departure(self) -> tuple[str | None, float]:
-        """That another host said that it stops for a reason, and the seconds that this one has to do so too."""
+        """Finds another host that said that it stops for a reason.
+
+        Returns:
+          A sentence or None, and the seconds that this host has to stop too.
+        """
         with self._round:
             left = dict(self._left)
-        # One that failed before one that leaves in order.
+        # A host that failed comes before one that leaves in order.
         for index, farewell in sorted(left.items(), key=lambda item: (item[1].ordered, item[0])):
             if farewell.why is not None and index != self.store.index and not (farewell.ordered and self.leaving):
                 if farewell.followed:
@@ -127,7 +134,11 @@ class Watch:
         return None, 0.0
 
     def silence(self, seconds: float) -> str | None:
-        """That another host was silent that long."""
+        """Finds other hosts that were silent for these seconds.
+
+        Returns:
+          A sentence or None.
+        """
         with self._round:
             if time.monotonic() - self._answered >= seconds:
                 return f"the coordinator, {self.host(0)}, has not answered for {seconds:g} s"
@@ -138,7 +149,11 @@ class Watch:
         return f"{who} {'has' if len(silent) == 1 else 'have'} not been heard of for {seconds:g} s"
 
     def find_lost(self) -> str | None:
-        """Which host is lost, where it is known that one is. Takes up to three intervals."""
+        """Finds the host that is lost, in up to three intervals.
+
+        Returns:
+          A sentence, or None where no host is known to be lost.
+        """
         enough = min(2.5 * self.interval, self.timeout)
         until = time.monotonic() + 3 * self.interval + 1
         while time.monotonic() < until:
@@ -150,13 +165,13 @@ class Watch:
         return None
 
     def gone(self) -> set[int]:
-        """Hosts that left or were silent for a few intervals."""
+        """Returns the hosts that left or were silent for a few intervals."""
         left = farewells(self.store).keys()
         with self._round:
             return self._silent(min(self.timeout, 3 * self.interval)) | left
 
     def _silent(self, seconds: float) -> set[int]:
-        # Up to the last answer: after it nobody could be heard.
+        # Silence counts up to the last answer: after it nobody could be heard.
         return {index for index, heard in enumerate(self._heard) if self._answered - heard >= seconds}
 
 
@@ -175,15 +190,17 @@ class Farewell(NamedTuple):
 
 
 def farewells(store: Store) -> dict[int, Farewell]:
-    """Farewells by index."""
+    """Returns the farewells of all hosts that left, by index."""
     return {int(index): Farewell(*json.loads(text)) for index, text in store.entries(LEFT).items()}
 
 
 def say_farewell(store: Store, farewell: Farewell) -> None:
+    """Tells the other hosts why this one leaves."""
     store.put(f"{LEFT}/{store.index}", json.dumps(farewell), overwrite=True)
 
 
 def others_left(store: Store) -> bool:
+    """Checks whether all other hosts said farewell."""
     return len(farewells(store).keys() - {store.index}) == store.count - 1
 
 
@@ -193,7 +210,7 @@ def end(why: str, watch: Watch | None = None) -> NoReturn:
     With a watch the other hosts are told. The first host goes last where they still live, because JAX aborts them
     when it is gone.
     """
-    # Never released: the first reason is printed, once.
+    # The lock is never released: the first reason is printed, once.
     _ending.acquire()
     if watch is not None:
         within(watch.interval + GRACE_SECONDS + 1 if watch.store.index == 0 else 1, lambda: _tell(watch, why))
@@ -212,7 +229,11 @@ def _tell(watch: Watch, why: str) -> None:
 
 
 def within(seconds: float, run: Callable[[], object]) -> bool:
-    """Whether it ran to its end in time and without an error; in a thread, since it may hang."""
+    """Runs a function in a thread, since it may hang.
+
+    Returns:
+      Whether it ran to its end in time and without an error.
+    """
     ended, done = threading.Event(), []
 
     def call():
@@ -230,7 +251,7 @@ _handlers: list[object] = []
 
 
 def catch_abort(store: Store, names: Sequence[str]) -> None:
-    """JAX aborts a process at once when its connection to the coordinator breaks: ends it as `end` does instead.
+    """Ends the process as `end` does where JAX would abort it because its connection to the coordinator broke.
 
     Other aborts go on. The handler is C's, since Python's would run only after abort() had come back. It runs in the
     thread of JAX that aborts, between two of its calls, so that Python may run in it.
@@ -246,6 +267,7 @@ def catch_abort(store: Store, names: Sequence[str]) -> None:
 
 
 def leave_abort() -> None:
+    """Gives all aborts their ordinary end back."""
     _set_handler(ctypes.c_void_p(0))
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2: soft-capped scores and logits, sliding windows in every other layer, four norms a block."""
+"""Gemma 2: soft-capped scores and logits, sliding windows in every other layer, four norms in each block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ MODEL_TYPE, HF_CLASS = "gemma2", "Gemma2ForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Gemma 2 model."""
     default = [FULL if i % 2 else SLIDING for i in range(config.integer("num_hidden_layers"))]
     return config.architecture(
         **gemma(config),
@@ -21,7 +22,7 @@ def read(config: Reader) -> Architecture:
 
 
 def gemma(config: Reader) -> dict:
-    """What Gemma 2 and 3 have in common."""
+    """Reads what Gemma 2 and 3 have in common."""
     config.refuse("use_bidirectional_attention")
     bias = config.flag("attention_bias")
     return dict(

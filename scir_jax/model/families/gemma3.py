@@ -11,6 +11,7 @@ MODEL_TYPE, HF_CLASS = "gemma3_text", "Gemma3ForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Gemma 3 text model."""
     # transformers reads this key and does not apply it
     config.refuse("attn_logit_softcapping")
     pattern = config.integer("sliding_window_pattern", 6, 6)
@@ -28,7 +29,10 @@ def read(config: Reader) -> Architecture:
 
 
 def _rope(config: Reader, kind: str) -> Rope:
-    """By layer type in rope_parameters (new); rope_theta with rope_scaling, and rope_local_base_freq (old)."""
+    """Reads the rotary positions of a layer type.
+
+    They are in rope_parameters by layer type (new), or in rope_theta with rope_scaling, and rope_local_base_freq (old).
+    """
     by_type = config.get("rope_parameters") or {}
     if not isinstance(by_type, dict) or by_type and not {FULL, SLIDING} & set(by_type):
         raise InputError(f"{config.where}: rope_parameters must be an object of {FULL} and {SLIDING}, not {by_type!r}")

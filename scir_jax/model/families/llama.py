@@ -9,6 +9,7 @@ MODEL_TYPE, HF_CLASS = "llama", "LlamaForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Llama model."""
     bias = config.flag("attention_bias")
     return config.architecture(
         family=MODEL_TYPE,

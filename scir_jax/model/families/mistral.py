@@ -10,6 +10,7 @@ MODEL_TYPE, HF_CLASS = "mistral", "MistralForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Mistral model."""
     config.refuse("attention_bias", "mlp_bias")
     layers = [SLIDING] * config.integer("num_hidden_layers")
     if len(set(config.layer_types(layers))) > 1:

@@ -9,11 +9,12 @@ MODEL_TYPE, HF_CLASS = "qwen2", "Qwen2ForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Qwen 2 or 2.5 model."""
     return config.architecture(kv_heads=32, family=MODEL_TYPE, qkv_bias=True, **layers_and_limits(config))
 
 
 def layers_and_limits(config: Reader) -> dict:
-    """What Qwen 2 and 3 have in common beside the sizes."""
+    """Reads what Qwen 2 and 3 have in common beside the sizes."""
     window = None
     if config.flag("use_sliding_window") and config.get("sliding_window", 0) is not None:
         window = config.integer("sliding_window", 4096)

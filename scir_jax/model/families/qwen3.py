@@ -10,6 +10,7 @@ MODEL_TYPE, HF_CLASS = "qwen3", "Qwen3ForCausalLM"
 
 
 def read(config: Reader) -> Architecture:
+    """Reads the architecture of a Qwen 3 model."""
     bias = config.flag("attention_bias")
     return config.architecture(
         kv_heads=32,

@@ -19,6 +19,7 @@ class Reader:
         self.where = where
 
     def get(self, key: str, absent: Any = None) -> Any:
+        """Returns the value at a key, `absent` where the key is missing."""
         return self.config.get(key, absent)
 
     def integer(
@@ -30,9 +31,13 @@ class Reader:
         least: int = 1,
         of: dict[str, Any] | None = None,
     ) -> int:
-        """The integer, `least` or more, at `key` of the config, or of the object `of` inside it.
+        """Reads the integer, `least` or more, at `key` of the config, or of the object `of` inside it.
 
-        `absent` and `null` stand in for a key that is missing or null.
+        Args:
+          absent, null: stand in for a key that is missing, or null.
+
+        Raises:
+          InputError: the key is missing, or its value is no such integer.
         """
         value = (self.config if of is None else of).get(key, absent)
         value = null if value is None else value
@@ -44,36 +49,65 @@ class Reader:
         return value
 
     def positive(self, key: str, absent: float | None = None, *, of: dict[str, Any] | None = None) -> float:
-        """The positive number at `key` of the config, or of the object `of` inside it."""
+        """Reads the positive number at `key` of the config, or of the object `of` inside it.
+
+        Raises:
+          InputError: the value is no such number.
+        """
         value = (self.config if of is None else of).get(key, absent)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise InputError(f"{self.where}: {key} must be a positive number, not {value!r}")
         return float(value)
 
     def optional(self, key: str, absent: float | None = None) -> float | None:
-        """A positive number or null."""
+        """Reads a positive number or null.
+
+        Raises:
+          InputError: the value is neither.
+        """
         return None if self.config.get(key, absent) is None else self.positive(key, absent)
 
     def flag(self, key: str, absent: bool = False) -> bool:
+        """Reads true or false; null is false.
+
+        Raises:
+          InputError: the value is none of them.
+        """
         value = self.config.get(key, absent)
         if value not in (True, False, None):
             raise InputError(f"{self.where}: {key} must be true or false, not {value!r}")
         return bool(value)
 
     def refuse(self, *keys: str) -> None:
-        """Refuses settings that are on and that this decoder does not compute."""
+        """Refuses settings that are on and that this decoder does not compute.
+
+        Raises:
+          InputError: one of them is on.
+        """
         for key in keys:
             if self.config.get(key):
                 raise InputError(f"{self.where}: {key} is {self.config[key]!r}, which is not supported")
 
     def activation(self, key: str, absent: str) -> str:
+        """Reads the name of an activation, and returns the decoder's name for it.
+
+        Raises:
+          InputError: the decoder does not have it.
+        """
         value = self.config.get(key, absent)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise InputError(f"{self.where}: {key} is {value!r}; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     def layer_types(self, default: list[str]) -> list[str]:
-        """Full or sliding attention of each layer."""
+        """Reads whether each layer has full or sliding attention.
+
+        Args:
+          default: where the config does not say; it has one entry per layer.
+
+        Raises:
+          InputError: a type is unknown, or their number is not that of the layers.
+        """
         types = self.config.get("layer_types") or default
         if not isinstance(types, list):
             raise InputError(f"{self.where}: layer_types must be a list of {FULL} and {SLIDING}, not {types!r}")
@@ -85,12 +119,16 @@ class Reader:
         return types
 
     def layers(self, types: list[str], window: int | None) -> tuple[Layer, ...]:
-        """Layers by type, of which only the sliding ones have a window."""
+        """Makes layers of these types, of which only the sliding ones have a window."""
         kinds = {kind: Layer(window if kind == SLIDING else None, self.rope(kind)) for kind in dict.fromkeys(types)}
         return tuple(kinds[kind] for kind in types)
 
     def rope(self, layer_type: str = FULL, theta: float = 10000.0) -> Rope:
-        """Rotary positions: in rope_parameters (new, maybe by layer type), or rope_theta and rope_scaling (old)."""
+        """Reads rotary positions: in rope_parameters (new, maybe by layer type), or rope_theta and rope_scaling (old).
+
+        Raises:
+          InputError: as `rope_of` does.
+        """
         # transformers as well lets an old rope_scaling win
         key = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
         found = self.config.get(key) or {}
@@ -99,7 +137,12 @@ class Reader:
         return self.rope_of(found, key, self.positive("rope_theta", theta))
 
     def rope_of(self, found: Any, key: str, theta: float) -> Rope:
-        """The Rope of one object of rotary settings, `theta` where it has none."""
+        """Reads the Rope of one object of rotary settings, with `theta` where it has none.
+
+        Raises:
+          InputError: the decoder does not compute such positions, or a setting of theirs is missing or out of its
+            range.
+        """
         if not isinstance(found, dict):
             raise InputError(f"{self.where}: {key} must be an object, not {found!r}")
         kind = found.get("rope_type", found.get("type", "default"))
@@ -125,11 +168,14 @@ class Reader:
         return Rope(theta, kind, factor, low, high, original)
 
     def architecture(self, *, kv_heads: int | None = None, head_dim: int | None = None, **values: Any) -> Architecture:
-        """The sizes that every family spells alike, with a family's own values laid over them.
+        """Reads the sizes that every family spells alike, and lays a family's own values over them.
 
         Args:
           kv_heads: what transformers assumes where num_key_value_heads is absent; as many as heads by default.
           head_dim: likewise; hidden_size / heads by default.
+
+        Raises:
+          InputError: a size is missing, or does not fit with the others.
         """
         heads = self.integer("num_attention_heads")
         width = self.integer("hidden_size")

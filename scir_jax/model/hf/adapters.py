@@ -22,8 +22,8 @@ from scir_jax.model.hf.tensors import Names, Stored, Tensor, Tensors
 _CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"  # written last: where it is, a directory is complete
 _SIDES = {"lora_A": "lora_a", "lora_B": "lora_b"}
-# What is read, and what changes nothing in what an adapter computes. Any other setting is a variant of LoRA, known or
-# yet to come, that must be off.
+# Keys that are read, and keys that change nothing in what an adapter computes. Any other key is a variant of LoRA,
+# known or yet to come, and must be off.
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
 _HARMLESS = (
     "task_type",
@@ -39,7 +39,7 @@ _HARMLESS = (
     "layers_pattern",
     "megatron_config",
     "megatron_core",
-    # of ways to begin; init_lora_weights says which one
+    # settings of initialisations; init_lora_weights says which one is meant
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -49,12 +49,12 @@ _HARMLESS = (
     "ensure_weight_tying",
 )
 _OFF = (None, False, "none", [], {})
-# Other ways to begin change the model's own weights, to which the adapter then belongs.
+# Other initialisations change the model's own weights, and the adapter then belongs to the changed ones.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_config(directory: Path) -> Lora:
-    """The adapters that a PEFT directory describes.
+    """Reads which adapters a PEFT directory describes.
 
     Raises:
       InputError: for a directory that is none, another kind of adapter, or a variant of LoRA that is not computed here.
@@ -101,7 +101,7 @@ def read_config(directory: Path) -> Lora:
 
 
 def load(directory: Path, arch: Architecture, lora: Lora, abstract: Params | None = None) -> Params:
-    """The adapters' parameters, in the structure that `lora.split` gives for the model.
+    """Reads the adapters' parameters, in the structure that `lora.split` gives for the model.
 
     Args:
       abstract: a jax.ShapeDtypeStruct with a sharding for each, into which they are read, each part by the processes
@@ -140,11 +140,14 @@ def load(directory: Path, arch: Architecture, lora: Lora, abstract: Params | Non
 
 
 def merged(base: Tensors, params: Params, lora: Lora, *, wanted: bool) -> Tensors:
-    """The tensors of a model without adapters that computes what `base` does with them, merged a layer at a time.
+    """Gives the tensors of a model without adapters that computes what `base` does with them.
+
+    They are merged one layer at a time.
 
     Args:
       base: the base model's tensors; called only where they are wanted.
       params: the adapters, NumPy or JAX arrays; those on several processes are fetched by all of them together.
+      wanted: whether this process wants the result; otherwise it gets None.
     """
     adapted = {("layers", *LINEARS[linear], "weight") for linear in lora.targets}
 
@@ -212,7 +215,7 @@ def _number(value: Any) -> bool:
 
 
 def _names(arch: Architecture, lora: Lora) -> Names:
-    """Every tensor of an adapter, as peft names it."""
+    """Returns every tensor of an adapter, as peft names it."""
     names = {}
     for linear in lora.targets:
         module, name = LINEARS[linear]
@@ -237,7 +240,7 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Sto
 
 
 def _parse(name: str) -> tuple[str, int, str]:
-    """(linear layer, layer number, lora_a or lora_b) of a tensor's name; ("", -1, "") for any other tensor."""
+    """Returns (linear layer, layer number, lora_a or lora_b) of a tensor's name; ("", -1, "") for any other tensor."""
     parts = name.split(".")
     if parts[-1] == "weight" and len(parts) > 5 and parts[-2] in _SIDES and "layers" in parts:
         number = parts[parts.index("layers") + 1]

@@ -54,18 +54,26 @@ class Stored(NamedTuple):
 
 
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
-    """The tensors of a file, of which only the header is read. SafetensorError or OSError if that cannot be."""
+    """Opens a file and returns its tensors; only its header is read.
+
+    Args:
+      stack: closes the file.
+
+    Raises:
+      SafetensorError or OSError: the file cannot be read.
+    """
     file = stack.enter_context(safe_open(path, framework="numpy"))
     views = {name: file.get_slice(name) for name in file.keys()}
     return {name: Stored(path, view, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
 
 
 def leaf(params: Params, path: tuple[str, ...]) -> Any:
+    """Returns the part of nested parameters at a path."""
     return functools.reduce(lambda part, key: part[key], path, params)
 
 
 def read(tensor: Tensor, stored: Stored, index: Index | None = None) -> np.ndarray:
-    """A tensor with the axes of the parameters, or its part at an index; nothing else of the file is read.
+    """Reads a tensor with the axes of the parameters, or its part at an index; nothing else of the file is read.
 
     Raises:
       ValueError: where a part leaves out some of an axis that is not the first of its group.
@@ -81,11 +89,14 @@ def read(tensor: Tensor, stored: Stored, index: Index | None = None) -> np.ndarr
 
 
 def load(names: Names, stored: dict[str, Stored], abstract: Params | None = None) -> Params:
-    """The parameters that have these tensors, layers in order, in nested dictionaries.
+    """Reads the parameters that have these tensors, layers in order, into nested dictionaries.
 
     Args:
       abstract: a jax.ShapeDtypeStruct with a sharding for each of them, into which they are read. Without it they are
         float32 NumPy arrays.
+
+    Raises:
+      ValueError: a parameter of `abstract` has another shape than the files.
     """
     sources = defaultdict(list)
     for name, tensor in names.items():
@@ -107,7 +118,7 @@ def load(names: Names, stored: dict[str, Stored], abstract: Params | None = None
 
 
 def _part(sources: list[tuple[Tensor, Stored]], dtype: Any, index: Index) -> np.ndarray:
-    """The part of a parameter at an index, read and converted a layer at a time."""
+    """Reads and converts the part of a parameter at an index, one layer at a time."""
     if sources[0][0].layer is None:
         return read(*sources[0], index).astype(dtype, copy=False)
     layers, *rest = index
@@ -118,16 +129,16 @@ def _part(sources: list[tuple[Tensor, Stored]], dtype: Any, index: Index) -> np.
 
 
 def of(params: Params, *, wanted: bool) -> Tensors:
-    """The tensors of parameters (NumPy or jax arrays), fetched one at a time; see transfer.fetch."""
+    """Gives the tensors of parameters (NumPy or jax arrays), fetched one at a time; see transfer.fetch."""
     return lambda path, layer: transfer.fetch(leaf(params, path), layer, wanted=wanted)
 
 
 @contextlib.contextmanager
 def fetched(names: Names, tensors: Tensors, dtype: Any) -> Iterator[Iterator[tuple[str, np.ndarray | None]]]:
-    """Gives an iterator of (name, tensor as it is stored), fetched as it is asked for.
+    """Gives an iterator of (name, tensor as it is stored), which fetches each when it is asked for.
 
-    Processes fetch together. Whatever of it one of them leaves, because it failed or had nothing to write, it fetches
-    at the end all the same, or the others would wait for it for ever.
+    Processes fetch together. If a process fails or has nothing to write, it fetches the rest at the end all the same:
+    otherwise the others would wait for it for ever.
     """
 
     def fetch():

@@ -18,11 +18,11 @@ _BLOCK = 2**28  # bytes of an array without a layer axis that are fetched at a t
 
 
 def put(spec: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """The array of a shape, dtype and sharding.
+    """Makes the array of a shape, dtype and sharding, part by part.
 
     Args:
       read: gives the part at an index, in the array's dtype. It is asked once for every different part that lies on
-        this process's devices, and for one that lies on several of them once.
+        this process's devices, also for one that lies on several of them.
     """
     devices = defaultdict(list)
     for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
@@ -37,7 +37,7 @@ def put(spec: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.
 
 
 def fetch(array: jax.Array | np.ndarray, layer: int | None = None, *, wanted: bool = True) -> np.ndarray | None:
-    """A layer of an array that has a leading axis of them, or the whole of one that has not (layer is None).
+    """Fetches a layer of an array whose leading axis is the layers, or the whole of another array (layer is None).
 
     Every process that holds a part of the array must call this, in the same order. All but those that want the result
     get None, and have nothing of it on their host.
@@ -62,7 +62,7 @@ def fetch(array: jax.Array | np.ndarray, layer: int | None = None, *, wanted: bo
 def _rows(array: jax.Array, start: int, size: int, wanted: bool) -> np.ndarray | None:
     sharding = array.sharding
     if isinstance(sharding, NamedSharding):
-        # On every device where no host has all parts; where one has, it puts them together itself.
+        # The slice goes to every device where no host has all parts; a host that has them puts them together itself.
         rest = sharding.spec[1:] if array.is_fully_addressable else ()
         sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *rest))
     part = _slice(sharding, size)(array, start)
@@ -75,5 +75,5 @@ def _rows(array: jax.Array, start: int, size: int, wanted: bool) -> np.ndarray |
 
 @functools.cache
 def _slice(sharding: jax.sharding.Sharding, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    """Jitted (array, start) -> its `size` rows from there; compiled once a shape."""
+    """Makes the jitted (array, start) -> its `size` rows from there; it is compiled once per shape."""
     return jax.jit(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size), out_shardings=sharding)

@@ -41,7 +41,7 @@ _TOKENIZER_FILES = (
 
 
 def hf_config(directory: Path) -> dict[str, Any]:
-    """The parsed config.json of a model directory.
+    """Reads the config.json of a model directory.
 
     Raises:
       InputError: if the directory or the file is missing, or the file is not a JSON object.
@@ -89,7 +89,7 @@ def stored_tensors(directory: Path) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def _opened(directory: Path) -> Iterator[tuple[Architecture, Names, dict[str, Stored]]]:
-    """A model directory whose tensors are those of its config.json."""
+    """Opens a model directory, and checks that its tensors are those of its config.json."""
     directory = Path(directory)
     arch = families.read(hf_config(directory), str(directory / "config.json"))
     names = _names(arch)
@@ -101,7 +101,7 @@ def _opened(directory: Path) -> Iterator[tuple[Architecture, Names, dict[str, St
 
 
 def dtype_of(directory: Path) -> str:
-    """The dtype of a model directory's weights: "float32", "float16" or "bfloat16"."""
+    """Returns the dtype of a model directory's weights: "float32", "float16" or "bfloat16"."""
     with contextlib.ExitStack() as stack:
         first = next(iter(_open_tensors(Path(directory), stack).values()))
         return _READABLE.get(first.dtype, "float32")
@@ -189,7 +189,7 @@ def _replaced(directory: Path, source: Path | None) -> Iterator[Path]:
 
 
 def _names(arch: Architecture) -> Names:
-    """Every tensor of a checkpoint, in the order in which transformers writes them."""
+    """Returns every tensor of a checkpoint, in the order in which transformers writes them."""
     d, v = arch.hidden_size, arch.vocab_size
     biased = dict.fromkeys(("q", "k", "v"), arch.qkv_bias) | {"o": arch.o_bias}
     biased |= dict.fromkeys(("gate", "up", "down"), arch.mlp_bias)
@@ -203,7 +203,7 @@ def _names(arch: Architecture) -> Names:
     if arch.qk_norm:
         for norm in ("q_norm", "k_norm"):
             in_layer[f"self_attn.{norm}.weight"] = (("attention", norm, "scale"), ((arch.head_dim,),))
-    # With norms behind attention and feed-forward, transformers calls the one before the feed-forward otherwise.
+    # With norms behind attention and feed-forward, transformers has another name for the one before the feed-forward.
     norms = {"post_attention_layernorm": "mlp_norm"}
     if arch.post_norms:
         norms = {
@@ -287,7 +287,7 @@ def _check_tensors(directory: Path, arch: Architecture, expected: Names, stored:
 
 
 def _check_tied_head(directory: Path, arch: Architecture, stored: dict[str, Stored], rows: int = 4096) -> None:
-    """A tied head that is stored all the same must be the embedding; they are compared some rows at a time."""
+    """Checks that a tied head, where it is stored all the same, is the embedding; some rows are compared at a time."""
     if arch.tie_embeddings and "lm_head.weight" in stored:
         head, embed = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
         parts = [slice(start, min(start + rows, arch.vocab_size)) for start in range(0, arch.vocab_size, rows)]

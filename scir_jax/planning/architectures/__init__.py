@@ -16,12 +16,16 @@ _VARIANTS = {"base", "chat", "hf", "instruct", "it", "meta", "pt"}
 
 
 def names() -> list[str]:
-    """The models whose sizes are known here, as their repositories are called."""
+    """Lists the models whose sizes are known here, as their repositories are called."""
     return sorted((path.stem for path in _DIRECTORY.glob("*.json")), key=str.lower)
 
 
 def known(name: str) -> dict[str, Any]:
-    """The parsed config.json of one of `names()`. KeyError for any other."""
+    """Reads the config.json of one of `names()`.
+
+    Raises:
+      KeyError: there is none of this name.
+    """
     path = _DIRECTORY / f"{name}.json"
     if not path.is_file():
         raise KeyError(name)
@@ -29,7 +33,7 @@ def known(name: str) -> dict[str, Any]:
 
 
 def architecture(path: str) -> tuple[dict[str, Any], str]:
-    """The parsed config.json of a model directory, or of the public model that the directory is named after.
+    """Reads the config.json of a model directory, or of the public model that the directory is named after.
 
     Case and the words that only tell variants of one shape apart (Instruct, chat, it, base, hf) do not matter.
 
