@@ -36,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--config", default="quickstart", help="the configuration that methods are laid over")
     parser.add_argument(
-        "--config", default="quickstart", help="the configuration that methods are laid over"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", required=True, help="YAML files or names of settings, for example methods/scir methods/srlm"
+        "--methods",
+        nargs="+",
+        required=True,
+        help="YAML files or names of settings, for example methods/scir methods/srlm",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)"

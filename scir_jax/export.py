@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     arguments = parser.parse_args(argv)
 
-    from scir_jax.engine.hosts import hosts
     from scir_jax.engine import mesh
     from scir_jax.engine.checkpoint import ModelStore
+    from scir_jax.engine.hosts import hosts
     from scir_jax.run import console
     from scir_jax.run.directory import RunDirectory
     from scir_jax.run.export import export_adapter, export_model

@@ -92,9 +92,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         if not hosts.first():
             return NoMetrics()
         settings = config.run
-        return Metrics(
-            directory.path, tensorboard=settings.tensorboard, wandb=settings.wandb, config=to_dict(config)
-        )
+        return Metrics(directory.path, tensorboard=settings.tensorboard, wandb=settings.wandb, config=to_dict(config))
 
     metrics = hosts.together(metrics_here)
     models = Models(ModelStore(directory.checkpoints), programs, parameters)

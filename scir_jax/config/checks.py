@@ -85,7 +85,9 @@ def check(config: Config) -> None:
             raise InputError(f"rewards.weights.{name} must be a number, not {weight!r}")
     if config.consistency.target == "consensus" or labels == "consensus":
         if unknown := [name for name in weights if name not in models]:
-            raise InputError(f"rewards.weights.{unknown[0]}: {unknown[0]} is not in rewards.models ({', '.join(models)})")
+            raise InputError(
+                f"rewards.weights.{unknown[0]}: {unknown[0]} is not in rewards.models ({', '.join(models)})"
+            )
         if not any(weights.values()):
             raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.weights.{models[0]}")
     check_positive(config)

@@ -51,7 +51,11 @@ def parse(
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m scir_jax.{command}", description=description, exit_on_error=False
     )
-    parser.add_argument("--config", action="config", help="YAML file or name (quickstart, methods/srlm); may be repeated, later ones win")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file or name (quickstart, methods/srlm); may be repeated, later ones win",
+    )
     for name, (kind, default, text) in options.items():
         if default is ...:
             parser.add_argument(f"--{name}", type=kind, required=True, help=text)

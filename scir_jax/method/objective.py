@@ -127,7 +127,9 @@ def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array
 
     logps, reference = evidence.fresh["logps"], evidence.cached["preference_logps"]
     margin = preference.margin(logps, reference, evidence.lengths, length_normalised=settings.length_normalised)
-    losses = preference.loss(margin, q, kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    losses = preference.loss(
+        margin, q, kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing
+    )
 
     def mean(values: Array, weight: Array) -> tuple[Array, Array]:
         return (values * weight).sum(), weight.sum()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from scir_jax.config.schema import Config
-from scir_jax.run import console
 from scir_jax.planning import machine
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage, survey
+from scir_jax.run import console
 
 MOST = 4096
 SECANTS = 6

@@ -13,8 +13,8 @@ from scir_jax.engine.programs import sample_name
 from scir_jax.errors import InputError
 from scir_jax.method.objective import needs
 from scir_jax.method.pairing import PAIRING
-from scir_jax.run.models import roles
 from scir_jax.planning.stages import Stage
+from scir_jax.run.models import roles
 
 PROMPTS = 1000
 """prompts per iteration, where neither the configuration nor a file says how many"""
@@ -81,7 +81,9 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
 def costs(config: Config, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int) -> list[Cost]:
     """Returns the cost of every stage of an iteration whose program fits."""
     sampler = sample_name(config.sample.responses)
-    fitting = {stage.kind: stage for stage in stages if stage.fits and (stage.kind != "sample" or stage.name == sampler)}
+    fitting = {
+        stage.kind: stage for stage in stages if stage.fits and (stage.kind != "sample" or stage.name == sampler)
+    }
     return [
         Cost(stage, kind, fitting[kind].name, count, count * max(fitting[kind].least(chip, devices).values()))
         for stage, kind, count in calls(config, prompts)

@@ -11,12 +11,12 @@ from rich.table import Table
 from scir_jax.config.schema import Config
 from scir_jax.engine.cost.memory import GIB, Memory
 from scir_jax.engine.programs import Programs
-from scir_jax.run import console
-from scir_jax.run.preflight import advice
 from scir_jax.planning import iteration, stages
 from scir_jax.planning.batches import Largest
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage
+from scir_jax.run import console
+from scir_jax.run.preflight import advice
 
 
 def show_machine(run: Programs, machine: Machine) -> None:
@@ -33,7 +33,8 @@ def show_machine(run: Programs, machine: Machine) -> None:
     if chip:
         _print(
             f"a device: {chip.flops / 1e12:.0f} TFLOP/s bfloat16, {machine.limit / GIB:.2f} of {chip.memory / GIB:.0f} "
-            f"GiB usable, {chip.bandwidth / 1e9:.0f} GB/s memory, {chip.interconnect / 1e9:.0f} GB/s links ({chip.source})"
+            f"GiB usable, {chip.bandwidth / 1e9:.0f} GB/s memory, {chip.interconnect / 1e9:.0f} GB/s links "
+            f"({chip.source})"
         )
     else:
         _print(f"a device: {machine.limit / GIB:.2f} GiB; its speed is not in the table of chips: no times are given")
@@ -82,7 +83,8 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     found = [stage for stage in found if stage.reason is None]
     kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives))
     table = _table(
-        "one call: PFLOP over all devices (of the mathematics, and as executed), seconds at the least by what bounds them, "
+        "one call: PFLOP over all devices (of the mathematics, and as executed), seconds at the least by what bounds "
+        "them, "
         "GiB per device by collective",
         *("program", "model", "executed", "arithmetic", "memory", "links", *kinds),
     )
@@ -99,8 +101,8 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
         )
     _print(table)
     _print(
-        "arithmetic: every executed FLOP at the chips' peak; memory: what decoding must read of weights and cache; links: "
-        "what a device must receive. None of them can be beaten; how far they overlap is not known before it runs."
+        "arithmetic: every executed FLOP at the chips' peak; memory: what decoding must read of weights and cache; "
+        "links: what a device must receive. None of them can be beaten; how far they overlap is not known before it runs."
     )
 
 

@@ -19,6 +19,7 @@ MAX_CHARACTERS = 4000  # of one prompt or response in the table of pairs
 SAMPLED_PAIRS = 20
 SEED = 0
 
+
 @dataclass
 class IterationFiles:
     """What one `iteration_NN` directory holds; a file that is not there leaves its field empty."""

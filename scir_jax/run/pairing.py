@@ -93,8 +93,8 @@ def _check_length(prompt: Prompt | None, lengths: Lengths, where: str) -> None:
     for tokens, most in ((len(prompt.ids), lengths.prompt), (len(prompt.quote), lengths.quote)) if prompt else ():
         if tokens > most:
             raise InputError(
-                f"{where}: the prompt has {tokens} tokens, but the longest of this run's data has {most}, for which its "
-                "programs are compiled; answer the prompts of data.prompts"
+                f"{where}: the prompt has {tokens} tokens, but the longest of this run's data has {most}, for which "
+                "its programs are compiled; answer the prompts of data.prompts"
             )
 
 
@@ -245,9 +245,7 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
             if scored.verdicts is not None:
                 verdicts = tuple(map(float, scored.verdicts[i]))
         pair = _pair(items, choice)
-        pairs.append(
-            dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha)
-        )
+        pairs.append(dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha))
     return pairs
 
 

@@ -21,7 +21,6 @@ from scir_jax.model import logprobs
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.lora import Lora
 
-
 Flash = Callable[[int], bool]
 """Whether attention over rows of this many tokens skips masked pairs (cuDNN, splash); XLA's computes them all."""
 
@@ -60,7 +59,9 @@ class SamplerFlops:
     total: Flops
 
 
-def inference(arch: Architecture, passes: Iterable[RowGroup], *, lora: Lora | None = None, flash: Flash = never) -> Flops:
+def inference(
+    arch: Architecture, passes: Iterable[RowGroup], *, lora: Lora | None = None, flash: Flash = never
+) -> Flops:
     """Counts the FLOPs of forward passes: scoring, judging."""
     return sum((_forward(arch, part, lora, flash) for part in passes), Flops())
 

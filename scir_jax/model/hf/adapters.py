@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from scir_jax.errors import InputError
+from scir_jax.model.architecture import LINEARS, Architecture
 from scir_jax.model.hf import tensors as files
 from scir_jax.model.hf import transfer
-from scir_jax.model.architecture import LINEARS, Architecture
-from scir_jax.model.lora import ADAPTER, Lora, Params, merge
 from scir_jax.model.hf.tensors import Names, Stored, Tensor, Tensors
+from scir_jax.model.lora import ADAPTER, Lora, Params, merge
 
 _CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"  # written last: where it is, a directory is complete
