@@ -79,6 +79,21 @@ def check(config: Config) -> None:
         raise InputError("preference.labels cream and pairs.kind cream belong together; set both or neither")
     if labels == "cream" and config.data.pairs:
         raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
+    if labels == "cream" and (config.selection.rule == "certainty" or config.consistency.target == "consensus"):
+        raise InputError(
+            "pairs.kind cream asks the judge nothing before training, but selection.rule certainty and "
+            "consistency.target consensus need its verdicts; take another pairs.kind"
+        )
+    for key, value in (
+        ("selection.power", config.selection.power),
+        ("selection.confidence", config.selection.confidence),
+        ("preference.label_smoothing", config.preference.label_smoothing),
+    ):
+        if value < 0:
+            raise InputError(f"{key} must not be negative, not {value}")
+    for key, value in (("consistency.sharpen", config.consistency.sharpen), ("preference.beta", config.preference.beta)):
+        if value <= 0:
+            raise InputError(f"{key} must be positive, not {value}")
     weights = config.rewards.weights
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):

@@ -1,0 +1,55 @@
+"""Settings that contradict each other are refused with one sentence that names the key."""
+
+import dataclasses
+
+import pytest
+
+from scir_jax.config.checks import check
+from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
+
+
+def configured(**sections) -> Config:
+    config = Config()
+    values = {name: dataclasses.replace(getattr(config, name), **part) for name, part in sections.items()}
+    return dataclasses.replace(config, **values)
+
+
+CREAM = dict(pairs=dict(kind="cream"), preference=dict(labels="cream"))
+
+
+@pytest.mark.parametrize(
+    "sections, words",
+    [
+        (dict(pairs=dict(kind="cream")), "preference.labels cream and pairs.kind cream belong together"),
+        (dict(preference=dict(labels="cream")), "preference.labels cream and pairs.kind cream belong together"),
+        (CREAM | dict(data=dict(pairs="pairs.jsonl")), "leave data.pairs out"),
+        (CREAM | dict(selection=dict(rule="certainty")), "pairs.kind cream asks the judge nothing"),
+        (
+            CREAM | dict(consistency=dict(target="consensus")),
+            "pairs.kind cream asks the judge nothing",
+        ),
+        (dict(selection=dict(power=-1.0)), "selection.power must not be negative, not -1.0"),
+        (dict(selection=dict(confidence=-0.1)), "selection.confidence must not be negative"),
+        (dict(consistency=dict(sharpen=0.0)), "consistency.sharpen must be positive, not 0.0"),
+        (dict(preference=dict(beta=0.0)), "preference.beta must be positive"),
+        (
+            dict(consistency=dict(target="consensus"), rewards=dict(weights={"likelihood": 1.0})),
+            "rewards.weights.likelihood: likelihood is not in rewards.models",
+        ),
+        (dict(consistency=dict(target="consensus"), rewards=dict(weights={})), "the consensus .* has no weight"),
+        (dict(rewards=dict(weights={"generative": "much"})), "rewards.weights.generative must be a number"),
+        (dict(rewards=dict(models=("implicit", "implicit"))), "each once"),
+        (dict(training=dict(accumulate=3)), "does not divide into training.accumulate=3 micro-batches"),
+        (dict(generative=dict(passes=0)), "generative.passes must be at least 1"),
+    ],
+)
+def test_contradictions_are_refused(sections, words):
+    with pytest.raises(InputError, match=words):
+        check(configured(**sections))
+
+
+def test_what_belongs_together_is_taken():
+    check(configured())
+    check(configured(**CREAM, selection=dict(rule="all"), consistency=dict(weight=0.0)))
+    check(configured(selection=dict(rule="certainty"), consistency=dict(weight=0.0)))
