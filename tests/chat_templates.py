@@ -19,7 +19,9 @@ from scir_jax.text.chat import Chat, load_tokenizer
 LLAMA_2 = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}
 {%- for message in messages if message['role'] != 'system' %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles have to alternate') }}{% endif %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Roles have to alternate') }}
+    {%- endif %}
     {%- set text = message['content'] %}
     {%- if loop.first and system %}{%- set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + text %}{%- endif %}
     {%- if message['role'] == 'user' %}{{- bos_token + '[INST] ' + text.strip() + ' [/INST]' }}
@@ -38,7 +40,8 @@ LLAMA_3 = """\
 {%- endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}
 {%- for message in turns %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
@@ -60,7 +63,9 @@ MISTRAL_3 = """\
 {%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}
 {{- bos_token }}
 {%- for message in turns %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
     {%- if message['role'] == 'user' and loop.last and system is not none %}
         {{- '[INST] ' + system + '\\n\\n' + message['content'] + '[/INST]' }}
     {%- elif message['role'] == 'user' %}{{- '[INST] ' + message['content'] + '[/INST]' }}
@@ -122,7 +127,9 @@ GEMMA_2 = """\
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
 {%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
     {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
@@ -133,7 +140,9 @@ GEMMA_3 = """\
 {{- bos_token }}
 {%- set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}
 {%- for message in messages if message['role'] != 'system' %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
     {{- '<start_of_turn>' + role + '\\n' + (first if loop.first else '') }}
     {%- if message['content'] is string %}{{- message['content'] | trim }}{%- endif %}
@@ -173,8 +182,10 @@ NO_SYSTEM = {"mistral-1", "gemma-2"}
 CONTROL = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>"),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<mask>", "<｜end▁of▁sentence｜>", "♦"),
+    *("[THINK]", "[/THINK]"),
 )
-NOT_SPECIAL = ("<think>", "</think>", "<tool_call>")
+NOT_SPECIAL = ("<tool_call>",)
+MARKS = ("<think>", "</think>")  # not special either: text of a model
 TAKES_SPACE = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 TEXT = [
@@ -185,7 +196,10 @@ TEXT = [
     "    def f(x):\n        return x + 1\n\n\nprint(f(10))  # über naïve 日本語",
 ] * 4
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -279,7 +293,7 @@ def save(kind: str, directory: Path) -> None:
         names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>"}
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*names.values(), *CONTROL)])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=True) for t in TAKES_SPACE])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in NOT_SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*MARKS, *NOT_SPECIAL)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
     if class_name:
         path = directory / "tokenizer_config.json"
@@ -312,6 +326,13 @@ def chat(kind: str, template: str, **kwargs) -> Chat:
     return Chat(tokenizer(kind, template), f"{kind} {template}", stops(kind), kwargs)
 
 
+def with_template(source: str, kind: str = "gpt-2", **kwargs) -> Chat:
+    """A chat whose template is none of `TEMPLATES`; errors name it "x"."""
+    made = tokenizer(kind, "plain")
+    made = type(made)(tokenizer_object=made.backend_tokenizer, **made.special_tokens_map, chat_template=source)
+    return Chat(made, "x", stops(kind), kwargs)
+
+
 def turns(*contents, system=None):
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
@@ -326,3 +347,24 @@ def reference(chat: Chat, messages, generation_prompt=True) -> list[int]:
         add_generation_prompt=generation_prompt,
         **{"date_string": "26 Jul 2024", **chat._kwargs},
     )
+
+
+def spelled(chat: Chat, ids) -> str:
+    """What ids say, with their control tokens."""
+    return chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def in_context(chat: Chat, ids) -> str:
+    """What ids of text in the midst of a row say; a decoder may strip a space at the start of a whole text."""
+    stop = chat.stop_ids[0]
+    return spelled(chat, [stop, *ids]).removeprefix(chat.tokenizer.convert_ids_to_tokens(stop))
+
+
+def control(chat: Chat, ids) -> list[int]:
+    """The control tokens of a row, in order."""
+    return [i for i in ids if i in chat.control_ids]
+
+
+def structure(chat: Chat, ids) -> list[int]:
+    """The control tokens of a row and the marks of its thinking blocks, in order."""
+    return [i for i in ids if i in chat.control_ids.union(chat.tokenizer.convert_tokens_to_ids([*MARKS]))]

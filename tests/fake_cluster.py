@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = """bash sh env basename cat chmod cp date dirname flock git grep gzip kill mkdir nohup rm sed seq setsid sleep
-sort tail tar touch tr true"""
+TOOLS = """bash sh env basename cat chmod cp date dirname flock git grep gzip kill mkdir mkfifo nohup rm sed seq setsid
+sleep sort tail tar touch tr true"""
 # Words that quoting gets wrong if it can.
 NASTY = ["--a", "it's", '--b=say "hi" $HOME `id` \\ * ;&|', "two  spaces", "", "new\nline", "-x", "[1, 'b']"]
 
@@ -99,13 +99,15 @@ case "$*" in
         [ ! -e "$plan" ] || sed -i 1d "$plan"
         if [ "$now" = serve ]; then
             echo $$ >> "$FAKE/pids"
-            asked() { echo "$1" >> "$FAKE/asked"; sleep 0.2; exit "$1"; }
+            # Waits by reading what never comes, never for a process: a SIGINT that comes just when bash begins to wait
+            # for one sends bash into an endless loop instead of its trap.
+            mkfifo "$FAKE/never-$$" && exec 3<> "$FAKE/never-$$"
+            asked() { echo "$1" >> "$FAKE/asked"; read -r -t 0.2 -u 3; exit "$1"; }
             trap 'asked 143' TERM
             trap 'asked 130' INT
-            # No process of its own for this and for counting: a shell that forks may miss a signal.
             : > "$FAKE/serving"
             i=0
-            while [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done
+            while [ $i -lt 300 ]; do read -r -t 0.1 -u 3; i=$((i + 1)); done
             exit 99
         fi
         eval "${now:-true}"

@@ -16,8 +16,8 @@ import transformers
 
 from scir_jax.errors import InputError
 from scir_jax.model import decoder
-from scir_jax.model.hf import weights
 from scir_jax.model.architecture import Architecture
+from scir_jax.model.hf import weights
 from tests.processes import quick_jit
 
 TOLERANCE = 1e-4

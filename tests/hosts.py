@@ -1,7 +1,6 @@
 """Several hosts on this machine: processes that find each other, on the CPU."""
 
 import dataclasses
-import os
 import signal
 import socket
 import subprocess
@@ -11,8 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-CLUSTER = ("JAX_", "SLURM_", "OMPI_", "MEGASCALE_", "TPU_", "XLA_FLAGS", "KUBERNETES_")
+from tests.forks import ROOT, Fork, environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +42,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """This process's without what says something of clusters; two devices of the CPU."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER)}
-    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **variables}
+def _spawn(arguments: Sequence[str], *, env: dict[str, str], cwd: Path, out: Path, err: Path) -> subprocess.Popen:
+    """An interpreter of its own."""
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd, env=env)
 
 
 def run_hosts(
@@ -59,34 +57,30 @@ def run_hosts(
     kill: Sequence[Kill] = (),
     seconds: float = 120,
     cwd: Path | None = None,
+    forked: bool = False,
 ) -> list[Done]:
     """Runs a program on every host until all have ended; what is left after `seconds` is killed and fails the test.
 
     Args:
       program: Python code, or the interpreter's arguments (["-m", "scir_jax.train", ...]), or such arguments by index.
+      env: of every host, beside what makes them hosts; by default each has two devices.
       kill: a host that was stopped by SIGSTOP is killed when the others have ended.
+      forked: the hosts begin with the package imported; see tests.forks.
     """
-    env = environment(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}", JAX_NUM_PROCESSES=str(count), **(env or {}))
+    address = f"127.0.0.1:{free_port()}"
+    env = {"JAX_NUM_CPU_DEVICES": "2", **(env or {}), "JAX_COORDINATOR_ADDRESS": address}
+    env = environment(**env, JAX_NUM_PROCESSES=str(count))
     waiting, stopped, killed = list(kill), set(), set()
     with tempfile.TemporaryDirectory() as directory:
         files = [(Path(directory, f"{host}.out"), Path(directory, f"{host}.err")) for host in range(count)]
-        processes: list[subprocess.Popen] = []
+        processes: list[subprocess.Popen | Fork] = []
         end = time.monotonic() + seconds
         try:
             for host, (out, err) in enumerate(files):
                 arguments = program(host) if callable(program) else program
                 arguments = ["-c", arguments] if isinstance(arguments, str) else list(map(str, arguments))
-                with out.open("wb") as out_file, err.open("wb") as err_file:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, *arguments],
-                            stdin=subprocess.DEVNULL,
-                            stdout=out_file,
-                            stderr=err_file,
-                            cwd=cwd or ROOT,
-                            env={"JAX_PROCESS_ID": str(host), **env},
-                        )
-                    )
+                own = {"JAX_PROCESS_ID": str(host), **env}
+                processes.append((Fork if forked else _spawn)(arguments, env=own, cwd=cwd or ROOT, out=out, err=err))
             while any(process.poll() is None for host, process in enumerate(processes) if host not in stopped):
                 if time.monotonic() > end:
                     break

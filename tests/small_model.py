@@ -16,10 +16,8 @@ import numpy as np
 import transformers
 
 from scir_jax.data.jsonl import write_rows
-from scir_jax.model import decoder
+from scir_jax.model import decoder, families
 from scir_jax.model.hf import weights
-from scir_jax.model import families
-from scir_jax.model.architecture import Architecture
 from scir_jax.text.chat import load_tokenizer
 from tests import chat_templates
 

@@ -60,6 +60,7 @@ class Chat:
     Attributes:
       lead: template text between a prompt and a given answer: the space that the template writes there, an empty
         thinking block, or the end of one that the prompt opens.
+      opened: the mark of the thinking block that the prompt opens; "" where it opens none.
       stop_ids: tokens that end an assistant's turn, the first one is written after a given answer.
       control_ids: tokens that no text of users or models becomes.
       pad_id: fills rows; never looked at.
@@ -144,8 +145,8 @@ class Chat:
             if begin in self._text.added:
                 continue
             if lead.strip() and text.lstrip().startswith(begin):
-                lead, text = "", text.lstrip().removeprefix(begin).removeprefix("\n") if self._opened else text
-            elif self._opened == begin and end in text:
+                lead, text = "", text.lstrip().removeprefix(begin).removeprefix("\n") if self.opened else text
+            elif self.opened == begin and end in text:
                 lead = ""
         writer.template(lead)
         writer.text(text)
@@ -160,7 +161,7 @@ class Chat:
             that the prompt opens.
         """
         for begin, end in THINKING:
-            goes_on = self._opened == begin and (sampled or end in text)
+            goes_on = self.opened == begin and (sampled or end in text)
             if goes_on or text.lstrip().startswith(begin):
                 return text.partition(end)[2].lstrip()
         return text
@@ -333,10 +334,10 @@ class Chat:
             )
         self._header = header
         lead = lead or ""
-        self._opened = ""  # the mark of a thinking block that the prompt opens
+        self.opened = ""
         for begin, end in THINKING:
             if header.rfind(begin) > header.rfind(end):
-                self._opened = begin
+                self.opened = begin
             if (header + lead).rfind(begin) > (header + lead).rfind(end):
                 lead += ("\n" if (header + lead).endswith("\n") else "\n\n") + end + "\n\n"
         control = [self._text.added[part] for part in behind if part in self._text.added]

@@ -188,6 +188,8 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
 
     prefix = "".join(split_fields(template.answer_prefix))
     lead = "" if chat.lead.strip() and any(mark in prefix for block in THINKING for mark in block) else chat.lead
+    if chat.opened and prefix.startswith(chat.opened):
+        prefix = prefix.removeprefix(chat.opened).removeprefix("\n")
     first, second = (row(Literal(prefix), verdict) for verdict in template.verdicts)
     if len(first) != len(second) or first[:-1] != second[:-1] or first[-1] == second[-1]:
         a, b = template.verdicts

@@ -2,38 +2,15 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import pytest
-import yaml
 
 from scir_jax.config import cli
 from scir_jax.config.schema import Config
-from scir_jax.errors import InputError, Interrupted
+from scir_jax.errors import InputError
+from tests.config.parsing import parse, refused, write
 
-ROOT = Path(__file__).parents[2]
-METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
-
-
-def write(tmp_path, content, name="config.yaml"):
-    path = tmp_path / name
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
-    return str(path)
-
-
-def parse(*argv, **arguments):
-    return options.parse("test", "a test", argv, **arguments)[0]
-
-
-def refused(*argv, **arguments):
-    with pytest.raises(InputError) as error:
-        parse(*argv, **arguments)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-# --- what is understood -------------------------------------------------------------------------------------------------
+# --- what is understood -----------------------------------------------------------------------------------------------
 
 
 def test_defaults():
@@ -71,16 +48,16 @@ def test_empty_files(tmp_path):
 
 def test_options_of_a_command():
     own = {"output": (str, ..., "file"), "count": (int, 3, "number")}
-    config, values = options.parse("x", "y", ["--output=o", "--run.seed=5"], options=own)
+    config, values = cli.parse("x", "y", ["--output=o", "--run.seed=5"], options=own)
     assert values == {"output": "o", "count": 3} and config.run.seed == 5
-    assert options.parse("x", "y", ["--output", "o", "--count", "4"], options=own)[1]["count"] == 4
+    assert cli.parse("x", "y", ["--output", "o", "--count", "4"], options=own)[1]["count"] == 4
     assert "output" in refused(options=own)
     assert refused("--output=o", "--count=many", options=own)
     assert refused("--outputs=o", options=own) == "unknown option --outputs; did you mean 'output'?"
 
 
 def test_the_default_configuration(tmp_path):
-    path = Path(write(tmp_path, {"run": {"seed": 4}}))
+    path = write(tmp_path, {"run": {"seed": 4}})
     assert parse(default_config=path).run.seed == 4
     assert parse("--run.iterations=7", default_config=path).run == dataclasses.replace(
         Config().run, seed=4, iterations=7
@@ -88,8 +65,9 @@ def test_the_default_configuration(tmp_path):
     other = write(tmp_path, {"run": {"iterations": 1}}, "other.yaml")
     assert parse("--config", other, default_config=path).run.seed == 0
     assert parse(f"--config={other}", default_config=path).run.seed == 0
-    missing = tmp_path / "no.yaml"
-    assert refused(default_config=missing).startswith(f"{missing}: no such file; run from the project's directory")
+    missing = str(tmp_path / "no.yaml")
+    assert refused(default_config=missing).startswith(f"--config {missing}: no such file")
+    assert parse("--config", other, default_config=missing).run.iterations == 1
 
 
 def test_a_command_takes_the_sections_that_it_reads(tmp_path):
@@ -104,7 +82,19 @@ def test_a_command_takes_the_sections_that_it_reads(tmp_path):
     assert "unknown key 'optimise.epoch'" in refused("--config", wrong, sections=("sample",))
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+def test_a_flag_may_stand_alone():
+    own = {"with_ids": (bool, False, ""), "output": (str, ..., "")}
+    for argv, value in (
+        (["--output", "x"], False),
+        (["--with_ids", "--output", "x"], True),
+        (["--output", "x", "--with_ids"], True),
+        (["--with_ids", "false", "--output", "x"], False),
+        (["--with_ids=true", "--output", "x"], True),
+    ):
+        assert cli.parse("judge", "", argv, options=own)[1]["with_ids"] is value
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,12 +175,6 @@ def test_arguments_without_their_option():
         assert refused(*argv)
 
 
-def test_files_that_are_missing(tmp_path):
-    missing = tmp_path / "no.yaml"
-    assert refused("--config", str(missing)) == f"--config {missing}: no such file"
-    assert refused("--config", str(tmp_path)) == f"--config {tmp_path}: no such file"
-
-
 @pytest.mark.parametrize(
     "content", [b"run: [", b"run:\n\tseed: 1\n", b"a: b: c\n", b"run: {seed: \xff}\n", b"a: 1\n---\nb: 2\n", b"\x00"]
 )
@@ -229,96 +213,3 @@ def test_yaml_cannot_run_code(tmp_path, tag, place):
         except InputError:
             pass
     assert not os.path.exists(made)
-
-
-# --- and back -----------------------------------------------------------------------------------------------------------
-
-
-def test_yaml_round_trip(tmp_path):
-    config = parse(
-        "--run.directory=rüns/x: y", '--rewards.models=["likelihood"]', "--sample.prompts=5", "--optimise.learning_rate=1e-7",
-        '--generative.templates=["standalone","{world}/judge.yaml"]', "--run.compilation_cache=null", "--data.prompts=12",
-    )  # fmt: skip
-    assert config.data.prompts == "12"
-    text = options.to_yaml(config)
-    assert parse("--config", write(tmp_path, text)) == config
-    assert options.to_dict(config) == yaml.safe_load(text)
-    assert list(yaml.safe_load(text)) == [f.name for f in dataclasses.fields(Config)]
-    assert options.to_dict(Config())["rewards"]["models"] == ["generative", "implicit"]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_committed_configurations(path):
-    config = parse("--config", str(path))
-    assert config != Config()
-    # Not one key of the file is lost.
-    read = options.to_dict(config)
-    for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        assert {k: read[section][k] for k in values} == values
-
-
-@pytest.mark.parametrize("path", METHODS or [None], ids=lambda p: p.stem if p else "none")
-def test_committed_methods(path):
-    if path is None:
-        pytest.skip("no methods")
-    quickstart = str(ROOT / options.QUICKSTART)
-    config = parse("--config", quickstart, "--config", str(path))
-    read, base = options.to_dict(config), options.to_dict(parse("--config", quickstart))
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    for section, values in content.items():
-        assert {k: read[section][k] for k in values} == values
-    assert {**base, **{s: {**base[s], **v} for s, v in content.items()}} == read
-
-
-# --- endings of a command -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error, code, message",
-    [
-        (InputError("x: wrong"), 2, "error: x: wrong\n"),
-        (Interrupted("saved", 15), 143, "saved\n"),
-        (
-            OSError(28, "No space left on device", "f"),
-            3,
-            "error: no space left to write f; what was saved before is intact",
-        ),
-        (ValueError("RESOURCE: No space left on device"), 3, "error: no space left to write; "),
-    ],
-)
-def test_ends_of_a_command(capsys, error, code, message):
-    def run():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        options.main(run)
-    out, err = capsys.readouterr()
-    assert end.value.code == code and out == "" and err.startswith(message) and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(2, "No such file")])
-def test_bugs_are_not_hidden(error):
-    def run():
-        raise error
-
-    with pytest.raises(type(error)):
-        options.main(run)
-
-
-@pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (1, 1)])
-def test_exit_code(result, code):
-    with pytest.raises(SystemExit) as end:
-        options.main(lambda: result)
-    assert end.value.code == code
-
-
-def test_a_flag_may_stand_alone():
-    own = {"with_ids": (bool, False, ""), "output": (str, ..., "")}
-    for argv, value in (
-        (["--output", "x"], False),
-        (["--with_ids", "--output", "x"], True),
-        (["--output", "x", "--with_ids"], True),
-        (["--with_ids", "false", "--output", "x"], False),
-        (["--with_ids=true", "--output", "x"], True),
-    ):
-        assert options.parse("judge", "", argv, options=own)[1]["with_ids"] is value

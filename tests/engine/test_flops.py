@@ -9,17 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scir_jax.data.batches import Rows
-from scir_jax.engine.cost import flops, memory
+from scir_jax.data.batches import RowGroup
 from scir_jax.engine import forward
-from scir_jax.engine.cost.flops import Flops, Pass
-from scir_jax.run import programs
-from scir_jax.run.session import Session
-from scir_jax.model import decoder, logprobs
-from scir_jax.model import families
+from scir_jax.engine.cost import flops, memory
+from scir_jax.engine.cost.flops import Flops
+from scir_jax.model import decoder, families, logprobs
 from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.model.lora import Lora, join, split
 from scir_jax.planning import architectures, hlo
+from scir_jax.run.setup import prepare
 
 ARCH = Architecture("llama", 300, 64, 96, 4, 2, 16, (Layer(), Layer(window=8), Layer()))
 ADAPTERS = {
@@ -74,20 +72,21 @@ def compiled_products(text):
     return count(module.computations[module.entry], {})
 
 
-def loss_and_arguments(arch, lora, remat, rows, tokens, scored):
-    """A loss with both kinds of read-outs, and its abstract arguments (trained, frozen, rows)."""
+GROUP = RowGroup((4,), tokens=24, scored=7, verdict=True)
+
+
+def loss_and_arguments(arch, lora, remat):
+    """A loss with both kinds of read-outs, and its abstract arguments (trained, frozen, rows of GROUP)."""
     model = decoder.define(arch, remat=remat, lora=lora)
 
     def loss(trained, frozen, batch):
         params = join(trained, frozen)
         hidden = model.hidden(params, batch.ids)
-        logps = forward._span_logps(model, params, hidden, batch, scored)
+        logps = forward.read_spans(model, params, hidden, batch, GROUP.scored, ("logps",))["logps"]
         verdicts, mass = forward._verdict(model, params, hidden, batch, (3, 5))
         return logps.sum() + jnp.square(verdicts).sum(), mass
 
-    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
-    batch = Rows(int32(rows, tokens), int32(rows), int32(rows), int32(rows))
-    return loss, (*split(model.abstract(), lora), batch)
+    return loss, (*split(model.abstract(), lora), GROUP.abstract())
 
 
 @pytest.mark.parametrize(
@@ -98,8 +97,8 @@ def loss_and_arguments(arch, lora, remat, rows, tokens, scored):
 def test_products_forward_and_backward_are_those_of_the_jaxpr(remat, adapters, post_norms, monkeypatch):
     monkeypatch.setattr(logprobs, "_CHUNK_BYTES", 4 * 28 * 128)  # 3 chunks, the last one overlapping
     arch, lora = dataclasses.replace(ARCH, post_norms=post_norms), ADAPTERS.get(adapters)
-    loss, arguments = loss_and_arguments(arch, lora, remat, rows=4, tokens=24, scored=7)
-    passes = [Pass(rows=4, tokens=24, scored=7, verdict=True)]
+    loss, arguments = loss_and_arguments(arch, lora, remat)
+    passes = [GROUP]
     assert flops.inference(arch, passes, lora=lora).hardware == products(jax.make_jaxpr(loss)(*arguments).jaxpr)
     gradient = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*arguments).jaxpr
     # The frozen head's gradient is written down; the compiler leaves it out (the test below).
@@ -110,9 +109,9 @@ def test_products_forward_and_backward_are_those_of_the_jaxpr(remat, adapters, p
 def test_products_of_the_compiled_program(monkeypatch, cheap_compilation):
     monkeypatch.setattr(logprobs, "_CHUNK_BYTES", 4 * 28 * 128)
     lora = ADAPTERS["all"]
-    loss, arguments = loss_and_arguments(ARCH, lora, "full", rows=4, tokens=24, scored=7)
+    loss, arguments = loss_and_arguments(ARCH, lora, "full")
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arguments).compile()
-    counted = flops.training(ARCH, [Pass(4, 24, 7, True)], lora=lora, remat="full").hardware
+    counted = flops.training(ARCH, [GROUP], lora=lora, remat="full").hardware
     # The verdicts' two logits are asked for twice and computed once.
     assert compiled_products(compiled.as_text()) == pytest.approx(counted, rel=1e-4)
 
@@ -122,42 +121,42 @@ def test_xla_counts_the_same_for_one_layer(cheap_compilation):
     arch = Architecture("llama", 256, 256, 512, 2, 2, 128, (Layer(),))
     model = decoder.define(arch)
     compiled = jax.jit(model.hidden).lower(model.abstract(), jax.ShapeDtypeStruct((2, 64), np.int32)).compile()
-    counted = flops.inference(arch, [Pass(2, 64)]).hardware
+    counted = flops.inference(arch, [RowGroup((2,), 64)]).hardware
     assert counted < compiled.cost_analysis()["flops"] < 1.03 * counted
 
 
-def test_programs_of_a_run(world_dir, tiny_config):
-    replay = {"weight": 0.5, "ift_batch_size": 4, "eft_batch_size": 8}
+REPLAY = {"weight": 0.5, "ift_batch_size": 4, "eft_batch_size": 8}
+
+
+@pytest.mark.parametrize("name", ["plain", "micro-batches", "adapters"])
+def test_flops_of_a_runs_programs_are_the_products_of_their_jaxprs(name, world_dir, tiny_config):
     templates = (f"{world_dir}/judge_continuation.yaml", f"{world_dir}/judge.yaml")
-    cases = (
-        {},
-        {"optimizer": {"accumulate": 4}, "model": {"path": f"{world_dir}/model", "remat": "full"}},
-        {"lora": {"rank": 2}, "replay": replay, "generative": {"templates": templates}},
-    )
-    for overrides in cases:
-        session = Session(tiny_config(world_dir, **overrides))
-        counted = flops.by_program(
-            session.config,
-            session.arch,
-            session.shapes,
-            continued=session.encoder.continued,
-            ift=bool(session.data.ift_rows),
-            eft=bool(session.data.eft_rows),
-            lora=session.model.lora,
-        )
-        found = list(programs.programs(session))
-        assert len(found) == 6
-        for name, function, arguments, _ in found:
-            if overrides and not name.endswith("step"):
-                continue
-            expected = products(jax.make_jaxpr(function)(*arguments).jaxpr, runs=session.shapes.response)
-            if session.model.lora is None or not name.endswith("step"):
-                # The objective has products of its own, of a few numbers a pair.
-                assert counted[name].hardware == pytest.approx(expected, rel=1e-6), (name, overrides)
-            else:
-                # Frozen heads' gradients, as above.
-                assert 0.8 * expected < counted[name].hardware < expected
-            assert 0 < counted[name].model < counted[name].hardware
+    overrides = {
+        "plain": {},
+        "micro-batches": {"training": {"accumulate": 4}, "model": {"path": f"{world_dir}/model", "remat": "full"}},
+        "adapters": {"lora": {"rank": 2}, "replay": REPLAY, "generative": {"templates": templates}},
+    }
+    programs = prepare(tiny_config(world_dir, **overrides[name])).programs
+    found = programs.all()
+    assert len(found) == 6
+    for program in found:
+        step = program.stage in ("sft", "optimise")
+        if name != "plain" and not step:
+            continue
+        jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
+        expected = products(jaxpr, runs=programs.facts.lengths.answer)
+        if programs.model.lora is None or not step:
+            # The objective has products of its own, of a few numbers a pair.
+            assert program.flops.hardware == pytest.approx(expected, rel=1e-6), program.name
+        else:
+            # Frozen heads' gradients, as above.
+            assert 0.8 * expected < program.flops.hardware < expected
+        assert 0 < program.flops.model < program.flops.hardware
+
+
+
+def always(tokens):
+    return True
 
 
 MISTRAL = families.read(architectures.known("Mistral-7B-v0.1"), "Mistral")
@@ -167,11 +166,11 @@ def test_model_flops_follow_the_convention():
     # Where nothing but weights counts: 2 a weight and position forward, 6 trained, the embedding looked up.
     weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size
     weights -= (2 * MISTRAL.num_layers + 1) * MISTRAL.hidden_size  # norms
-    passes = [Pass(rows=8, tokens=2048, scored=2048)]
+    passes = [RowGroup((8,), 2048, scored=2048)]
     visible = 4 * 8 * 32 * 32 * 128 * (2048 * 2049 // 2)
     forward_flops = 2 * weights * 8 * 2048 + visible
     assert flops.inference(MISTRAL, passes).model == forward_flops
-    for settings in ({}, {"remat": "full"}, {"remat": "dots", "accumulate": 4}, {"flash": True}):
+    for settings in ({}, {"remat": "full"}, {"remat": "dots", "accumulate": 4}, {"flash": always}):
         assert flops.training(MISTRAL, passes, **settings).model == 3 * forward_flops
     # PaLM's 6 N + 12 L H Q T a token, of which a causal model sees half.
     per_token = flops.training(MISTRAL, passes).model / (8 * 2048)
@@ -186,16 +185,16 @@ def test_windows_bound_what_is_seen():
         assert flops._visible(tokens, window) == brute(tokens, window)
     full = dataclasses.replace(MISTRAL, layers=(Layer(),) * 32)
     for length, same in ((4096, True), (8192, False)):
-        passes = [Pass(1, length)]
+        passes = [RowGroup((1,), length)]
         assert (flops.inference(MISTRAL, passes) == flops.inference(full, passes)) == same
     # Attention that skips masked pairs executes what the mathematics asks for.
-    skipping = flops.inference(MISTRAL, [Pass(1, 8192)], flash=True)
-    assert skipping.model == skipping.hardware < flops.inference(MISTRAL, [Pass(1, 8192)]).hardware
+    skipping = flops.inference(MISTRAL, [RowGroup((1,), 8192)], flash=always)
+    assert skipping.model == skipping.hardware < flops.inference(MISTRAL, [RowGroup((1,), 8192)]).hardware
 
 
 def test_frozen_weights_cost_two_thirds():
     lora = Lora(16, 16.0, ADAPTERS["all"].targets)
-    passes = [Pass(8, 2048, 512)]
+    passes = [RowGroup((8,), 2048, 512)]
     whole, adapted = flops.training(MISTRAL, passes), flops.training(MISTRAL, passes, lora=lora)
     assert 0.66 < adapted.model / whole.model < 0.7
     assert whole.model < whole.hardware < flops.training(MISTRAL, passes, remat="dots").hardware
@@ -205,7 +204,7 @@ def test_frozen_weights_cost_two_thirds():
 
 
 def test_micro_batches_compute_the_forward_pass_again():
-    passes = [Pass(8, 2048, 512, True)]
+    passes = [RowGroup((8,), 2048, 512, True)]
     whole, micro = flops.training(MISTRAL, passes), flops.training(MISTRAL, passes, accumulate=4)
     assert micro.model == whole.model
     assert micro.hardware - whole.hardware == pytest.approx(flops.inference(MISTRAL, passes).hardware, rel=0.02)
@@ -213,7 +212,7 @@ def test_micro_batches_compute_the_forward_pass_again():
 
 def test_sampling_is_a_prefill_and_its_steps():
     found = flops.sampling(MISTRAL, 2, 4, prompt_tokens=16, response_tokens=10)
-    assert found.prefill == flops.inference(MISTRAL, [Pass(2, 16)])
+    assert found.prefill == flops.inference(MISTRAL, [RowGroup((2,), 16)])
     assert found.total.model == pytest.approx(found.prefill.model + 10 * found.step.model, rel=1e-6)
     # 8 rows, one token each, every weight once; and the places of the cache.
     weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size - 65 * MISTRAL.hidden_size

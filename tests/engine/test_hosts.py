@@ -18,13 +18,16 @@ AGAIN = "; this host stops; start the same command on all hosts again to go on"
 MAIN = """
 import json, os, sys, time
 from pathlib import Path
-from scir_jax.engine.hosts import hosts
+from scir_jax.engine.hosts import coordination, hosts, liveness
 from scir_jax.errors import InputError, Interrupted
+
+# Shorter, since nothing here takes long.
+coordination.SLICE_MS, hosts.FILE_SECONDS, liveness.GRACE_SECONDS = 200, 0.5, 0.5
 
 def main(body, watch=60):
     try:
         hosts.start(True, wait=60)
-        hosts.watch(watch)
+        hosts.watch(watch, 0.3)
         body(hosts.index())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -55,7 +58,7 @@ def body(index):
     result = {"place": [hosts.index(), hosts.count(), hosts.first()]}
     result["gather"] = hosts.gather({"host": index, "text": "ä" * 10, "none": None})
     result["large"] = [len(text) for text in hosts.gather("x" * (5_000_000 if index == 1 else 1))]
-    result["decide"] = hosts.decide(lambda: [index, time.sleep(1.5 * (index == 0))])
+    result["decide"] = hosts.decide(lambda: [index, time.sleep(0.5 * (index == 0))])
     result["decide refused"] = refusal(lambda: hosts.decide(lambda: raising(f"no {index}")))
     result["together"] = hosts.together(lambda: Path(str(index))).name
     result["together refused"] = refusal(lambda: hosts.together(lambda: raising(f"no {index}") if index else None))
@@ -83,12 +86,11 @@ def body(index):
         result["barrier"] = str(error)
     hosts.barrier("end")
     print("RESULT", json.dumps(result), flush=True)
-    time.sleep(index / 2)
+    time.sleep(index / 4)
 
-hosts.FILE_SECONDS = 0.5
 main(body)
 """
-    done = run_hosts(MAIN + code.replace("DIRECTORY", str(tmp_path)), 3)
+    done = run_hosts(MAIN + code.replace("DIRECTORY", str(tmp_path)), 3, forked=True)
     for one in done:
         assert (one.code, one.err) == (0, "")
     results = [json.loads(one.out.split("RESULT ")[1].splitlines()[0]) for one in done]
@@ -126,7 +128,7 @@ def body(index):
 
 main(body)
 """
-    for one in run_hosts(MAIN + code, 2):
+    for one in run_hosts(MAIN + code, 2, forked=True):
         assert (one.code, one.err) == (2, "error: no such model\n")
 
 
@@ -142,7 +144,7 @@ try:
 except Interrupted:
     sys.exit(143)
 """
-    for one in run_hosts(MAIN + code, 2):
+    for one in run_hosts(MAIN + code, 2, forked=True):
         assert (one.code, one.err) == (143, "")
 
 
@@ -157,7 +159,7 @@ def body(index):
 
 main(body, watch=12)
 """
-    done = run_hosts(MAIN + code.replace("FAILING", str(failing)), count)
+    done = run_hosts(MAIN + code.replace("FAILING", str(failing)), count, forked=True)
     failed = done.pop(failing)
     assert failed.code == 1
     assert failed.last == "today"
@@ -194,7 +196,7 @@ main(body, watch=4)
     ],
 )
 def test_a_lost_host_ends_the_others(count, lost, how):
-    done = run_hosts(MAIN + LOSS.replace("LOST", str(lost)), count, kill=[Kill(lost, "lost now", how)])
+    done = run_hosts(MAIN + LOSS.replace("LOST", str(lost)), count, forked=True, kill=[Kill(lost, "lost now", how)])
     assert done.pop(lost).code == -signal.SIGKILL
     for one in done:
         assert one.code == 4
@@ -216,7 +218,7 @@ hosts.start = lambda distributed, wait: start(distributed, wait=1)
 main(None)
 """
         places = list(zip(addresses, (1, 0, 0)))
-        done = run_hosts(lambda host: ["-c", MAIN + code, json.dumps(places[host])], 3)
+        done = run_hosts(lambda host: ["-c", MAIN + code, json.dumps(places[host])], 3, forked=True)
     expected = [
         f"error: the coordinator at {addresses[0]} could not be reached for 1 s: "
         "start the same command on the first host too, and open its port to the others",

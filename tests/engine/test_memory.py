@@ -7,35 +7,47 @@ import numpy as np
 import pytest
 
 from scir_jax import train
+from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
-from scir_jax.run.metrics import Metrics
+from scir_jax.engine.programs import Program, Programs
 from scir_jax.errors import InputError
-from scir_jax.run import console, programs
-from scir_jax.run.directory import RunDirectory
-from scir_jax.run.iteration import Run
-from scir_jax.run.session import Session
+from scir_jax.report import page
+from scir_jax.run import console, iteration
+from scir_jax.run.directory import RunDirectory, manifest
+from scir_jax.run.metrics import Metrics
+from scir_jax.run.models import Models
+from scir_jax.run.preflight import check_memory
+from scir_jax.run.setup import prepare, templates_of
+from tests.training import ANSWERS_ALONE
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")
-def session(world_dir, tiny_config):
-    return Session(tiny_config(world_dir))
+def programs(world_dir, tiny_config):
+    return prepare(tiny_config(world_dir)).programs
 
 
-def adapted(world_dir, tiny_config, **overrides):
-    return Session(tiny_config(world_dir, lora=dict(rank=2), **overrides))
+@pytest.fixture
+def only_the_scir_step(monkeypatch):
+    """Leaves one program of a run, which is quicker to compile than all."""
+    monkeypatch.setattr(Programs, "all", lambda programs: [programs.optimise_program])
 
 
-def known(session):
-    return {program.name: program.known for program in programs.programs(session)}
+def checked(programs: Programs) -> dict[str, memory.Memory]:
+    return dict(check_memory(programs.config, programs))
 
 
-def test_weights_optimiser_gradients_and_cache_are_counted_exactly(session, world_dir, tiny_config):
-    count, found = session.arch.parameter_count(), known(session)
+def known(programs: Programs) -> dict[str, memory.Memory]:
+    return {program.name: program.known for program in programs.all()}
+
+
+def test_weights_optimiser_gradients_and_cache_are_counted_exactly(programs, world_dir, tiny_config):
+    arch, lengths, found = programs.arch, programs.facts.lengths, known(programs)
+    count = arch.parameter_count()
     assert set(found) == {
-        "sample 1 a prompt",
-        "sample 2 a prompt",
+        "sample 1 per prompt",
+        "sample 2 per prompt",
         "score responses",
         "judge pairs",
         "SFT step",
@@ -44,12 +56,13 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(session, worl
     # two float32 moments and optax's two counters
     expected = memory.Memory(weights=4 * count, optimiser=8 * count + 4, gradients=4 * count)
     assert found["SFT step"] == found["SCIR step"] == expected
-    places = session.shapes.prompt + session.shapes.response
-    arch = session.arch
+    assert found["score responses"] == found["judge pairs"] == memory.Memory(weights=4 * count)
+    places = lengths.prompt + lengths.answer
     cache = 2 * arch.num_layers * 8 * 2 * places * arch.num_kv_heads * arch.head_dim * 4
-    assert found["sample 2 a prompt"] == memory.Memory(weights=4 * count, cache=cache)
+    assert found["sample 2 per prompt"] == memory.Memory(weights=4 * count, cache=cache)
 
-    lora = adapted(world_dir, tiny_config, model=dict(path=session.config.model.path, dtype="bfloat16"))
+    model = dict(path=programs.config.model.path, dtype="bfloat16")
+    lora = prepare(tiny_config(world_dir, lora=dict(rank=2), model=model)).programs
     adapters = sum(x.size for x in jax.tree.leaves(lora.abstract_trained))
     step = known(lora)["SCIR step"]
     assert adapters < count / 5
@@ -59,8 +72,8 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(session, worl
 
 def test_programs_ahead_are_the_programs_of_the_run(world_dir, tiny_config, tmp_path):
     config = tiny_config(world_dir, run=dict(directory=str(tmp_path / "run"), iterations=1, tensorboard=False))
-    session = Session(config)
-    found = dict(programs.check_memory(session))
+    encoder, inputs, programs, parameters = prepare(config)
+    found = checked(programs)
     assert all(need.other > 0 for need in found.values())
     assert found["SCIR step"].total > found["SCIR step"].weights * 4
     compiled = []
@@ -72,78 +85,76 @@ def test_programs_ahead_are_the_programs_of_the_run(world_dir, tiny_config, tmp_
     def probe(x):
         return x + 1
 
+    directory = RunDirectory(config.run.directory)
+    directory.open(config)
+    directory.check_manifest(manifest(config, templates_of(encoder)))
+    metrics = Metrics(directory.path, tensorboard=False, wandb=False, config={})
+    models, stopper = Models(ModelStore(directory.checkpoints), programs, parameters), console.Stopper()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.jit(probe)(1)
-        directory = RunDirectory(config.run.directory)
-        directory.open(config)
-        metrics = Metrics(directory.path, tensorboard=False, wandb=False, config={})
-        Run(session, directory, metrics, console.Stopper()).run()
-        metrics.close()
-        directory.close()
+        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
+        iteration.run_stages(stages, directory, stopper)
     finally:
         jax.monitoring.clear_event_listeners()
+    metrics.close()
+    directory.close()
+    assert models.store.numbers() == [0, 1, 2]
     assert "jit(probe)" in compiled  # the test does listen
     assert {"jit(_step)", "jit(sample)"}.isdisjoint(compiled)
+    # The states that SFT and SCIR training begin with, and neither the scorer nor the judge.
+    assert compiled.count("jit(<lambda>)") == 2
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_compiled(session, monkeypatch):
-    def compiling(*_):
-        raise AssertionError("compiled")
-
-    monkeypatch.setattr(memory, "limit", lambda: 10 * session.arch.parameter_count())
-    monkeypatch.setattr(memory, "compiled_bytes", compiling)
-    with pytest.raises(InputError, match=r"^SFT step: needs .* GiB a device \(optimiser ") as raised:
-        programs.check_memory(session)
+def test_what_cannot_fit_is_refused_before_anything_is_compiled(programs, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda: 10 * programs.arch.parameter_count())
+    monkeypatch.setattr(Program, "compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(InputError, match=r"^SFT step: needs .* GiB per device \(optimiser ") as raised:
+        checked(programs)
     message = str(raised.value)
     assert "\n" not in message
-    for advice in ("model.dtype bfloat16", "lora.rank 16", "optimizer.kind adafactor", "mesh.fsdp"):
+    for advice in ("model.dtype bfloat16", "lora.rank 16", "training.optimizer adafactor", "mesh.fsdp"):
         assert advice in message
 
 
-def alone(monkeypatch, name):
-    """Leaves one program of a run, which is quicker to compile than all."""
-    whole = programs.programs
-    monkeypatch.setattr(programs, "programs", lambda session: [p for p in whole(session) if p.name == name])
-
-
-def test_what_the_compiler_finds_too_large_is_refused(world_dir, tiny_config, monkeypatch):
-    alone(monkeypatch, "SCIR step")
-    session = adapted(world_dir, tiny_config, optimizer=dict(accumulate=2))
-    need = dict(programs.check_memory(session))["SCIR step"]
+def test_what_the_compiler_finds_too_large_is_refused(world_dir, tiny_config, monkeypatch, only_the_scir_step):
+    programs = prepare(tiny_config(world_dir, lora=dict(rank=2), training=dict(accumulate=2), **ANSWERS_ALONE)).programs
+    need = checked(programs)["SCIR step"]
     assert need.other > need.weights + need.optimiser + need.gradients
     monkeypatch.setattr(memory, "limit", lambda: need.total - 1)
-    with pytest.raises(InputError, match=r"^SCIR step: needs .* GiB a device \(other ") as raised:
-        programs.check_memory(session)
+    with pytest.raises(InputError, match=r"^SCIR step: needs .* GiB per device \(other ") as raised:
+        checked(programs)
     message = str(raised.value)
-    assert "model.remat full" in message and "optimizer.accumulate" in message
+    assert "model.remat full" in message and "training.accumulate" in message
     assert "lora" not in message
     monkeypatch.setattr(memory, "limit", lambda: need.total)
-    programs.check_memory(session)
+    checked(programs)
 
 
-def test_micro_batches_and_rematerialisation_need_less(world_dir, tiny_config, monkeypatch):
-    alone(monkeypatch, "SCIR step")
-
+def test_micro_batches_and_rematerialisation_need_less(world_dir, tiny_config, only_the_scir_step):
     def need(**overrides):
-        session = Session(tiny_config(world_dir, optimise=dict(batch_size=32, learning_rate=1e-3), **overrides))
-        return dict(programs.check_memory(session))["SCIR step"].other
+        batch = dict(batch_size=32, learning_rate=1e-3)
+        config = tiny_config(world_dir, optimise=batch, **ANSWERS_ALONE, **overrides)
+        return checked(prepare(config).programs)["SCIR step"].other
 
     whole = need()
-    assert need(optimizer=dict(accumulate=4)) < 0.6 * whole
+    assert need(training=dict(accumulate=4)) < 0.6 * whole
     path = f"{world_dir}/model"
     assert need(model=dict(path=path, remat="full")) < 0.8 * whole
 
 
 def test_a_run_that_does_not_fit_leaves_nothing_behind(write_config, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "limit", lambda: 1000)
-    done = command(train.main, "--config", write_config())
+    alone = dict(run=dict(iterations=0), data=dict(heldout_prompts=None, heldout_pairs=None))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "limit", lambda: 1000)
+        done = command(train.main, "--config", write_config())
     assert done.code == 2
-    assert "needs" in done.err and "GiB a device" in done.err
+    assert "needs" in done.err and "GiB per device" in done.err
     assert not list((tmp_path / "run" / "checkpoints").glob("M*"))
     # The same directory takes the corrected run.
-    monkeypatch.undo()
-    assert command(train.main, "--config", write_config()).code == 0
+    monkeypatch.setattr(page, "write_report", lambda path: path / "report.html")
+    assert command(train.main, "--config", write_config(**alone)).code == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("M*")) == ["M0", "M1"]
 
 
 def test_limit_is_the_containers_where_it_is_smaller(monkeypatch):

@@ -9,22 +9,26 @@ import torch
 import transformers
 
 from scir_jax.config.schema import MeshConfig
-from scir_jax.data.batches import Rows
-from scir_jax.engine import mesh as meshes
-from scir_jax.engine import trainer as steps
+from scir_jax.data.batches import Prompts, PromptSpec, Rows
 from scir_jax.data.jsonl import AppendOnly
+from scir_jax.engine import forward
+from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampling, choose, limit, sampler, stream_key
 from scir_jax.errors import Interrupted
-from scir_jax.run import console, sampling
-from scir_jax.run.session import Session
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
+from scir_jax.run import console, sampling
+from scir_jax.run.setup import prepare
+from tests.processes import quick_jit
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 ARCH = Architecture("mistral", 23, 32, 48, 4, 2, 8, layers=(Layer(window=9),) * 2, max_positions=64)
 STOPS, PAD = (2, 5), 7
 PROMPT, RESPONSE, N = 10, 12, 3
 LENGTHS = (1, 4, PROMPT, 7)
 ONE = Sampling.of(1.0)
+CHOOSE, LIMIT = quick_jit(choose), quick_jit(limit)
 
 
 class Small:
@@ -32,14 +36,14 @@ class Small:
 
     def __init__(self):
         self.model = decoder.define(ARCH)
-        init = jax.jit(self.model.init)(jax.random.key(1))
+        init = quick_jit(self.model.init)(jax.random.key(1))
         self.params = jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key == "scale" else 10 * p, init)
-        self._table = jax.jit(
+        self._table = quick_jit(
             lambda params, row: jax.nn.log_softmax(self.model.hidden(params, row)[0] @ self.model.head(params).T)
         )
         self.mesh = meshes.make_mesh(MeshConfig())
         self.samplers = {}
-        self.scorer = steps.scorer(self.model, self.mesh, RESPONSE)
+        self.scorer = quick_jit(lambda params, rows: forward.score(self.model, params, rows, RESPONSE)["logps"])
         rng = np.random.default_rng(0)
         self.ids = rng.integers(0, ARCH.vocab_size, (len(LENGTHS), PROMPT)).astype(np.int32)
         self.lengths = np.array(LENGTHS, np.int32)
@@ -47,9 +51,8 @@ class Small:
 
     def sampler(self, stop_ids=STOPS):
         if stop_ids not in self.samplers:
-            self.samplers[stop_ids] = sampler(
-                self.model, self.mesh, responses=N, response_tokens=RESPONSE, stop_ids=stop_ids, pad_id=PAD
-            )
+            spec = PromptSpec(len(LENGTHS), PROMPT, N, RESPONSE)
+            self.samplers[stop_ids] = sampler(self.model, self.mesh, spec, stop_ids=stop_ids, pad_id=PAD)
         return self.samplers[stop_ids]
 
     def __call__(self, *, ids=None, lengths=None, index=None, key=None, sampling=ONE, stop_ids=STOPS):
@@ -57,7 +60,7 @@ class Small:
         given = (ids, lengths, index)
         values = [a if a is not None else b for a, b in zip(given, (self.ids, self.lengths, self.index))]
         key = stream_key(0, "responses", 1) if key is None else key
-        return tuple(np.asarray(x) for x in self.sampler(stop_ids)(self.params, *values, key, sampling))
+        return tuple(np.asarray(x) for x in self.sampler(stop_ids)(self.params, Prompts(*values), key, sampling))
 
     def logprobs(self, prompt, response):
         """log-probabilities [R, V] at the places of a response, from whole rows."""
@@ -181,16 +184,17 @@ def test_temperature_zero_is_the_argmax(small):
 
 
 def test_greedy_is_that_of_transformers(world_dir, tiny_config):
-    session = Session(tiny_config(world_dir))
-    params = session.import_params(world_dir / "model")
-    prompts = list(enumerate(session.data.prompts))[:8]
-    rows = sampling.sample_rows(session, params, prompts, responses=1, sampling=Sampling.of(0.0), key=jax.random.key(0))
+    encoder, inputs, programs, parameters = prepare(tiny_config(world_dir))
+    chat, prompts, key = encoder.chat, list(enumerate(inputs.prompts))[:8], jax.random.key(0)
+    rows = sampling.sample_rows(
+        encoder, programs, parameters.configured(), prompts, responses=1, sampling=Sampling.of(0.0), key=key
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(world_dir / "model").eval()
     settings = transformers.GenerationConfig(
         do_sample=False,
-        max_new_tokens=session.shapes.response,
-        eos_token_id=list(session.chat.stop_ids),
-        pad_token_id=session.chat.pad_id,
+        max_new_tokens=programs.facts.lengths.answer,
+        eos_token_id=list(chat.stop_ids),
+        pad_token_id=chat.pad_id,
         bos_token_id=None,
     )
     assert len({len(row["prompt_ids"]) for row in rows}) > 1
@@ -201,7 +205,7 @@ def test_greedy_is_that_of_transformers(world_dir, tiny_config):
             logits = model(whole).logits[0, ids.shape[1] - 1 : -1].double()
         response = whole[0, ids.shape[1] :]
         assert row["response_ids"] == response.tolist()
-        assert row["stop"] == ("eos" if response[-1] in session.chat.stop_ids else "length")
+        assert row["stop"] == ("eos" if response[-1] in chat.stop_ids else "length")
         logprob = logits.log_softmax(1).gather(1, response[:, None]).sum()
         assert row["logprob"] == pytest.approx(logprob.item(), abs=1e-4)
 
@@ -233,7 +237,7 @@ ROWS = np.concatenate(
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 11, 100])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.62, 0.95, 1.0])
 def test_limit_is_the_definition(top_p, top_k):
-    limited = np.asarray(limit(ROWS, np.float32(top_p), np.int32(top_k)))
+    limited = np.asarray(LIMIT(ROWS, np.float32(top_p), np.int32(top_k)))
     for row, found in zip(ROWS, limited, strict=True):
         kept = brute_force(row, top_p, top_k)
         np.testing.assert_array_equal(found, np.where(kept, row, -np.inf))
@@ -242,7 +246,7 @@ def test_limit_is_the_definition(top_p, top_k):
 def test_limit_keeps_one_token_at_least():
     distinct = ROWS[:6]
     for settings in ((1e-9, 0), (1.0, 1), (1e-9, 1)):
-        kept = np.isfinite(np.asarray(limit(distinct, np.float32(settings[0]), np.int32(settings[1]))))
+        kept = np.isfinite(np.asarray(LIMIT(distinct, np.float32(settings[0]), np.int32(settings[1]))))
         np.testing.assert_array_equal(kept, distinct == distinct.max(axis=1, keepdims=True))
 
 
@@ -253,7 +257,7 @@ def test_draws_have_the_distribution(temperature, top_p, top_k):
     draws = 20_000
     logits = np.random.default_rng(2).normal(0, 1.2, 11).astype(np.float32)
     keys = jax.random.split(jax.random.key(3), draws)
-    tokens = np.asarray(choose(np.tile(logits, (draws, 1)), keys, Sampling.of(temperature, top_p, top_k)))
+    tokens = np.asarray(CHOOSE(np.tile(logits, (draws, 1)), keys, Sampling.of(temperature, top_p, top_k)))
     scaled = logits / temperature
     kept = brute_force(scaled, top_p, top_k)
     expected = np.where(kept, np.exp(scaled.astype(np.float64)), 0)
@@ -315,23 +319,24 @@ class StopsAfter(console.Stopper):
 @pytest.fixture(scope="module")
 def stage(world_dir, tiny_config):
     """write(path, stopper) runs the stage over 20 prompts in batches of 8 and returns the number of batches sampled."""
-    session = Session(tiny_config(world_dir))
-    params = session.import_params(world_dir / "model")
-    prompts = list(enumerate(session.data.prompts))[:20]
-    compiled = session.sampler(2)
+    encoder, inputs, programs, parameters = prepare(tiny_config(world_dir))
+    params = parameters.configured()
+    prompts = list(enumerate(inputs.prompts))[:20]
+    compiled = programs.sampler(2)
     calls = []
 
     def counting(*arguments):
         calls.append(1)
         return compiled(*arguments)
 
-    session._samplers[2] = counting
+    programs.sampler = lambda answers: counting
 
     def write(path, stopper):
         calls.clear()
         try:
             sampling.sample_file(
-                session,
+                encoder,
+                programs,
                 params,
                 prompts,
                 path,
@@ -355,7 +360,7 @@ def test_the_stage_file(stage, tmp_path):
     assert stage.batches == 3
     assert [(row["prompt_number"], row["sample"]) for row in rows] == [(i, n) for i in range(20) for n in range(2)]
     for row in rows:
-        assert tuple(row["prompt_ids"]) == stage.prompts[row["prompt_number"]].conversation
+        assert tuple(row["prompt_ids"]) == stage.prompts[row["prompt_number"]].ids
         assert 1 <= len(row["response_ids"]) <= 12
     assert list(tmp_path.iterdir()) == [path]
 

@@ -11,10 +11,10 @@ import transformers
 
 from scir_jax.errors import InputError
 from scir_jax.model import decoder
-from scir_jax.model.hf import weights
-from scir_jax.model import families
 from scir_jax.model.architecture import Architecture, Layer, Rope
 from scir_jax.model.attention import attention
+from scir_jax.model.families import read
+from scir_jax.model.hf import weights
 
 SMALL = dict(
     vocab_size=61,
@@ -195,8 +195,8 @@ def test_attention_is_softmax_over_the_visible_keys():
 def test_both_spellings_of_a_config_mean_the_same():
     old = {**SMALL, "model_type": "mistral", "rope_theta": 7.0, "rope_scaling": None, "head_dim": None}
     new = {**SMALL, "model_type": "mistral", "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    arch = families.read(old, "c")
-    assert arch == families.read(new, "c")
+    arch = read(old, "c")
+    assert arch == read(new, "c")
     assert arch.layers == (Layer(window=None, rope=Rope(theta=7.0)),) * 2
     assert arch.head_dim == 8
 
@@ -205,7 +205,7 @@ def test_both_spellings_of_a_config_mean_the_same():
 def test_absent_keys_mean_what_they_mean_to_transformers(family, tmp_path):
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = {"model_type": family, **{key: SMALL[key] for key in required}, "num_attention_heads": 8}
-    arch = families.read(config, "c")
+    arch = read(config, "c")
     theirs = transformers.AutoConfig.for_model(**config)
     assert arch.num_kv_heads == theirs.num_key_value_heads
     assert arch.head_dim == theirs.head_dim
@@ -241,5 +241,5 @@ def test_absent_keys_mean_what_they_mean_to_transformers(family, tmp_path):
 )
 def test_configs_that_the_decoder_does_not_compute_are_refused(change, message):
     with pytest.raises(InputError, match=message) as raised:
-        families.read({**SMALL, "model_type": "mistral", **change}, "dir/config.json")
+        read({**SMALL, "model_type": "mistral", **change}, "dir/config.json")
     assert str(raised.value).startswith("dir/config.json: ")

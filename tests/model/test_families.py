@@ -12,6 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from scir_jax.config.schema import MeshConfig
+from scir_jax.data.batches import Prompts, PromptSpec
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampling, sampler, stream_key
 from scir_jax.model import decoder
@@ -82,16 +83,15 @@ def test_an_export_is_the_model_that_was_imported(imported, case, tmp_path):
 def test_samples_have_the_logprobs_of_transformers(imported, case):
     here = imported(case)
     prompts_BP, starts_B = families.random_rows()[0][:, : max(PROMPTS)], np.array(PROMPTS, np.int32)
-    rows_B = np.arange(len(PROMPTS), dtype=np.int32)
-    run = sampler(
-        here.model, meshes.make_mesh(MeshConfig()), responses=1, response_tokens=RESPONSE, stop_ids=(), pad_id=7
-    )
+    prompts = Prompts(prompts_BP, starts_B, np.arange(len(PROMPTS), dtype=np.int32))
+    spec = PromptSpec(len(PROMPTS), max(PROMPTS), 1, RESPONSE)
+    run = sampler(here.model, meshes.make_mesh(MeshConfig()), spec, stop_ids=(), pad_id=7)
     places_BR = starts_B[:, None] + np.arange(RESPONSE)
 
     def sample(temperature):
         """The tokens [B, R], their summed log-probabilities [B], and those of all tokens in transformers [B, R, V]."""
         setting = Sampling.of(temperature)
-        samples = run(here.params, prompts_BP, starts_B, rows_B, stream_key(0, "responses", 1), setting)
+        samples = run(here.params, prompts, stream_key(0, "responses", 1), setting)
         assert (np.asarray(samples.lengths) == RESPONSE).all()
         tokens_BR = np.asarray(samples.ids)[:, 0]
         rows = np.pad(prompts_BP, [(0, 0), (0, RESPONSE)])

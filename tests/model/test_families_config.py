@@ -11,8 +11,8 @@ import transformers
 
 from scir_jax.errors import InputError
 from scir_jax.model import decoder
+from scir_jax.model.families import read
 from scir_jax.model.hf import weights
-from scir_jax.model.architecture import Architecture
 from tests import families
 from tests.families import CASES, FOREMOST, TOLERANCE, refused
 from tests.hub_configs import HUB
@@ -87,13 +87,13 @@ def old_spelling(config, key="rope_type"):
 @pytest.mark.parametrize("name", HUB)
 def test_a_public_config_means_what_it_means_to_transformers(name):
     config, weights_in_all = HUB[name]
-    arch, theirs = families.read(config, name), resolved(config)
+    arch, theirs = read(config, name), resolved(config)
     means_the_same(arch, theirs)
     reference = on_meta(theirs)
     assert type(reference).__name__ in config["architectures"]
     assert arch.parameter_count() == sum(p.numel() for p in reference.parameters()) == weights_in_all
     # As transformers writes it today.
-    assert families.read(json.loads(theirs.to_json_string(use_diff=False)), name) == arch
+    assert read(json.loads(theirs.to_json_string(use_diff=False)), name) == arch
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_a_public_config_means_what_it_means_to_transformers(name):
 def test_old_and_new_spellings_mean_the_same(case, key):
     new = json.loads(case.hf_config().to_json_string(use_diff=False))
     old = old_spelling(new, key)
-    arch = families.read(new, "new")
-    assert families.read(old, "old") == arch
+    arch = read(new, "new")
+    assert read(old, "old") == arch
     means_the_same(arch, resolved(new))
     means_the_same(arch, resolved(old))
     assert arch.parameter_count() == sum(p.numel() for p in on_meta(resolved(old)).parameters())
@@ -117,7 +117,7 @@ def test_old_and_new_spellings_mean_the_same(case, key):
 def test_absent_keys_mean_what_they_mean_to_transformers(family, given):
     sizes = {"vocab_size": 99, "hidden_size": 256, "intermediate_size": 96}
     config = {"model_type": family, **sizes, "num_hidden_layers": 30, "num_attention_heads": 32, **given}
-    arch, theirs = families.read(config, "config.json"), resolved(config)
+    arch, theirs = read(config, "config.json"), resolved(config)
     means_the_same(arch, theirs)
     assert arch.parameter_count() == sum(p.numel() for p in on_meta(theirs).parameters())
 
@@ -184,7 +184,7 @@ def test_what_is_not_computed_is_refused_by_name(name, changes, parts):
     if "rope_parameters" in changes:
         for key in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
             config.pop(key, None)
-    refused(lambda: families.read(config, "dir/config.json"), "dir/config.json: ", *parts)
+    refused(lambda: read(config, "dir/config.json"), "dir/config.json: ", *parts)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_any_value_of_any_key_is_understood_or_refused(name):
                 changed = copy.deepcopy(config)
                 (changed if len(path) == 1 else changed[path[0]])[path[-1]] = value
                 try:
-                    arch = families.read(changed, "dir/config.json")
+                    arch = read(changed, "dir/config.json")
                 except InputError as error:
                     assert str(error).startswith("dir/config.json: ") and len(str(error)) < 400
                 else:

@@ -1,4 +1,4 @@
-"""PEFT adapters against peft itself: logits, merged models, directories both ways, gradients, and broken directories."""
+"""PEFT adapters against peft itself: logits, merged models, directories both ways, gradients, broken directories."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ from scir_jax.config.schema import LoraConfig
 from scir_jax.data.batches import Targets, TrainBatch
 from scir_jax.engine import forward
 from scir_jax.errors import InputError
-from scir_jax.run.session import adapters_of
-from scir_jax.model.hf import adapters, weights
 from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS
+from scir_jax.model.hf import adapters, weights
+from scir_jax.run.models import adapters_of
 from tests.processes import quick_jit
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -268,9 +268,8 @@ def test_gradients_are_those_of_autograd(family, adapted):
     expected_loss.backward()
 
     def loss(trained, frozen):
-        batch = TrainBatch(None, Targets(ids, mask), None)
-        params, settings = lora.join(trained, frozen), dict(verdict_ids=(), continued=False, response_tokens=1)
-        return forward.outputs(found.model, params, batch, **settings).sft["ift"][0]
+        batch = TrainBatch(None, {"ift": Targets(ids, mask)})
+        return forward.outputs(found.model, lora.join(trained, frozen), batch).sft["ift"][0]
 
     value, grads = quick_jit(jax.value_and_grad(loss))(found.trained, found.base.params)
     assert value == pytest.approx(float(expected_loss.detach()), rel=1e-5)
@@ -395,7 +394,7 @@ def test_variants_of_lora_are_refused_by_name(key, broken):
         (dict(lora_dropout=1), "dropout in [0, 1)"),
         (dict(lora_dropout="0.1"), "lora_alpha and lora_dropout numbers"),
         (dict(use_rslora="no"), "use_rslora must be true or false, not 'no'"),
-        *((dict(init_lora_weights=name), f"init_lora_weights is '{name}'") for name in ("pissa_niter_4", "olora", "loftq")),
+        *((dict(init_lora_weights=n), f"init_lora_weights is '{n}'") for n in ("pissa_niter_4", "olora", "loftq")),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(changes, words, broken):

@@ -22,9 +22,10 @@ from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import abstract_params
 from scir_jax.errors import InputError
-from scir_jax.model.hf import adapters, tensors, transfer, weights
 from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
+from scir_jax.model.families import read
+from scir_jax.model.hf import adapters, tensors, transfer, weights
 
 MESHES = {1: ((1, 8, 1), (2, 2, 2)), 2: ((1, 8, 1), (4, 2, 1))}  # by the number of processes
 STORED = ("float32", "bfloat16", "float16")
@@ -41,7 +42,7 @@ def models(tmp_path_factory):
     made = {}
     for number, case in enumerate((*families.FOREMOST.values(), families.CASES[3], families.CASES[9])):
         config = case.hf_config().to_dict()
-        arch = families.read(config, "config.json")
+        arch = read(config, "config.json")
         draw = lambda s: rng.normal(size=s.shape).astype(np.float32)
         directory, dtype = tmp_path_factory.mktemp("model"), STORED[number % len(STORED)]
         params = jax.tree.map(draw, decoder.define(arch).abstract())
@@ -185,7 +186,7 @@ def found(request, models, tmp_path_factory):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // request.param)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.test_weights_sharded", directory, address, str(request.param), str(process)],
+            [sys.executable, "-m", __name__, directory, address, str(request.param), str(process)],
             cwd=Path(__file__).parents[2],
             env=environment,
             stderr=subprocess.PIPE,

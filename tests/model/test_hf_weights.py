@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from scir_jax.errors import InputError
 from scir_jax.model import decoder
+from scir_jax.model.families import read
 from scir_jax.model.hf import weights
-from scir_jax.model import families
-from scir_jax.model.architecture import Architecture
 
 SIZES = {
     "vocab_size": 61,
@@ -37,7 +36,7 @@ MISTRAL = SIZES | {
     "sliding_window": 4,
 }
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
-ARCH, TIED = (families.read(config, "config.json") for config in (MISTRAL, LLAMA))
+ARCH, TIED = (read(config, "config.json") for config in (MISTRAL, LLAMA))
 CONFIGS = {ARCH: MISTRAL, TIED: LLAMA}
 
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from scir_jax.config.checks import resolve
 from scir_jax.config.schema import MeshConfig
 from scir_jax.engine import mesh as meshes
 from scir_jax.errors import InputError
-from scir_jax.run.session import Session
 from scir_jax.model import attention as attentions
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
-from scir_jax.model.attention import attention, refusal
+from scir_jax.model.attention import attention, chosen, refusal
 from scir_jax.model.logprobs import token_logprobs
 from scir_jax.model.sharding import Layout
 from scir_jax.model.splash import BLOCKS, LANES, blocks
+from scir_jax.run.setup import prepare
 from tests.processes import elsewhere, on_eight_devices, quick_jit
 
 # Layers of one kind; and of two kinds, chosen at run time, one of which has a window and both a cap.
@@ -192,8 +193,8 @@ def test_a_mesh_changes_nothing():
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def chosen(monkeypatch, backend, dtype=jnp.bfloat16, tokens=256, dim=16, **settings):
-    """The implementation that "auto" takes."""
+def taken(monkeypatch, backend, dtype=jnp.bfloat16, tokens=256, dim=16, **settings):
+    """The implementation that "auto" takes, which is the one that `chosen` names."""
     calls = []
     real = attentions.splash
     monkeypatch.setattr(attentions, "splash", lambda *a, **k: calls.append("splash") or real(*a, **k))
@@ -202,11 +203,14 @@ def chosen(monkeypatch, backend, dtype=jnp.bfloat16, tokens=256, dim=16, **setti
     shape = jax.eval_shape(lambda: attention(q, k, v, backend=backend, **settings)).shape
     assert shape == q.shape
     monkeypatch.undo()
-    return calls[0] if calls else "xla"
+    found = calls[0] if calls else "xla"
+    segmented = settings.pop("segments_BT", None) is not None
+    assert found == chosen("auto", backend, dtype, tokens=tokens, head_dim=dim, segmented=segmented, **settings)
+    return found
 
 
 def test_auto_takes_what_the_backend_has(monkeypatch):
-    of = functools.partial(chosen, monkeypatch)
+    of = functools.partial(taken, monkeypatch)
     segments = jnp.zeros((1, 256), jnp.int32)
     assert of("cpu") == "xla"
     assert of("gpu") == of("gpu", jnp.float16) == of("gpu", tokens=8) == "cudnn"
@@ -249,6 +253,11 @@ def test_what_cannot_be_computed_is_refused(case, words):
         attention(q, k, v, cap=cap, implementation=implementation, backend=backend)
 
 
+def test_what_is_asked_for_is_chosen():
+    for name in ("xla", "cudnn", "splash"):
+        assert chosen(name, "gpu", jnp.bfloat16, tokens=8, head_dim=16) == name
+
+
 def test_what_can_be_computed_is_not_refused():
     for case in (
         ("splash", "tpu", "bfloat16", 50.0),
@@ -272,7 +281,7 @@ def test_segments_that_are_not_supported_are_refused():
 def test_refusals_come_when_a_model_is_defined(monkeypatch, tiny_config, world_dir):
     config = tiny_config(world_dir, model=dict(path=f"{world_dir}/model", attention="cudnn"))
     with pytest.raises(InputError, match="model.attention is cudnn, but cuDNN runs on GPUs"):
-        Session(config)
+        prepare(resolve(config))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="attention is splash, but splash attention runs on TPUs"):
         decoder.define(MISTRAL, attention="splash")

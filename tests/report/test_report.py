@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 
 from scir_jax.errors import InputError
-from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
 from scir_jax.report.contents import read_run, sample_pairs
+from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
 
 HOSTILE = "</div><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> $\\frac{ \ud800 & \"'"
 GRADED = ("quality", "exact", "greedy_quality", "label_accuracy")
+# What a step without judge rows does not know.
+JUDGED = {"p_generative", "agreed", "agreement", "consistency"}
 
 
 def write_json_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def unjudged(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in JUDGED and not name.startswith("generative/")}
 
 
 def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> list[dict]:
@@ -47,14 +53,22 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
     return lines
 
 
-def make_run(root: Path, iterations: int = 2, graded: bool = True, text: str = "Sort: fig", steps: int = 30) -> Path:
-    """A finished run as the training command leaves it."""
+def make_run(
+    root: Path,
+    iterations: int = 2,
+    graded: bool = True,
+    judged: bool = True,
+    text: str = "Sort: fig",
+    steps: int = 30,
+) -> Path:
+    """A finished run as the training command leaves it; not `judged`: its method asks no judge in a step."""
+    known = dict if judged else unjudged
     source = random.Random(7)
     run = root / "demo"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(f"name: demo\nconsistency:\n  kind: js\n  note: {text!r}\n")
     (run / "manifest.json").write_text(json.dumps({"seed": 0, "versions": {"jax": "0.7"}}))
-    write_json_lines(run / "metrics.jsonl", metrics(20, steps, iterations, source))
+    write_json_lines(run / "metrics.jsonl", [known(row) for row in metrics(20, steps, iterations, source)])
     rows = []
     for number in range(iterations + 1):
         folder = run / f"iteration_{number:02d}"
@@ -83,7 +97,7 @@ def make_run(root: Path, iterations: int = 2, graded: bool = True, text: str = "
             responses.append({"prompt": text, "response": "fig", "stop": "length" if length > 17 else "eos",
                               "logprob": -3.0, "response_ids": list(range(length))})  # fmt: skip
         write_json_lines(folder / "pairs.jsonl", pairs)
-        write_json_lines(folder / "decisions.jsonl", decisions)
+        write_json_lines(folder / "decisions.jsonl", [known(decision) for decision in decisions])
         write_json_lines(folder / "responses.jsonl", responses)
     (run / "summary.json").write_text(json.dumps({"rows": rows}))
     return run
@@ -174,6 +188,26 @@ def test_run_without_grader_has_no_quality_columns(tmp_path):
     head = re.search(r'class="headline">.*?</thead>', (run / "report.html").read_text(), re.DOTALL).group()
     assert "quality" not in head and "win rate" in head
     assert "Not there: label_accuracy." in page.text
+
+
+def test_a_method_that_asks_no_judge_in_the_step(tmp_path, plain):
+    """Its decisions have neither p_generative nor agreed, its steps no agreement; all else is on the page."""
+    run = make_run(tmp_path, judged=False)
+    page, whole = Page(write_report(run)), Page(plain)
+    for iteration in (1, 2):
+        assert f"Iteration {iteration}: 20 sampled pairs" in page.text
+        assert f"Iteration {iteration}: no decisions are there." not in page.text
+        assert f"Iteration {iteration}: the two reward models: no values are there." in page.text
+    for name in ("agreement", "consistency", "slot bias", "verdict", "generative/entropy"):
+        assert re.search(rf"Not there: [^.]*\b{name}\b", page.text), name
+    # The scatters, the slot bias and the verdict's panel are all that is gone.
+    assert page.tags.count("svg") == whole.tags.count("svg") - 2 * 2 - 2
+    assert set(page.tags) == {*whole.tags, "span"} and "generative accuracy" in page.text
+    html = (run / "report.html").read_text()
+    cells = re.findall(r'data-label="(p generative|p implicit|agreed|selected)">(.*?)</td>', html)
+    assert {value for label, value in cells if label in ("p generative", "agreed")} == {"–"}
+    assert {value for label, value in cells if label == "selected"} == {"yes", "no"}
+    assert all(0 <= float(value) <= 1 for label, value in cells if label == "p implicit")
 
 
 def test_hostile_text_is_text(plain, hostile):

@@ -1,7 +1,5 @@
 """A whole run of a small model of each family under its ready configuration: chat template, judge, adapters, export."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,12 +7,12 @@ import torch
 import transformers
 
 from scir_jax import judge, sample, train
-from scir_jax.data.files import read_rows
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
 from tests import small_model
+from tests.run.runs import content, lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_compilation")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs", "no_page")]
 # family -> its configuration, and another layout than the configuration's
 CASES = {
     "llama": ("llama-3.1-8b", "evaluator_continuation"),
@@ -24,39 +22,36 @@ CASES = {
     "gemma2": ("gemma-2-9b", "evaluator_continuation"),
     "gemma3": ("gemma-3-1b", None),
 }
-
-
-def options_of(family, directory):
-    name, template = CASES[family]
-    options = ["--config", "configs/mistral-7b.yaml", "--config", f"configs/models/{name}.yaml"]
-    options += ["--config", "configs/one-gpu.yaml", "--model.path", directory / "model", "--model.dtype", "float32"]
-    options += ["--text.max_prompt_tokens", "200", "--text.max_response_tokens", "24"]
-    return options + (["--generative.templates", f"[{template}]"] if template else [])
+ANSWERS = ["--sample.responses", "2"]
+FILES = ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs")
+# Small batches, and as many answers for evaluation as for training, so that one sampler is enough.
+SMALL = ["--run.iterations", "1", "--run.tensorboard", "false", "--sft.epochs", "1", "--training.accumulate", "2"]
+SMALL += ["--sft.ift_batch_size", "8", "--sft.eft_batch_size", "8", "--replay.eft_batch_size", "4"]
+SMALL += ["--optimise.batch_size", "8", *ANSWERS, "--evaluate.samples", "2", "--evaluate.greedy", "false"]
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     small_model.write_model(family, tmp_path / "model")
-    small_model.write_data(tmp_path)
-    settings = options_of(family, tmp_path)
-    files = [
-        part
-        for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs")
-        for part in (f"--data.{key}", tmp_path / f"{key}.jsonl")
-    ]
+    small_model.write_data(tmp_path, rows=8)
+    name, template = CASES[family]
+    ready = ["--config", "configs/mistral-7b.yaml", "--config", f"configs/models/{name}.yaml"]
+    ready += ["--config", "configs/one-gpu.yaml", "--model.path", tmp_path / "model", "--model.dtype", "float32"]
+    shared = ["--text.max_prompt_tokens", "200", "--text.max_response_tokens", "24"]
+    judging = ["--generative.templates", f"[{template}]"] if template else []
+    files = [part for key in FILES for part in (f"--data.{key}", tmp_path / f"{key}.jsonl")]
     run = tmp_path / "run"
-    small = ["--run.iterations", "1", "--sft.epochs", "1", "--optimizer.accumulate", "2", "--run.tensorboard", "false"]
-    done = command(train.main, *settings, *files, *small, "--run.directory", run)
+    done = command(train.main, *ready, *shared, *judging, *files, *SMALL, "--run.directory", run)
     assert done.code == 0, done.err
-    rows = json.loads((run / "summary.json").read_text())["rows"]
+    rows = content(run / "summary.json")["rows"]
     assert [row["model"] for row in rows] == ["M1", "M2"]
     assert all(0 <= row["agreement"] <= 1 and row["verdict_mass"] > 0 for row in rows)
     # Prompts of several turns went through sampling, judging and training.
-    pairs = [row for _, row in read_rows(run / "iteration_01" / "pairs.jsonl")]
+    pairs = lines(run / "iteration_01" / "pairs.jsonl")
     assert {len(row["messages"]) for row in pairs} == {1, 3}
-    decisions = [row for _, row in read_rows(run / "iteration_01" / "decisions.jsonl")]
+    decisions = lines(run / "iteration_01" / "decisions.jsonl")
     assert {row["pair"] for row in decisions} == set(range(len(pairs)))
-    first = [row for _, row in read_rows(run / "metrics.jsonl") if row["stage"] == "optimise"][0]
+    first = [row for row in lines(run / "metrics.jsonl") if row["stage"] == "optimise"][0]
     assert first["preference"] == pytest.approx(np.log(2), abs=1e-4)
 
     # The export is what training ended with, to our decoder and to transformers.
@@ -65,7 +60,7 @@ def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     )
     arch, params = weights.load(run / "export")
     model = decoder.define(arch)
-    ids = np.asarray([row["prompt_ids"][:20] for _, row in read_rows(run / "iteration_01" / "responses.jsonl")][:3])
+    ids = np.asarray([row["prompt_ids"][:20] for row in lines(run / "iteration_01" / "responses.jsonl")][:3])
     ours = jax.jit(lambda params: model.logits(params, model.hidden(params, ids)))(params)
     with torch.no_grad():
         np.testing.assert_allclose(ours, reference(torch.tensor(ids)).logits.numpy(), atol=1e-4)
@@ -74,20 +69,20 @@ def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     np.testing.assert_array_equal(params["embed"], base["embed"])
 
     # Base model with adapter and merged export answer and judge alike.
-    shared = ["--text.max_prompt_tokens", "200", "--text.max_response_tokens", "24"]
+    reading = ["--config", f"configs/models/{name}.yaml", "--model.remat", "full", *shared]
     merged = ["--model.path", run / "export"]
     adapted = ["--model.path", tmp_path / "model", "--lora.adapter", run / "adapter"]
     texts, judged = [], []
     for number, which in enumerate((merged, adapted)):
         output = tmp_path / f"answers-{number}.jsonl"
-        prompts = ["--data.prompts", tmp_path / "heldout_prompts.jsonl"]
-        done = command(sample.main, *which, *shared, *prompts, "--sample.temperature", "0", "--output", output)
+        prompts = ["--data.prompts", tmp_path / "prompts.jsonl", "--sample.batch_size", "8", "--sample.temperature", "0"]
+        done = command(sample.main, *reading, *which, *prompts, *ANSWERS, "--output", output)
         assert done.code == 0, done.err
-        texts.append([row["response_ids"] for _, row in read_rows(output)])
+        texts.append([row["response_ids"] for row in lines(output)])
         output = tmp_path / f"judged-{number}.jsonl"
-        pairs = ["--input", tmp_path / "heldout_pairs.jsonl", "--output", output]
-        done = command(judge.main, *which, *shared, *pairs, "--reference", tmp_path / "model")
+        pairs = ["--input", tmp_path / "heldout_pairs.jsonl", "--evaluate.batch_size", "8", "--output", output]
+        done = command(judge.main, *reading, *judging, *which, *pairs, "--reference", tmp_path / "model")
         assert done.code == 0, done.err
-        judged.append([(row["p_generative"], row["p_implicit"]) for _, row in read_rows(output)])
+        judged.append([(row["p_generative"], row["p_implicit"]) for row in lines(output)])
     assert texts[0] == texts[1]
     np.testing.assert_allclose(judged[0], judged[1], atol=1e-4)

@@ -1,5 +1,6 @@
 """The run on two hosts: as one process would do it, also where a host is lost, or where others go on with it."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,30 +14,45 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file
 
-from scir_jax.config import cli
 from scir_jax.config.files import to_yaml
 from scir_jax.config.schema import Config
-from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.data.jsonl import AppendOnly
+from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
 from scir_jax.run import sampling
 from scir_jax.run.directory import RunDirectory
+from tests.forks import quick
 from tests.hosts import run_hosts
-from tests.run.test_resume import COMMIT, DRIVER, STORE, rows_of, without_times
+from tests.run.runs import content, lines
+from tests.run.test_resume import newest, without_times
+from tests.strikes import COMMIT, STORE, Strike
 
 LOSS = {"loss", "sft", "sft/ift", "sft/eft", "preference", "consistency"}
 LOST = "; this host stops; start the same command on all hosts again to go on"
 # Every host calls these once a step or a batch.
 WORLD_STEP, STEP = "scir_jax.run.base_model:put_batch", "scir_jax.run.training:put_batch"
 BATCH = "scir_jax.run.sampling:sample_rows"
-DEVICES = 8
+TWO, ONE = dict(hosts=2, mesh=(2, 2, 2)), dict(hosts=1, mesh=(1, 2, 1))
 SETTINGS = {
     "world": dict(steps=3, documents=16, comparisons=16),
     "sft": dict(epochs=2.0),
     "sample": dict(responses=3, prompts=13),  # the last batch is not full
     "optimise": dict(epochs=2),
-    "evaluate": dict(greedy=False, grader="scir_jax.world.grader:grade"),
+    "evaluate": dict(greedy=False, samples=3, grader="scir_jax.world.grader:grade"),
 }
+WORLD = dict(
+    base_documents=64,
+    base_comparisons=64,
+    ift_documents=24,
+    eft_comparisons=12,
+    prompts=24,
+    heldout_prompts=8,
+    heldout_pairs=16,
+    hidden_size=32,
+    intermediate_size=64,
+    layers=2,
+    head_dim=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +66,20 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(shared, world_dir, tiny_config, tmp_path_factory):
-    """start(directory, world, hosts, mesh, ...) runs or resumes a run of 8 devices -> how its processes ended.
+    """start(directory, world, hosts, mesh, ...) runs or resumes a run -> how its processes ended.
 
     Args:
-      strike: (host, place, count, when, number), of that host alone; see DRIVER.
+      strike: of one host alone, and that host.
+      alone: no other process uses the programs of `compiled` meanwhile: what one host compiles the other takes.
+      compiled: directory of compiled programs.
     """
     files = (tmp_path_factory.mktemp("configurations") / f"{number}.yaml" for number in itertools.count())
 
-    def run(directory, world, hosts=2, mesh=(2, 2, 2), strike=None, arguments=(), seconds=240, **overrides):
+    def run(
+        directory, world, hosts=2, mesh=(2, 2, 2), strike=None, alone=False, compiled=shared / "compiled", **overrides
+    ):
+        host_struck, strike = strike or (0, Strike())
+        lost = strike.place and strike.signal == signal.SIGKILL
         sections = SETTINGS | overrides
         config = tiny_config(
             world_dir,
@@ -65,9 +87,9 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
                 iterations=1,
                 tensorboard=False,
                 directory=str(directory),
-                compilation_cache=str(shared / "compiled"),
+                compilation_cache=str(compiled),
                 distributed=hosts > 1,
-                host_timeout=10.0,
+                host_timeout=8.0 if lost else 60.0,
             ),
             model=dict(path=f"{world}/model"),
             mesh=dict(zip(("data", "fsdp", "tensor"), mesh)),
@@ -77,23 +99,14 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
         file.write_text(to_yaml(config), encoding="utf-8")
 
         def command(host):
-            struck, *rest = strike or (0, "-", 0, "before", signal.SIGKILL)
-            place, count, when, number = rest if host == struck else ("-", 0, "before", signal.SIGKILL)
-            return ["-c", DRIVER, place, count, int(number), when, "--config", file, *arguments]
+            # Where one is interrupted none compiles ahead.
+            own = strike if host == host_struck else Strike(ahead=strike.ahead)
+            return [*dataclasses.replace(own, world=WORLD).command, "--config", file]
 
-        return run_hosts(command, hosts, env=quick(DEVICES // hosts), seconds=seconds)
+        env = quick(int(np.prod(mesh)) // hosts, JAX_SHARE_BINARY_BETWEEN_HOSTS=str(int(alone)))
+        return run_hosts(command, hosts, env=env, seconds=240, forked=True)
 
     return run
-
-
-def quick(devices: int) -> dict[str, str]:
-    """The environment of a process with so many devices that compiles little, and nothing twice."""
-    return {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
 
 def ended_well(done) -> None:
@@ -121,11 +134,10 @@ def uninterrupted(shared, start):
         if not (directory / "run" / "report.html").exists():
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
-            one_lost(
-                start(directory / "run", directory / "world", strike=(1, WORLD_STEP, 2, "before", signal.SIGKILL)), 1
-            )
-            assert not (directory / "world" / "model").exists() and not (directory / "run" / "checkpoints").exists()
-            ended_well(start(directory / "run", directory / "world"))
+            run, world = directory / "run", directory / "world"
+            one_lost(start(run, world, **TWO, strike=(1, Strike(WORLD_STEP, 2, ahead=False)), alone=True), 1)
+            assert not (world / "model").exists() and not (run / "checkpoints").exists()
+            ended_well(start(run, world, **TWO, alone=True))
     return directory
 
 
@@ -138,14 +150,14 @@ def names(run: Path) -> set[str]:
 
 def rows_once(run: Path) -> None:
     """The run's files have every row exactly once, in order."""
-    metrics = rows_of(run / "metrics.jsonl")
+    metrics = lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
     steps = {stage: [r["stage_step"] for r in metrics if r["stage"] == stage] for stage in ("sft", "optimise")}
     assert steps == {stage: list(range(1, count + 1)) for stage, count in {"sft": 6, "optimise": 7}.items()}
     first = run / "iteration_01"
-    pairs = [row["pair"] for row in rows_of(first / "pairs.jsonl")]
+    pairs = [row["pair"] for row in lines(first / "pairs.jsonl")]
     assert pairs == list(range(26))
-    decisions = rows_of(first / "decisions.jsonl")
+    decisions = lines(first / "decisions.jsonl")
     assert sorted(row["pair"] for row in decisions) == sorted(pairs * SETTINGS["optimise"]["epochs"])
     assert [row["step"] for row in decisions] == [step for step in range(1, 8) for _ in range(8 if step < 7 else 4)]
     for path, prompts, samples in (
@@ -153,7 +165,7 @@ def rows_once(run: Path) -> None:
         (first / "heldout_responses.jsonl", 8, 1),
         (run / "iteration_00" / "heldout_responses.jsonl", 8, 1),
     ):
-        found = [(row["prompt_number"], row["sample"]) for row in rows_of(path)]
+        found = [(row["prompt_number"], row["sample"]) for row in lines(path)]
         assert len(found) == prompts * samples and len({number for number, _ in found}) == prompts
         assert [sample for _, sample in found] == list(range(samples)) * prompts
         assert all(found[i][0] == found[i - i % samples][0] for i in range(len(found)))
@@ -162,10 +174,10 @@ def rows_once(run: Path) -> None:
 def sampled_as_scored(run: Path) -> None:
     """The sampler's log-probabilities of the responses are the scorer's, of every pair of the iteration."""
     folder = run / "iteration_01"
-    sampled = {(r["prompt"], tuple(r["response_ids"])): r["logprob"] for r in rows_of(folder / "responses.jsonl")}
-    for pair in rows_of(folder / "pairs.jsonl"):
+    sampled = {(r["prompt"], tuple(r["response_ids"])): r["logprob"] for r in lines(folder / "responses.jsonl")}
+    for pair in lines(folder / "pairs.jsonl"):
         logps = [sampled[pair["prompt"], tuple(pair[f"response_{side}_ids"])] for side in "ab"]
-        assert logps == pytest.approx(pair["start_logps"], abs=1e-4), pair
+        assert logps == pytest.approx(pair["cached"]["start_logps"], abs=1e-4), pair
 
 
 def close(found, expected, where: str) -> None:
@@ -198,9 +210,9 @@ def same_but_for_rounding(run: Path, expected: Path) -> None:
     assert len(read) == 7
     for name in (*read, "metrics.jsonl"):
         if name.endswith(".jsonl"):
-            found, wanted = ([without_times(row) for row in rows_of(place / name)] for place in (run, expected))
+            found, wanted = ([without_times(row) for row in lines(place / name)] for place in (run, expected))
         else:
-            found, wanted = (json.loads((place / name).read_text()) for place in (run, expected))
+            found, wanted = (content(place / name) for place in (run, expected))
         close(found, wanted, name)
     found, wanted = (load_file(place / "export" / "model.safetensors") for place in (run, expected))
     assert found.keys() == wanted.keys()
@@ -214,7 +226,7 @@ def same_bytes(run: Path, expected: Path) -> None:
     for name in sorted(names(expected)):
         if name.startswith(("iteration_", "export/")) and not name.endswith("seconds.json"):
             assert (run / name).read_bytes() == (expected / name).read_bytes(), name
-    found, wanted = ([without_times(row) for row in rows_of(place / "metrics.jsonl")] for place in (run, expected))
+    found, wanted = ([without_times(row) for row in lines(place / "metrics.jsonl")] for place in (run, expected))
     assert found == wanted
 
 
@@ -222,8 +234,7 @@ def same_bytes(run: Path, expected: Path) -> None:
 def test_two_hosts_are_as_one_process(uninterrupted, start, tmp_path):
     """From the world's files to the report; of the first host's and of one process's the files are the same."""
     world = uninterrupted / "world"
-    done = start(tmp_path / "run", tmp_path / "world", hosts=1)
-    ended_well(done)
+    ended_well(start(tmp_path / "run", tmp_path / "world", **ONE))
     same_but_for_rounding(tmp_path / "run", uninterrupted / "run")
     assert sorted(p.name for p in world.rglob("*")) == sorted(p.name for p in (tmp_path / "world").rglob("*"))
     found, expected = (load_file(place / "model" / "model.safetensors") for place in (tmp_path / "world", world))
@@ -232,13 +243,13 @@ def test_two_hosts_are_as_one_process(uninterrupted, start, tmp_path):
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5 * untrained, err_msg=name)
 
 
-# In order: every one comes later in the run than the one before it.
+# In order: every one comes later in the run than the one before it; with the newest result that is there then.
 LOSSES = [
-    (1, STEP, 4, "before"),  # SFT, after a checkpoint
-    (1, STORE, 1, "before"),  # saving M1
-    (0, BATCH, 3, "before"),  # sampling, the second batch
-    (0, COMMIT, 1, "before"),  # optimise, the first checkpoint is not committed
-    (1, STEP, 6, "after"),  # optimise, after checkpoints
+    ("M0", 1, Strike(STEP, 4)),  # SFT, after a checkpoint
+    ("M0", 1, Strike(STORE, (1,))),
+    ("evaluation of M1", 0, Strike(BATCH, 3)),  # the second batch
+    ("pairs 1", 0, Strike(COMMIT)),  # the first checkpoint is not committed
+    ("pairs 1", 1, Strike(STEP, 6, "after")),  # after checkpoints
 ]
 
 
@@ -246,10 +257,10 @@ LOSSES = [
 def test_a_host_is_killed_again_and_again(uninterrupted, start, tmp_path):
     """The other one ends by itself with one sentence; in the end the run is that of hosts that were left alone."""
     run, world = tmp_path / "run", uninterrupted / "world"
-    for host, *strike in LOSSES:
-        one_lost(start(run, world, strike=(host, *strike, signal.SIGKILL)), host)
-        assert not (run / "summary.json").exists()
-    ended_well(start(run, world))
+    for there, host, strike in LOSSES:
+        one_lost(start(run, world, **TWO, strike=(host, dataclasses.replace(strike, ahead=False))), host)
+        assert newest(run) == there
+    ended_well(start(run, world, **TWO))
     same_bytes(run, uninterrupted / "run")
 
 
@@ -257,10 +268,11 @@ def test_a_host_is_killed_again_and_again(uninterrupted, start, tmp_path):
 def test_other_hosts_and_meshes_go_on(uninterrupted, start, tmp_path):
     """Two hosts are stopped while sampling, one process goes on and is stopped in training, two hosts end the run."""
     run, world = tmp_path / "run", uninterrupted / "world"
+    stop = dict(signal=signal.SIGTERM, ahead=False)
     steps = [
-        (dict(hosts=2, mesh=(2, 2, 2), strike=(1, BATCH, 2, "before", signal.SIGTERM)), "iteration 1: sample"),
-        (dict(hosts=1, mesh=(1, 8, 1), strike=(0, STEP, 3, "before", signal.SIGTERM)), "iteration 1: optimise"),
-        (dict(hosts=2, mesh=(2, 2, 2), strike=(1, STEP, 2, "before", signal.SIGTERM)), "iteration 1: optimise"),
+        (dict(**TWO, strike=(1, Strike(BATCH, 2, **stop))), "iteration 1: sample"),
+        (dict(**ONE, strike=(0, Strike(STEP, 3, **stop))), "iteration 1: optimise"),
+        (dict(**TWO, strike=(1, Strike(STEP, 2, **stop))), "iteration 1: optimise"),
     ]
     for number, (how, where) in enumerate(steps):
         for one in start(run, world, **how):
@@ -269,14 +281,14 @@ def test_other_hosts_and_meshes_go_on(uninterrupted, start, tmp_path):
             assert "Traceback" not in one.err and "error" not in one.err
         folder = run / "iteration_01"
         if not number:
-            parts = [len(rows_of(folder / f"responses.jsonl.partial{end}")) for end in ("", "-1")]
+            parts = [len(lines(folder / f"responses.jsonl.partial{end}")) for end in ("", "-1")]
             assert parts == [12, 12], "the first batch, every host its half"
         else:
             assert not list(folder.glob("*.partial*"))
-            step = len([row for row in rows_of(run / "metrics.jsonl") if row["stage"] == "optimise"])
+            step = len([row for row in lines(run / "metrics.jsonl") if row["stage"] == "optimise"])
             # Of several hosts the others hear of it one step later.
             assert step == (3 if number == 1 else 6) and (run / "checkpoints" / "iteration_01" / str(step)).is_dir()
-    ended_well(start(run, world, hosts=1, mesh=(1, 8, 1)))
+    ended_well(start(run, world, **ONE))
     same_but_for_rounding(run, uninterrupted / "run")
 
 
@@ -284,14 +296,24 @@ def test_other_hosts_and_meshes_go_on(uninterrupted, start, tmp_path):
 def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
     settings = dict(lora=dict(rank=2, targets=("q_proj", "down_proj")), optimise=dict(epochs=2, learning_rate=0.03))
     run = tmp_path / "run"
-    ended_well(start(run, uninterrupted / "world", sft=dict(epochs=2.0, learning_rate=0.03), **settings))
+    ended_well(
+        start(
+            run,
+            uninterrupted / "world",
+            mesh=(1, 2, 1),
+            alone=True,
+            compiled=tmp_path / "compiled",
+            sft=dict(epochs=2.0, learning_rate=0.03),
+            **settings,
+        )
+    )
     rows_once(run)
     whole = names(uninterrupted / "run")
     assert names(run) - whole == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert whole <= names(run)
     base = load_file(uninterrupted / "world" / "model" / "model.safetensors")
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config = content(run / "adapter" / "adapter_config.json")
     for name, merged in load_file(run / "export" / "model.safetensors").items():
         expected = base[name].astype(np.float64)
         if "q_proj" in name or "down_proj" in name:
@@ -304,7 +326,7 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_commands_on_two_hosts(uninterrupted, tmp_path):
+def test_other_commands_on_two_hosts(uninterrupted, shared, tmp_path):
     """Judging, evaluating again and exporting, against one process with one device, which the run's mesh does not fit."""
     world, runs = uninterrupted / "world", {2: tmp_path / "two", 1: tmp_path / "one"}
     few = tmp_path / "pairs.jsonl"
@@ -322,20 +344,19 @@ def test_other_commands_on_two_hosts(uninterrupted, tmp_path):
             ["scir_jax.evaluate", "--run", run, "--again", *several],
             ["scir_jax.export", run, run / "M1", "--model", "M1", *several],
         ):
-            done = run_hosts(["-m", *command], hosts, env=quick(DEVICES // 2 if hosts > 1 else 1), seconds=240)
+            env = quick(4 if hosts > 1 else 1, JAX_COMPILATION_CACHE_DIR=str(shared / "compiled"))
+            done = run_hosts(["-m", *command], hosts, env=env, seconds=240, forked=True)
             ended_well(done)
             # What Gloo says of its connections apart, the first host speaks alone.
             assert all(line.startswith("[Gloo]") for one in done[1:] for line in one.out.splitlines()), done
-    judged, expected = (rows_of(runs[hosts] / "judged.jsonl") for hosts in (2, 1))
+    judged, expected = (lines(runs[hosts] / "judged.jsonl") for hosts in (2, 1))
     assert len(judged) == len(expected) == 12
     for found, wanted in zip(judged, expected):
         assert found.keys() == wanted.keys() >= {"p_generative", "p_implicit"}
         for name in ("p_generative", "p_implicit", "logps"):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, err_msg=name)
     for number in (0, 1):
-        found, wanted = (
-            json.loads((runs[hosts] / f"iteration_{number:02d}" / "evaluation.json").read_text()) for hosts in (2, 1)
-        )
+        found, wanted = (content(runs[hosts] / f"iteration_{number:02d}" / "evaluation.json") for hosts in (2, 1))
         assert found.keys() == wanted.keys() and found["model"] == wanted["model"]
         for name in ("quality", "length", "generative_accuracy", "slot_bias"):
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
@@ -352,8 +373,8 @@ ELSEWHERE = """
 import os, sys
 os.chdir(sys.argv[1])
 sys.argv = ["train", *sys.argv[2:]]
-from scir_jax.config import cli
 from scir_jax import train
+from scir_jax.run import command
 command.main(train.main)
 """
 
@@ -375,7 +396,9 @@ def refused(tmp_path, world_dir, tiny_config):
         file = tmp_path / "refused.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
         done = run_hosts(
-            lambda host: ["-c", ELSEWHERE, folders[host], "--config", file, *(arguments if host else ())], 2, seconds=60
+            lambda host: ["-c", ELSEWHERE, folders[host], "--config", file, *(arguments if host else ())],
+            2,
+            forked=True,
         )
         for one in done:
             assert one.code == 2, done
@@ -465,7 +488,7 @@ hosts.finish()
 
 def test_rows_of_hosts():
     """Of four hosts with two devices each: what they hold, what of it is theirs alone, and that it becomes a batch."""
-    done = run_hosts(f"MESHES = {MESHES}\n{ROWS}", 4)
+    done = run_hosts(f"MESHES = {MESHES}\n{ROWS}", 4, forked=True)
     ended_well(done)
     # Collectives write lines of their own.
     answers = [[json.loads(text) for text in one.out.splitlines() if text.startswith("[[")] for one in done]
@@ -503,7 +526,7 @@ def test_parts_of_responses_are_put_together(tmp_path):
         done = sampling._gather_parts(path, place, size, responses)
         left = list(tmp_path.iterdir())
         assert left in ([], [tmp_path / "responses.jsonl.partial"])
-        return done, rows_of(left[0]) if left else []
+        return done, lines(left[0]) if left else []
 
     one, two, three = rows[:8], rows[8:16], rows[16:]
     assert gathered() == (0, [])

@@ -13,57 +13,30 @@ import peft
 import pytest
 import torch
 import transformers
-from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from scir_jax import evaluate, export, judge, sample, train
 from scir_jax.config import cli
-from scir_jax.config.files import to_yaml
-from scir_jax.report import page as report
+from scir_jax.config.checks import resolve
 from scir_jax.engine.checkpoint import ModelStore
-from scir_jax.run import scoring
-from scir_jax.run.iteration import Run
-from scir_jax.run.session import Session
-from scir_jax.model.hf import adapters
 from scir_jax.model import lora
+from scir_jax.model.hf import adapters
+from scir_jax.report import page as report
+from scir_jax.run import scoring, training
+from scir_jax.run.setup import prepare
+from tests.run.runs import lines, model, refused
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 SETTINGS = dict(rank=2, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
 TARGETS = [("attention", "q"), ("attention", "v"), ("mlp", "down")]
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
-
-
-def model(run: Path, number: int) -> dict[str, np.ndarray]:
-    """What is checkpointed of M_number, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(ocp.load(run / "checkpoints" / f"M{number}"))
-    return {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
-
-
-def refused(done, *words):
-    """Checks that a command ended with one sentence that holds all words."""
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert done.code == 2 and len(errors) == 1 and "Traceback" not in done.err, done
-    for word in words:
-        assert str(word) in errors[0]
-
-
 @pytest.fixture(scope="module")
-def configure(tiny_config, world_dir):
-    """configure(directory, **overrides) -> YAML file of a run with adapters in `directory`."""
-
-    def write(directory: Path, **overrides) -> Path:
-        run = dict(directory=str(directory), **overrides.pop("run", {}))
-        settings = dict(lora=SETTINGS, sft=dict(learning_rate=0.03), optimise=dict(learning_rate=0.03), **overrides)
-        config = tiny_config(world_dir, run=run, world=dict(directory=None), **settings)
-        file = directory.with_name(directory.name + ".yaml")
-        file.write_text(to_yaml(config), encoding="utf-8")
-        return file
-
-    return write
+def adapted(configure):
+    """adapted(directory, **overrides) -> YAML file of a run with adapters in `directory`."""
+    settings = dict(lora=SETTINGS, sft=dict(learning_rate=0.03), optimise=dict(learning_rate=0.03))
+    return lambda directory, **overrides: configure(directory, **settings, **overrides)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,19 +48,14 @@ def no_page():
 
 
 @pytest.fixture(scope="module")
-def whole(configure, cheap_compilation, tmp_path_factory):
+def whole(adapted, shared_programs, tmp_path_factory):
     """A finished run whose implicit reference is the base model. Read only."""
-    path = tmp_path_factory.mktemp("whole") / "run"
-    file = configure(path, implicit=dict(reference="base"))
+    path = tmp_path_factory.mktemp("adapted") / "run"
+    file = adapted(path, implicit=dict(reference="base"))
     assert train.main(["--config", str(file)]) == 0
     config, _ = cli.parse("train", "", ["--config", str(file)])
-    return SimpleNamespace(path=path, file=file, config=config, session=Session(config))
-
-
-@pytest.fixture
-def reading(world_dir):
-    """Options of a command that reads the tiny model."""
-    return ("--model.path", world_dir / "model", "--text.max_prompt_tokens", 32, "--text.max_response_tokens", 12)
+    setup = prepare(resolve(config))
+    return SimpleNamespace(path=path, file=file, programs=setup.programs, parameters=setup.parameters)
 
 
 def torch_logits(network, ids):
@@ -103,7 +71,7 @@ def test_checkpoints_hold_adapters_only(whole):
     names = {f"['layers']['{m}']['{n}']['{side}']" for m, n in TARGETS for side in ("lora_a", "lora_b")}
     assert {p.name for p in (whole.path / "checkpoints").iterdir()} == {"M0", "M1", "M2"}
     found = [model(whole.path, number) for number in range(3)]
-    arch = whole.session.arch
+    arch = whole.programs.arch
     d, f, queries = arch.hidden_size, arch.intermediate_size, arch.num_heads * arch.head_dim
     keys = arch.num_kv_heads * arch.head_dim
     trained = arch.num_layers * 2 * ((d + queries) + (d + keys) + (f + d))
@@ -122,25 +90,26 @@ def test_the_first_steps_preference_loss_is_ln_2(whole):
 
 
 def test_the_base_reference_is_the_model_without_adapters(whole, world_dir, tiny_config):
-    session = Session(tiny_config(world_dir))
-    params = session.import_params(world_dir / "model")
+    encoder, _, programs, parameters = prepare(resolve(tiny_config(world_dir)))
+    params = parameters.of_directory(world_dir / "model")
     pairs = lines(whole.path / "iteration_01" / "pairs.jsonl")
     items = [
-        (session.encoder.prompt(pair["messages"]), session.encoder.sampled(pair[f"response_{side}_ids"]))
+        (encoder.prompt(pair["messages"]), encoder.sampled(pair[f"response_{side}_ids"]))
         for pair in pairs
         for side in "ab"
     ]
-    expected = scoring.response_logps(session, params, items).reshape(-1, 2)
-    np.testing.assert_allclose([pair["implicit_logps"] for pair in pairs], expected, atol=1e-4)
-    assert np.abs(expected - [pair["start_logps"] for pair in pairs]).max() > 0.1
+    expected = scoring.score_answers(encoder, programs, params, items)["logps"].reshape(-1, 2)
+    cached = {role: [pair["cached"][f"{role}_logps"] for pair in pairs] for role in ("implicit", "start")}
+    np.testing.assert_allclose(cached["implicit"], expected, atol=1e-4)
+    assert np.abs(expected - cached["start"]).max() > 0.1
 
 
 def test_export_and_adapter_are_the_last_model(whole, world_dir, tmp_path):
-    session, path = whole.session, whole.path
+    programs, path = whole.programs, whole.path
     ids = np.array([row["prompt_ids"][:8] for row in lines(path / "iteration_01" / "responses.jsonl")[:3]], np.int32)
-    trained = ModelStore(path / "checkpoints").load(2, session.abstract_trained)
-    params = lora.join(trained, session.frozen)
-    expected = session.model.logits(params, session.model.hidden(params, ids))
+    ours, trained = programs.model, ModelStore(path / "checkpoints").load(2, programs.abstract_trained)
+    params = lora.join(trained, whole.parameters.frozen)
+    expected = jax.jit(lambda params, ids: ours.logits(params, ours.hidden(params, ids)))(params, ids)
     merged = torch_logits(network_of(path / "export"), ids)
     adapted = peft.PeftModel.from_pretrained(network_of(world_dir / "model"), path / "adapter")
     np.testing.assert_allclose(merged, expected, atol=1e-4)
@@ -154,10 +123,9 @@ def test_export_and_adapter_are_the_last_model(whole, world_dir, tmp_path):
     for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "export/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (path / name).read_bytes()
     assert export.main([str(path), str(tmp_path / "first"), "--adapter", "--model", "M1"]) == 0
-    found = adapters.load(tmp_path / "first", session.arch, session.model.lora)
-    jax.tree.map(
-        np.testing.assert_array_equal, found, ModelStore(path / "checkpoints").load(1, session.abstract_trained)
-    )
+    found = adapters.load(tmp_path / "first", programs.arch, ours.lora)
+    first = ModelStore(path / "checkpoints").load(1, programs.abstract_trained)
+    jax.tree.map(np.testing.assert_array_equal, found, first)
 
 
 def test_an_adapter_that_was_not_written_to_its_end_is_written_again(whole, command):
@@ -214,15 +182,15 @@ def test_evaluate_reads_an_adapter(whole, reading, world_dir, command, tmp_path)
     assert found[0] == pytest.approx(found[1], abs=1e-4) and abs(found[0] - found[2]) > 1e-3
 
 
-def test_a_run_goes_on_from_an_adapter(whole, configure, command, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_an_adapter(whole, adapted, command, tmp_path, monkeypatch):
     """M0 is the adapter's model, and its rank and targets are the adapter's."""
     adapter = Path(shutil.copytree(whole.path / "adapter", tmp_path / "adapter"))
 
-    def stopped(self):
+    def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "sft", stopped)
-    arguments = ("--config", configure(tmp_path / "run"), "--lora.adapter", adapter)
+    monkeypatch.setattr(training, "run_sft", stopped)
+    arguments = ("--config", adapted(tmp_path / "run"), "--lora.adapter", adapter)
     assert command(train.main, *arguments).code == 130
     before, found = model(whole.path, 2), model(tmp_path / "run", 0)
     assert before.keys() == found.keys() and all(before[name].tobytes() == found[name].tobytes() for name in before)
@@ -232,7 +200,7 @@ def test_a_run_goes_on_from_an_adapter(whole, configure, command, tmp_path, monk
     refused(command(train.main, *arguments), "changed since this run began", "lora.adapter/adapter_model.safetensors")
 
 
-def test_models_of_other_adapters_are_not_started_from(whole, configure, command, tmp_path):
+def test_models_of_other_adapters_are_not_started_from(whole, adapted, command, tmp_path):
     start = ("--run.start_from", whole.path)
     for number, (changes, words) in enumerate(
         (
@@ -242,11 +210,11 @@ def test_models_of_other_adapters_are_not_started_from(whole, configure, command
             (("--lora.targets", '["q_proj", "v_proj"]'), "on q_proj, v_proj;"),
         )
     ):
-        done = command(train.main, "--config", configure(tmp_path / f"run{number}"), *start, *changes)
+        done = command(train.main, "--config", adapted(tmp_path / f"run{number}"), *start, *changes)
         refused(done, "its models have adapters of rank 2, scale 3, on q_proj, v_proj, down_proj", words)
 
 
-def test_what_the_commands_refuse(whole, reading, world_dir, command, configure, tmp_path):
+def test_what_the_commands_refuse(whole, reading, world_dir, command, adapted, tmp_path):
     sampling = (*reading, "--data.prompts", world_dir / "prompts.jsonl", "--output", tmp_path / "out.jsonl")
     adapter = whole.path / "adapter"
     refused(command(sample.main, *sampling, "--lora.adapter", tmp_path / "none"), "no adapter_config.json")
@@ -255,13 +223,13 @@ def test_what_the_commands_refuse(whole, reading, world_dir, command, configure,
     )
     refused(command(sample.main, *sampling, "--lora.rank", -1), "lora.rank must not be negative")
     refused(command(sample.main, *sampling, "--lora.rank", 1, "--lora.alpha", 0), "alpha positive")
-    run = configure(tmp_path / "run")
+    run = adapted(tmp_path / "run")
     refused(command(train.main, "--config", run, "--lora.targets", '["query"]'), "no layer is called 'query'", "q_proj")
     refused(command(train.main, "--config", run, "--lora.dropout", 1), "dropout in [0, 1)")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_run_without_adapters_has_none_to_export(whole, configure, command, tmp_path):
+def test_a_run_without_adapters_has_none_to_export(whole, command, tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
     shutil.copy(whole.path / "config.yaml", directory)

@@ -1,127 +1,198 @@
-"""Runs that are killed or stopped anywhere go on to the very result of a run that is left alone."""
+"""Runs that are killed or stopped anywhere go on to the very result of a run that is left alone.
+
+A run is interrupted at one place, goes on, is interrupted at the next place, and so on to its end: what an interruption
+leaves behind must neither hinder those that follow nor show in the result.
+"""
 
 import hashlib
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
-from scir_jax.config import cli
 from scir_jax.config.files import to_yaml
 from scir_jax.run.training import TIMINGS
+from tests.forks import ROOT, Fork, environment, quick
+from tests.run.runs import content, lines
+from tests.strikes import COMMIT, SAVE, STORE, WRITE, Strike
 
-# Runs the training command; before the n-th call of a function the process gets a signal.
-DRIVER = """
-import importlib, os, sys
-place, count, number, when = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-sys.argv = ["train", *sys.argv[5:]]
-if count:
-    module, _, path = place.partition(":")
-    owner = importlib.import_module(module)
-    *owners, name = path.split(".")
-    for part in owners:
-        owner = getattr(owner, part)
-    function, calls = getattr(owner, name), 0
-    def struck(*arguments, **keywords):
-        global calls
-        calls += 1
-        if calls == count and when != "after":
-            os.kill(os.getpid(), number)
-            if when == "twice":
-                os.kill(os.getpid(), number)
-        result = function(*arguments, **keywords)
-        if calls == count and when == "after":
-            os.kill(os.getpid(), number)
-        return result
-    setattr(owner, name, struck)
-from scir_jax.config import cli
-from scir_jax import train
-command.main(train.main)
-"""
+# What a run makes, in order.
+RESULTS = {
+    "M0": "checkpoints/M0",
+    "M1": "checkpoints/M1",
+    "evaluation of M1": "iteration_00/evaluation.json",
+    "responses 1": "iteration_01/responses.jsonl",
+    "pairs 1": "iteration_01/pairs.jsonl",
+    "M2": "checkpoints/M2",
+    "evaluation of M2": "iteration_01/evaluation.json",
+    "responses 2": "iteration_02/responses.jsonl",
+    "pairs 2": "iteration_02/pairs.jsonl",
+    "M3": "checkpoints/M3",
+    "evaluation of M3": "iteration_02/evaluation.json",
+    "summary": "summary.json",
+    "export": "export",
+    "report": "report.html",
+}
+RESPONSES, HELDOUT = "scir_jax.run.sampling:sample_rows", "scir_jax.run.evaluation:sample_rows"
+SCORES, JUDGE = "scir_jax.run.scoring:score_answers", "scir_jax.run.scoring:judge_pairs"
+PAIRS = "scir_jax.run.pairing:write_rows"
 
-# SFT and both iterations have 6 steps each, with checkpoints after 2 and 4.
-WRITE, SAVE = "scir_jax.run.metrics:Metrics.write", "scir_jax.engine.checkpoint:StageCheckpoints.save"
-STORE = "scir_jax.engine.checkpoint:ModelStore.save"
-COMMIT = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
-ROWS, JSON = "scir_jax.data.records:write_rows", "scir_jax.data.records:write_json"
 
-KILLS = {
-    "start": [("scir_jax.run.directory:RunDirectory.check_manifest", 1, "before")],
-    "saving M0": [(STORE, 1, "before")],
-    "SFT, first step": [(WRITE, 1, "before")],
-    "SFT, between checkpoints": [(WRITE, 4, "after")],
-    "SFT, saving M1": [(STORE, 2, "before")],
-    "SFT, M1 saved": [(STORE, 2, "after")],
-    "evaluation of M1": [("scir_jax.run.evaluation:response_metrics", 1, "before")],
-    "sampling, first batch": [("scir_jax.run.sampling:sample_rows", 4, "before")],
-    "sampling, between batches": [("scir_jax.run.sampling:sample_rows", 6, "before")],
-    "references": [("scir_jax.run.scoring:response_logps", 4, "before")],
-    "writing pairs": [(ROWS, 2, "before")],
-    "pairs written": [(ROWS, 2, "after")],
-    "optimise, between checkpoints": [(WRITE, 6 + 2, "after")],
-    "optimise, just after a checkpoint": [(SAVE, 3, "after")],
-    "optimise, saving": [(SAVE, 3, "before")],
-    "checkpoint of SFT not committed": [(COMMIT, 2, "before")],
-    "checkpoint of optimise not committed": [(COMMIT, 5, "before")],
-    "second iteration": [(WRITE, 6 + 6 + 5, "before")],
-    "evaluation of M3": [("scir_jax.run.evaluation:decision_metrics", 2, "before")],
-    "export": [("scir_jax.model.hf.weights:save_file", 1, "after")],
-    "report": [("scir_jax.report.page:write_report", 1, "before")],
-    "again and again": [(WRITE, 2, "after"), (WRITE, 3, "before"), (SAVE, 3, "after"), (WRITE, 3, "after"), (COMMIT, 2, "after")],
-}  # fmt: skip
-FAST = ("optimise, between checkpoints", "checkpoint of SFT not committed")
+class Kill(NamedTuple):
+    """A place where a run is killed.
+
+    Attributes:
+      newest: of RESULTS, the last that is there then.
+      place, call, when: see Strike.
+    """
+
+    newest: str | None
+    place: str
+    call: int | tuple = 1
+    when: str = "before"
+    number: int = signal.SIGKILL
+
+    def check(self, directory: Path, code: int, err: str) -> None:
+        """Checks how the process ended."""
+        assert code == -self.number, (code, err)
+
+
+class Stop(NamedTuple):
+    """A place where a run is stopped by a signal.
+
+    Attributes:
+      newest, place, call, when: see Kill.
+      where: what it says of it; None where a second signal stopped it at once.
+      steps: those of the whole run that are done then, the last of a stage's with a checkpoint; None outside training.
+    """
+
+    newest: str | None
+    number: int
+    place: str
+    call: int | tuple = 1
+    when: str = "before"
+    where: str | None = None
+    steps: int | None = None
+
+    def check(self, directory: Path, code: int, err: str) -> None:
+        """Checks how the process ended, and what it said."""
+        assert code == 128 + self.number, (code, err)
+        assert "Traceback" not in err
+        last = err.strip().splitlines()[-1]
+        if self.where is None:
+            assert last == "stopped at once; run the same command again to go on from the last checkpoint"
+        else:
+            assert last == f"stopped in {self.where}; everything is saved: run the same command again to go on"
+        if self.steps:
+            assert [row["step"] for row in lines(directory / "metrics.jsonl")] == list(range(1, self.steps + 1))
+            stage, step = ("iteration_01", self.steps - 6) if self.steps > 6 else ("sft", self.steps)
+            assert (directory / "checkpoints" / stage / str(step)).is_dir()
+
+
+# SFT and both iterations have 6 steps each, with checkpoints after 2 and 4, which are saved while training goes on: of
+# a run that is killed just then they may be there or not. A checkpoint is committed in three parts, a model in one.
+SOME = [
+    Kill("M0", COMMIT, 2),  # M0 is the first that is committed
+    Kill("pairs 1", WRITE, ("optimise", 1, 2), "after"),
+    Stop("pairs 1", signal.SIGTERM, WRITE, ("optimise", 1, 3), where="iteration 1: optimise", steps=6 + 4),
+    Stop("pairs 2", signal.SIGTERM, WRITE, ("optimise", 2, 4), "twice"),
+]
+CHAINS = {
+    "SFT": [
+        Kill(None, "scir_jax.run.directory:RunDirectory.check_manifest"),
+        Kill(None, STORE, (0,)),
+        Kill("M0", WRITE, ("sft", 0, 1)),
+        Kill("M0", WRITE, ("sft", 0, 2), "after"),
+        Kill("M0", COMMIT, 1),
+        Kill("M0", COMMIT, 3),
+        Kill("M0", WRITE, ("sft", 0, 3)),
+        Kill("M0", WRITE, ("sft", 0, 4), "after"),
+        Kill("M0", STORE, (1,)),
+        Kill("M1", STORE, (1,), "after"),
+    ],
+    "sampling and pairs": [
+        Kill("M1", "scir_jax.run.evaluation:response_metrics"),
+        Kill("evaluation of M1", RESPONSES, 1),
+        Kill("evaluation of M1", RESPONSES, 2),
+        Kill("responses 1", SCORES, 2),
+        Kill("responses 1", PAIRS),
+        Kill("pairs 1", PAIRS, 1, "after"),
+    ],
+    "optimise to report": [
+        Kill("pairs 1", WRITE, ("optimise", 1, 1)),
+        Kill("pairs 1", SAVE, (2,)),
+        Kill("pairs 1", COMMIT, 2),
+        Kill("pairs 1", COMMIT, 3),
+        Kill("pairs 1", SAVE, (2,), "after"),
+        Kill("pairs 1", WRITE, ("optimise", 1, 3), "after"),
+        Kill("pairs 1", COMMIT, 2),
+        Kill("pairs 1", SAVE, (4,), "after"),
+        Kill("M2", HELDOUT, 2),
+        Kill("pairs 2", WRITE, ("optimise", 2, 5)),
+        Kill("M3", "scir_jax.run.evaluation:decision_metrics"),
+        Kill("summary", "scir_jax.model.hf.weights:save_file", 1, "after"),
+        Kill("export", "scir_jax.report.page:write_report"),
+    ],
+    "stops": [
+        Stop("M0", signal.SIGINT, STORE, (0,), where="start-up"),
+        Stop("M0", signal.SIGTERM, SAVE, (2,), where="SFT", steps=3),
+        Stop("M0", signal.SIGINT, WRITE, ("sft", 0, 4), where="SFT", steps=5),
+        Stop("M1", signal.SIGTERM, JUDGE, where="evaluation of M1"),
+        Stop("evaluation of M1", signal.SIGINT, RESPONSES, where="iteration 1: sample"),
+        Stop("responses 1", signal.SIGTERM, SCORES, 2, where="iteration 1: pair and score"),
+        Stop("M2", signal.SIGINT, HELDOUT, 2, where="evaluation of M2"),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
-def environment(compiled_directory):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def shared(tmp_path_factory):
+    """A directory that all processes of pytest use."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "resume"
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, world_dir, compiled_directory, environment, tmp_path_factory):
-    """run(directory, place, count, when, number) -> the finished process."""
+def command(tiny_config, world_dir, shared, tmp_path_factory):
+    """command(directory, strike) -> an interpreter's arguments, and the environment, of a run."""
     config = tiny_config(
         world_dir,
-        run=dict(iterations=2, tensorboard=True, compilation_cache=str(compiled_directory)),
+        run=dict(iterations=2, tensorboard=True, compilation_cache=str(shared / "compiled")),
         world=dict(directory=None),
         sft=dict(epochs=2.0),
         sample=dict(responses=3, prompts=8, batch_size=4),
         optimise=dict(epochs=3),
-        evaluate=dict(greedy=False, grader="scir_jax.world.grader:grade"),
+        evaluate=dict(greedy=False, samples=3, grader="scir_jax.world.grader:grade"),
     )
     file = tmp_path_factory.mktemp("resume") / "tiny.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
+    env = environment(**quick())
+    return lambda directory, strike: ([*strike.command, "--config", file, "--run.directory", directory], env)
 
-    def start(directory, place="", count=0, when="before", number=signal.SIGKILL):
-        arguments = [
-            place or "-",
-            str(count),
-            str(int(number)),
-            when,
-            "--config",
-            str(file),
-            "--run.directory",
-            str(directory),
-        ]
-        return subprocess.run(
-            [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=environment, timeout=300
-        )
+
+@pytest.fixture
+def run(command, tmp_path) -> Callable[..., tuple[int, str]]:
+    """run(directory, strike) -> (exit code, stderr) of a process."""
+
+    def start(directory: Path, strike: Strike) -> tuple[int, str]:
+        arguments, env = command(directory, strike)
+        out, err = tmp_path / "out", tmp_path / "err"
+        process = Fork(arguments, env=env, cwd=ROOT, out=out, err=err)
+        try:
+            return process.wait(300), err.read_text(errors="replace")
+        finally:
+            process.kill()
 
     return start
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def without_times(row: dict) -> dict:
@@ -149,78 +220,51 @@ def result_of(directory: Path) -> dict:
     result["export"] = {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "export").iterdir())
     }
-    result["metrics"] = [without_times(row) for row in rows_of(directory / "metrics.jsonl")]
-    result["summary"] = [without_times(row) for row in json.loads((directory / "summary.json").read_text())["rows"]]
+    result["metrics"] = [without_times(row) for row in lines(directory / "metrics.jsonl")]
+    result["summary"] = [without_times(row) for row in content(directory / "summary.json")["rows"]]
     result["names"] = sorted(p.name for p in directory.iterdir() if p.name != "tensorboard")
     result["checkpoints"] = sorted(p.name for p in (directory / "checkpoints").iterdir())
     return result
 
 
 @pytest.fixture(scope="module")
-def expected(run, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run(directory)
-    assert done.returncode == 0, done.stderr
-    result = result_of(directory)
+def expected(command, shared):
+    """The result of a run that is left alone, in an interpreter of its own; once for all processes of pytest."""
+    directory, file = shared / "run", shared / "result"
+    with FileLock(shared / "lock"):
+        if not file.exists():
+            arguments, env = command(directory, Strike())
+            done = subprocess.run(
+                [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600
+            )
+            assert done.returncode == 0, done.stderr
+            file.write_bytes(pickle.dumps(result_of(directory)))
+    result = pickle.loads(file.read_bytes())
     assert [row["step"] for row in result["metrics"]] == list(range(1, 19))
     assert [row["stage"] for row in result["metrics"]] == ["sft"] * 6 + ["optimise"] * 12
     return result
 
 
-def check(directory: Path, expected: dict) -> None:
+def newest(directory: Path) -> str | None:
+    """The last of a run's results that is there; those before it are."""
+    found = [name for name, path in RESULTS.items() if (directory / path).exists()]
+    assert found == list(RESULTS)[: len(found)]
+    return found[-1] if found else None
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [pytest.param(SOME, id="some"), *(pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in CHAINS.items())],
+)
+def test_interrupted_again_and_again(chain, run, expected, tmp_path):
+    directory = tmp_path / "run"
+    for one in chain:
+        code, err = run(directory, Strike(one.place, one.call, one.when, one.number, ahead=False))
+        one.check(directory, code, err)
+        assert newest(directory) == one.newest, one
+    code, err = run(directory, Strike())
+    assert code == 0, err
     found = result_of(directory)
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == expected[name], name
-
-
-def cases():
-    return [pytest.param(name, id=name, marks=[] if name in FAST else [pytest.mark.slow]) for name in KILLS]
-
-
-@pytest.mark.parametrize("name", cases())
-def test_killed_and_run_again(name, run, expected, tmp_path):
-    directory = tmp_path / "run"
-    for place, count, when in KILLS[name]:
-        done = run(directory, place, count, when)
-        assert done.returncode == -signal.SIGKILL, (done.returncode, done.stderr)
-        assert not (directory / "summary.json").exists() or name in ("export", "report")
-    done = run(directory)
-    assert done.returncode == 0, done.stderr
-    check(directory, expected)
-
-
-@pytest.mark.parametrize(
-    "number, place, count",
-    [
-        (signal.SIGTERM, WRITE, 6 + 3),
-        pytest.param(signal.SIGINT, WRITE, 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, SAVE, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "scir_jax.run.sampling:sample_rows", 6, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "scir_jax.run.scoring:response_logps", 4, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "scir_jax.run.scoring:judge_pairs", 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, STORE, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_stopped_and_run_again(number, place, count, run, expected, tmp_path):
-    directory = tmp_path / "run"
-    done = run(directory, place, count, "before", number)
-    assert done.returncode == 128 + number, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "everything is saved" in last and "run the same command again" in last
-    if place == WRITE:
-        stage = "sft" if count <= 6 else "iteration_01"
-        written = len(rows_of(directory / "metrics.jsonl"))
-        assert (directory / "checkpoints" / stage / str(written - (6 if count > 6 else 0))).is_dir()
-    again = run(directory)
-    assert again.returncode == 0, again.stderr
-    check(directory, expected)
-
-
-def test_stopped_twice_ends_at_once(run, tmp_path):
-    """The second signal waits for nothing; no traceback is shown, and the run goes on from what was saved."""
-    directory = tmp_path / "run"
-    done = run(directory, WRITE, 6 + 4, "twice", signal.SIGTERM)
-    assert done.returncode == 128 + signal.SIGTERM, done.returncode
-    assert "Traceback" not in done.stderr

@@ -3,14 +3,24 @@
 import itertools
 
 import pytest
-from chat_templates import NO_SYSTEM, QWEN_2, TEMPLATES, TOKENIZERS, chat, reference, stops, tokenizer, turns
 
 from scir_jax.config import cli
 from scir_jax.config.files import to_dict, to_yaml
-from scir_jax.config.schema import Config, TextConfig
+from scir_jax.config.schema import TextConfig
 from scir_jax.data.encode import Encoder
 from scir_jax.errors import InputError
-from scir_jax.text.chat import Chat
+from tests.chat_templates import (
+    NO_SYSTEM,
+    QWEN_2,
+    TEMPLATES,
+    TOKENIZERS,
+    chat,
+    control,
+    reference,
+    spelled,
+    turns,
+    with_template,
+)
 
 SYSTEMS = (None, "You are a helpful assistant.", "  Be brief. \n\n")
 CONTENTS = ("Hello there", " Name a colour.\n\n", "\n\n  And you?", "", "  ", "über 日本 🙂 naïve", "A\n\n\nB   C\n")
@@ -33,18 +43,7 @@ def conversations(template):
             yield turns(text, CONTENTS[i - 1], "how", CONTENTS[i - 2], "fine", system=system)
 
 
-def with_template(source, kind="gpt-2", **kwargs):
-    made = tokenizer(kind, "plain")
-    made = type(made)(tokenizer_object=made.backend_tokenizer, **made.special_tokens_map)
-    made.chat_template = source
-    return Chat(made, "x", stops(kind), kwargs)
-
-
-def spelled(c, ids):
-    return c.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-# --- equality with the template -----------------------------------------------------------------------------------------
+# --- equality with the template ---------------------------------------------------------------------------------------
 
 
 @each
@@ -106,58 +105,7 @@ def test_trimming_takes_the_templates_white_space_only():
     assert text == "<|begin_of_text|><start_of_turn>user\nx   a   y<end_of_turn>\n"
 
 
-# --- thinking -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("template", ["qwen-3", "qwq"])
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_earlier_answers_lose_their_thinking(kind, template):
-    c = chat(kind, template)
-    thoughtful = "<think>\nHello? Blue!\n</think>\n\nBlue, of course!\n"
-    messages = turns("Hello", thoughtful, "And you?", "<think>x</think>Fine", "Good.", system="Be brief.")
-    assert list(c.prompt(messages)) == reference(c, messages)
-    assert "Hello? Blue" not in c.tokenizer.decode(c.prompt(messages))
-    # A template that shows everything shows it as text.
-    plain = chat(kind, "qwen-2")
-    ids = plain.prompt(messages)
-    think = plain.tokenizer.convert_tokens_to_ids("<think>")
-    assert think in reference(plain, messages) and think not in ids
-    if kind != "unigram":
-        assert "Hello? Blue" in plain.tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_thinking_can_be_switched_off(kind):
-    c = chat(kind, "qwen-3", enable_thinking=False)
-    tail = c.tokenizer.apply_chat_template(
-        turns("Hello"), tokenize=True, return_dict=False, add_generation_prompt=True, enable_thinking=False
-    )
-    assert list(c.prompt(turns("Hello"))) == tail
-    begin, end = c.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    assert begin in tail and tail.index(begin) < tail.index(end)
-    assert c.lead == "" and end not in c.answer("Blue")
-    # Otherwise the block belongs to the answer, as the template writes it.
-    thinks = chat(kind, "qwen-3")
-    assert begin not in thinks.prompt(turns("Hello"))
-    answer = thinks.answer("Blue")
-    assert spelled(c, thinks.prompt(turns("Hello")) + answer) == spelled(c, (*tail, *c.answer("Blue")))
-    assert [i for i in answer if i in c.control_ids] == [begin, end, c.stop_ids[0]]
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_an_answer_closes_the_thinking_that_the_prompt_opens(kind):
-    c = chat(kind, "qwq")
-    ids = c.prompt(turns("Hello")) + c.answer("Blue")
-    text = "<think>\n\n</think>\n\nBlue<|im_end|>"
-    assert c.tokenizer.decode(ids, clean_up_tokenization_spaces=False).replace("> ", ">").endswith(text)
-    begin, end = c.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    assert [i for i in ids if i in (begin, end)] == [begin, end]
-    # Neither a sampled answer nor an earlier one is given a block.
-    sampled = c.pieces([*turns("Hello"), {"role": "assistant", "content": [(1, 2)]}], generation_prompt=False)
-    assert end not in c.flatten(sampled)
-
-
-# --- options ------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_template_is_told_one_date_unless_an_option_says_another():
@@ -219,7 +167,7 @@ def test_a_configuration_without_options_of_the_template(tmp_path):
         cli.parse("train", "", ["--config", str(file)])
 
 
-# --- roles --------------------------------------------------------------------------------------------------------------
+# --- roles ------------------------------------------------------------------------------------------------------------
 
 
 @each
@@ -254,7 +202,7 @@ def test_a_system_message_that_is_left_out():
         c.prompt(turns("Hello", system="Be brief."))
 
 
-# --- templates that do not serve ----------------------------------------------------------------------------------------
+# --- templates that do not serve --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["llama-3", "qwen-2", "qwen-3", "gemma-2", "plain", "phi-3"])
@@ -271,7 +219,8 @@ LOOKS = {
     "lines": ("message['content'] | replace('\\n', ' ')", True),
     "json": ("message['content'] | tojson", True),
     "thinking": ("message['content'].split('</think>')[-1]", True),
-    "adds": ("message['content'] | replace('Blue', '<think>Blue')", False),
+    "marks": ("message['content'] | replace('Blue', '<think>Blue')", True),
+    "adds": ("message['content'] | replace('Blue', '<tool_call>Blue')", False),
     "header": ("('<|im_end|>' if 'Blue' in message['content'] else '') + message['content']", False),
     "twice": ("message['content'] | trim + message['content'] | trim", False),
 }
@@ -286,9 +235,7 @@ def test_templates_that_look_into_contents_are_followed_or_refused(name):
     if followed:
         assert list(c.prompt(messages)) == reference(c, messages)
         hostile = turns("<|im_end|>\n<|im_start|>", "</think><|im_end|>x", "<think>?")
-        assert [i for i in c.prompt(hostile) if i in c.control_ids] == [
-            i for i in c.prompt(messages) if i in c.control_ids
-        ]
+        assert control(c, c.prompt(hostile)) == control(c, c.prompt(messages))
     else:
         with pytest.raises(
             InputError, match=r"x: the chat template does not show message \d \(\w+, '.*'\) as it shows"
@@ -325,7 +272,7 @@ def test_contents_cannot_change_what_is_the_templates():
 def test_supervised_rows_of_many_turns(kind, template):
     """Every answer is learned once, behind what the template shows before it."""
     c = chat(kind, template)
-    e = Encoder(Config(text=TextConfig()), c, [], 4096)
+    e = Encoder(TextConfig(), c, [], 4096)
     messages = turns("Hello", "Blue, of course!", "And you?", "I am fine.")
     rows = e.conversation_rows(messages)
     prompts = [c.prompt(messages[:1]), c.prompt(messages[:3])]

@@ -4,18 +4,21 @@ import json
 import random
 
 import pytest
-from chat_templates import (
-    NO_SYSTEM,
-    TEMPLATES,
-    TOKENIZERS,
-    chat,
-    tokenizer,
-    turns,
-)
 
 from scir_jax.errors import InputError
 from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Field, Template, compile_judge, load_template, split_fields
+from tests.chat_templates import (
+    NO_SYSTEM,
+    TEMPLATES,
+    TOKENIZERS,
+    chat,
+    control,
+    spelled,
+    structure,
+    turns,
+    with_template,
+)
 
 BUILT_IN = ("standalone", "criteria", "continuation", "evaluator", "evaluator_continuation")
 KINDS = [(k, t) for k in TOKENIZERS for t in TEMPLATES if not (k.startswith("gemma") and t == "phi-3")]
@@ -26,10 +29,6 @@ BLOCK = "<think>\n\n</think>\n\n"
 
 def mine(layout="standalone", question="{prompt}|{response_a}|{response_b}", prefix="", verdicts=("A", "B"), system=""):
     return Template("mine", layout, question, prefix, verdicts, system)
-
-
-def text_of(c, ids):
-    return c.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def row_of(c, judge, messages, prompt, a, b):
@@ -57,16 +56,12 @@ def whole(c, messages, template, verdict="A"):
     return c.tokenizer(rendered + before_verdict(template) + verdict, add_special_tokens=False)["input_ids"]
 
 
-def control(c, ids):
-    return [i for i in ids if i in c.control_ids]
-
-
 def before_verdict(template):
     """What the judge's turn begins with, behind the template's own header."""
     return {"qwen-3": BLOCK, "qwq": "\n</think>\n\n", "llama-2": " ", "mistral-3": " "}.get(template, "")
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["standalone", "criteria", "evaluator"])
@@ -79,8 +74,8 @@ def test_a_standalone_row_is_the_rendered_question(kind, template, name):
         messages = [{"role": "system", "content": j.template.system}, *messages]
     row = row_of(c, j, turns("unused"), prompt, a, b)
     expected = whole(c, messages, template)
-    assert text_of(c, (*row, j.verdict_ids[0])) == text_of(c, expected)
-    assert control(c, row) == control(c, expected) and expected[-1] == j.verdict_ids[0]
+    assert spelled(c, (*row, j.verdict_ids[0])) == spelled(c, expected)
+    assert structure(c, row) == structure(c, expected) and expected[-1] == j.verdict_ids[0]
 
 
 @pytest.mark.parametrize("name", ["continuation", "evaluator_continuation"])
@@ -101,11 +96,11 @@ def test_a_continuation_row_is_the_next_turn_of_the_conversation(kind, template,
             expected = whole(c, question, template)
             if template in ("qwen-3", "qwq"):
                 # The block of the prompt's own answer is no longer shown behind the next user turn.
-                behind = control(c, row[len(prompt) + len(answer) :])
-                assert behind == control(c, expected)[-len(behind) :]
-                assert len(control(c, row)) == len(control(c, expected)) + 2
+                behind = structure(c, row[len(prompt) + len(answer) :])
+                assert behind == structure(c, expected)[-len(behind) :]
+                assert len(structure(c, row)) == len(structure(c, expected)) + 2
             else:
-                assert text_of(c, row) == text_of(c, expected) and control(c, row) == control(c, expected)
+                assert spelled(c, row) == spelled(c, expected) and structure(c, row) == structure(c, expected)
 
 
 @pytest.mark.parametrize("end", ["", "</s>"])
@@ -116,14 +111,13 @@ def test_a_template_that_does_not_end_an_answer(end):
     {{- message['content'] + ('END' if message['role'] == 'user' else '') + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '> ' }}{%- endif %}""".replace("END", end)
-    made = tokenizer("llama-2", "plain")
-    c = Chat(type(made)(tokenizer_object=made.backend_tokenizer, **made.special_tokens_map, chat_template=source), "x")
+    c = Chat(with_template(source, "llama-2").tokenizer, "x")
     j = compile_judge(mine("continuation", "{response_b}?"), c)
-    row = text_of(c, row_of(c, j, turns("P"), "P", "Q", "R"))
+    row = spelled(c, row_of(c, j, turns("P"), "P", "Q", "R"))
     assert row == f"P{end}\n> Q</s>\nR?{end}\n>"
 
 
-# --- system texts -------------------------------------------------------------------------------------------------------
+# --- system texts -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -133,15 +127,15 @@ def test_where_the_system_text_goes(template):
     assert alone.system == ("question" if template in NO_SYSTEM else "message")
     messages = turns("P|Q|R", system="You judge.") if alone.system == "message" else turns("You judge.\n\nP|Q|R")
     row = (*row_of(c, alone, turns("x"), "P", "Q", "R"), alone.verdict_ids[0])
-    assert text_of(c, row) == text_of(c, whole(c, messages, template))
+    assert spelled(c, row) == spelled(c, whole(c, messages, template))
     inside = compile_judge(mine("continuation", "{response_b}?", system="You judge."), c)
     assert inside.system == "question"
-    assert "You judge.\n\nR?" in text_of(c, row_of(c, inside, turns("x"), "P", "Q", "R"))
+    assert "You judge.\n\nR?" in spelled(c, row_of(c, inside, turns("x"), "P", "Q", "R"))
     assert compile_judge(mine(), c).system == ""
     assert compile_judge(load_template("standalone"), c).system == ""
 
 
-# --- verdicts -----------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
 @each
@@ -155,8 +149,8 @@ def test_the_verdict_is_the_token_that_the_tokenizer_would_write(kind, template)
         j = compile_judge(mine(prefix=prefix, verdicts=verdicts), c)
         expected = tuple(whole(c, turns("P|Q|R"), template, prefix + verdict)[-1] for verdict in verdicts)
         assert j.verdict_ids == expected and expected[0] != expected[1]
-        assert [text_of(c, (i,)).strip() for i in expected] == [verdict.strip() for verdict in verdicts]
-        own = text_of(c, (*j.parts[-1], j.verdict_ids[0])[-j.answer_tokens :]).strip()
+        assert [spelled(c, (i,)).strip() for i in expected] == [verdict.strip() for verdict in verdicts]
+        own = spelled(c, (*j.parts[-1], j.verdict_ids[0])[-j.answer_tokens :]).strip()
         assert own == (prefix + verdicts[0]).strip(), "with the white space before it, where that is the same token"
 
 
@@ -174,7 +168,7 @@ def test_which_letters_follow_which_prompt(kind):
         assert tokens["mistral-3"] == tokens["llama-2"] == [f"{space}A", f"{space}B"]
 
 
-# --- thinking -----------------------------------------------------------------------------------------------------------
+# --- thinking ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["standalone", "continuation"])
@@ -185,10 +179,10 @@ def test_a_judge_that_thinks_has_an_empty_thought(kind, template, enable, layout
     question = "{prompt}{response_a}{response_b}" if layout == "standalone" else "{response_b}"
     j = compile_judge(mine(layout, question), c)
     begin, end, stop = *c.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]), c.stop_ids[0]
-    tail = [i for i in j.parts[-1] if i in c.control_ids]
+    tail = structure(c, j.parts[-1])
     assert tail[-2:] == [begin, end] and tail.count(begin) == 1
     assert j.parts[-1].index(end) > max(i for i, t in enumerate(j.parts[-1]) if t in (begin, stop))
-    assert text_of(c, j.parts[-1]).replace("> ", ">").endswith(BLOCK)
+    assert spelled(c, j.parts[-1]).replace("> ", ">").endswith(BLOCK)
     assert j.answer_tokens == 1, "the empty thought is not learned"
 
 
@@ -206,16 +200,17 @@ def test_an_answer_prefix_may_spell_control_tokens(kind):
     hostile = "<think></think><tool_call><|im_end|>"
     j = compile_judge(mine(question=hostile + "{prompt}{response_a}{response_b}" + hostile, system=hostile), c)
     clean = compile_judge(mine(system="x"), c)
-    counts = [
-        sum(i in c.control_ids for part in x.parts if not isinstance(part, str) for i in part) for x in (j, clean)
-    ]
-    assert counts[0] == counts[1] and call not in c.flatten([p for p in j.parts if not isinstance(p, str)])
+    hostile, clean = (c.flatten([p for p in x.parts if not isinstance(p, str)]) for x in (j, clean))
+    assert control(c, hostile) == control(c, clean) and call not in hostile
     # A thought of the template's own takes the place of the empty one.
-    own = compile_judge(mine(prefix="<think>\nHm.\n</think>\n\n"), chat(kind, "qwen-3"))
-    assert own.parts[-1].count(begin) == own.parts[-1].count(end) == 1
+    for template in ("qwen-3", "qwq"):
+        c = chat(kind, template)
+        own = compile_judge(mine(prefix="<think>\nHm.\n</think>\n\n"), c)
+        assert own.parts[-1].count(begin) == own.parts[-1].count(end) == 1
+        assert spelled(c, own.parts[-1]).replace("> ", ">").endswith("assistant\n<think>\nHm.\n</think>\n\n")
 
 
-# --- what is judged is text -----------------------------------------------------------------------------------------------
+# --- what is judged is text -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["evaluator", "evaluator_continuation"])
@@ -225,17 +220,17 @@ def test_no_field_becomes_control(kind, name):
     for template in ("qwen-3", "llama-2", "gemma-2", "mistral-nemo"):
         c = chat(kind, template)
         j = compile_judge(load_template(name), c)
-        clean = [i for i in row_of(c, j, turns("x"), "x", "x", "x") if i in c.control_ids]
+        clean = control(c, row_of(c, j, turns("x"), "x", "x", "x"))
         for token in c.tokenizer.get_added_vocab():
             if not token.replace("▁", "").strip():
                 continue
             at = rng.randrange(1, len(token)) if len(token) > 1 else 0
             for text in (token, f"x{token}", token[:at] + token + token[at:], token[at:], token[:at]):
                 row = row_of(c, j, turns("x"), text, text, text)
-                assert [i for i in row if i in c.control_ids] == clean, text
+                assert control(c, row) == clean, text
 
 
-# --- template files -----------------------------------------------------------------------------------------------------
+# --- template files ---------------------------------------------------------------------------------------------------
 
 
 def test_fields_and_braces():
@@ -287,7 +282,7 @@ def test_a_template_file_with_a_system_text_and_braces(tmp_path):
     template = load_template(file(tmp_path, question=question, system="Be {{fair}}.", answer_prefix='{"better": "'))
     assert template.system == "Be {{fair}}."
     c = chat("gpt-2", "qwen-2")
-    row = text_of(c, row_of(c, compile_judge(template, c), turns("x"), "P {prompt}", "Q", "R"))
+    row = spelled(c, row_of(c, compile_judge(template, c), turns("x"), "P {prompt}", "Q", "R"))
     assert "system\nBe {fair}.<|im_end|>" in row and 'P {prompt} {prompt} {"x": 1} Q R<|im_end|>' in row
     assert row.endswith('assistant\n{"better": "')
 

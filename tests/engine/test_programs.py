@@ -1,0 +1,114 @@
+"""Programs come from one description each: their abstract arguments are those of a run's calls."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from scir_jax.data.pairs import to_row
+from scir_jax.engine.forward import Judged
+from scir_jax.engine.sampler import Samples, stream_key
+from scir_jax.run import sampling, scoring, training
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.setup import prepare
+from tests.training import heldout_items, made_up_pairs
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
+ALL_MODELS = dict(models=("generative", "implicit", "likelihood"), weights={"generative": 1.0, "likelihood": 0.5})
+FROZEN = dict(labels="consensus", update="frozen")
+
+
+def configurations(world):
+    both = dict(templates=(f"{world}/judge_continuation.yaml", f"{world}/judge.yaml"))
+    replay = dict(weight=0.5, ift_batch_size=4, eft_batch_size=8)
+    return {
+        "plain": {},
+        "two templates": dict(generative=both, replay=replay),
+        "adapters": dict(lora=dict(rank=2, dropout=0.1), training=dict(accumulate=4)),
+        "frozen logits": dict(
+            generative=both, rewards=ALL_MODELS, preference=FROZEN, consistency=dict(target="consensus")
+        ),
+        "no judge": dict(
+            preference=FROZEN, consistency=dict(weight=0.0), selection=dict(rule="all"), replay=dict(weight=0.0)
+        ),
+    }
+
+
+def calls(setup, directory, monkeypatch):
+    """What a run's stages call each program with, by name; for steps without state and frozen parameters."""
+    encoder, inputs, programs, parameters = setup
+    found = {program.name: [] for program in programs.all()}
+
+    def recorded(name, answer):
+        def call(*arguments):
+            found[name].append(arguments)
+            return answer(arguments[1])
+
+        return call
+
+    def sampler(answers):
+        spec = programs.prompt_spec(answers)
+        shape = (spec.prompts, answers)
+        empty = Samples(np.zeros((*shape, spec.answer_tokens), np.int32), np.zeros(shape, int), np.zeros(shape))
+        return recorded(f"sample {answers} per prompt", lambda _: empty)
+
+    def judged(rows):
+        count, templates = rows[0].start.shape[0], len(rows)
+        return Judged(np.zeros((count, templates, 2, 2)), np.zeros((count, templates, 2)))
+
+    def trained(config, trainer, program, *_, iteration, dataset, peak, **__):
+        key, rates = trainer.dropout_key(0, iteration, 1), training.learning_rates(config.training, peak, len(dataset))
+        found[program.name] += [(dataset[step], rates[step], key) for step in range(len(dataset))]
+
+    programs.sampler = sampler
+    programs.scorer = recorded("score responses", lambda rows: {"logps": np.zeros(rows.start.shape)})
+    programs.judge = recorded("judge pairs", judged)
+    monkeypatch.setattr(training, "train_stage", trained)
+    params = parameters.configured()
+    for answers in (1, 2):
+        settings = dict(sampling=sampling.settings_of(programs.config.sample), key=stream_key(0, "responses", 1))
+        numbered = list(enumerate(inputs.prompts))[:5]
+        sampling.sample_rows(encoder, programs, params, numbered, responses=answers, **settings)
+    scoring.score_answers(encoder, programs, params, heldout_items(setup)[:9])
+    scoring.judge_pairs(encoder, programs, params, inputs.heldout_pairs[:3])
+    # Pairs with all that a method may ask for.
+    logits = {name: (0.5,) * 2 for name in ("generative",)} | {name: (0.5,) for name in ("implicit", "likelihood")}
+    columns = dict(programs.optimise_spec.pairs.frozen)
+    with (RunDirectory(directory).iteration(1) / "pairs.jsonl").open("w") as file:
+        for number, pair in enumerate(made_up_pairs(setup)):
+            frozen = {name: values[: columns.get(name, 1)] for name, values in logits.items()}
+            file.write(json.dumps({**to_row(pair, number), "frozen_logits": frozen}) + "\n")
+    needs = (programs.config, encoder, inputs, programs, None, RunDirectory(directory), None, None)
+    training.run_sft(*needs)
+    training.run_optimise(*needs, 1)
+    return found
+
+
+def leaves(tree):
+    """Shape and dtype of every array by its place."""
+    return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("name", ["plain", "two templates", "adapters", "frozen logits", "no judge"])
+def test_abstract_arguments_are_those_of_a_runs_calls(world_dir, tiny_config, tmp_path, monkeypatch, name):
+    setup = prepare(tiny_config(world_dir, **configurations(world_dir)[name]))
+    programs = setup.programs.all()
+    found = calls(setup, tmp_path / "run", monkeypatch)
+    assert [program.name for program in programs] == list(found) and len(found) == 6 and all(found.values())
+    for program in programs:
+        described = leaves(program.arguments[2 if program.stage in ("sft", "optimise") else 0 :])
+        for arguments in found[program.name]:
+            assert leaves(arguments) == described, program.name
+        assert program.tokens == sum(math.prod(shape) for place, (shape, _) in described.items() if ".ids" in place)
+    # The configurations differ in what a step takes.
+    pairs, targets = found["SCIR step"][-1][0]
+    assert bool(pairs.judges) == (name != "no judge")
+    assert (pairs.answers.verdict.max() > 0) == (name in ("two templates", "frozen logits"))
+    assert {name: values.shape[1] for name, values in pairs.frozen.items()} == {
+        "frozen logits": {"generative": 2, "implicit": 1, "likelihood": 1},
+        "no judge": {"generative": 1, "implicit": 1},
+    }.get(name, {})
+    assert set(targets) == {"two templates": {"ift", "eft"}, "no judge": set()}.get(name, {"eft"})

@@ -1,0 +1,45 @@
+"""How a command ends: one sentence on stderr and an exit code, or the traceback of a bug."""
+
+import pytest
+
+from scir_jax.errors import InputError, Interrupted
+from scir_jax.run.command import main
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (InputError("x: wrong"), 2, "error: x: wrong\n"),
+        (Interrupted("saved", 15), 143, "saved\n"),
+        (
+            OSError(28, "No space left on device", "f"),
+            3,
+            "error: no space left to write f; what was saved before is intact",
+        ),
+        (ValueError("RESOURCE: No space left on device"), 3, "error: no space left to write; "),
+    ],
+)
+def test_ends_of_a_command(capsys, error, code, message):
+    def run():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main(run)
+    out, err = capsys.readouterr()
+    assert end.value.code == code and out == "" and err.startswith(message) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(2, "No such file")])
+def test_bugs_are_not_hidden(error):
+    def run():
+        raise error
+
+    with pytest.raises(type(error)):
+        main(run)
+
+
+@pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (1, 1)])
+def test_exit_code(result, code):
+    with pytest.raises(SystemExit) as end:
+        main(lambda: result)
+    assert end.value.code == code
