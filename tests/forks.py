@@ -1,7 +1,7 @@
 """Processes forked from one that has imported the package: they start in a moment, and end as any interpreter does.
 
-What is imported starts no thread and no backend of JAX, so that a fork is a whole process. All forks of one server
-have its seed of hashes.
+What is imported starts no thread of Python and no backend of JAX, so that a fork is a whole process. All forks of one
+server have its seed of hashes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ("JAX_", "SLURM_", "OMPI_", "MEGASCALE_", "TPU_", "XLA_FLAGS", "KUBERNETES_")
@@ -37,7 +39,7 @@ MODULES = (
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's without what says something of clusters, on the CPU."""
+    """Returns this process's without what says something of clusters, on the CPU."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER)}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **variables}
@@ -54,6 +56,19 @@ def quick(devices: int = 1, **variables: str) -> dict[str, str]:
     }
 
 
+def share_programs() -> None:
+    """Lets this process take from JAX's cache what another host of the same devices compiled.
+
+    Else each host of a CPU has keys of its own there, and only the first host writes.
+    """
+    from jax._src import cache_key
+
+    def kinds(hashed, devices) -> None:
+        hashed.update(str([device.device_kind for device in devices.flat]).encode())
+
+    cache_key._hash_accelerator_config = kinds
+
+
 class Fork:
     """A forked process, to be used like a subprocess.Popen.
 
@@ -66,17 +81,17 @@ class Fork:
 
     def __init__(self, arguments: Sequence[object], *, env: dict[str, str], cwd: Path, out: Path, err: Path):
         self.returncode: int | None = None
-        for path in (out, err):
+        server = _server()
+        self._report = Path(server.directory.name, str(next(server.numbers)))
+        for path in (out, err, self._report):
             path.write_bytes(b"")
-        with tempfile.NamedTemporaryFile(prefix="fork-", delete=False) as file:
-            self._report = Path(file.name)
         request = dict(arguments=list(map(str, arguments)), env=env)
         request |= {name: str(path) for name, path in dict(cwd=cwd, out=out, err=err, report=self._report).items()}
-        server, errors = _server()
-        server.stdin.write(json.dumps(request).encode() + b"\n")
-        server.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            server.process.stdin.write(json.dumps(request).encode() + b"\n")
+            server.process.stdin.flush()
         while not (lines := self._lines()):
-            assert server.poll() is None, errors.read_text()
+            assert server.process.poll() is None, server.said()
             time.sleep(0.005)
         self.pid = int(lines[0])
 
@@ -88,7 +103,7 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
-        """Returns the exit code when it has ended."""
+        """Returns the exit code when it has ended; subprocess.TimeoutExpired where it has not in so many seconds."""
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -112,29 +127,29 @@ class Fork:
         return text.splitlines() if text.endswith("\n") else []
 
 
-@functools.cache
-def _server() -> tuple[subprocess.Popen, Path]:
-    """The process that forks, and the file of its errors; it ends with this one."""
-    errors = Path(tempfile.mkdtemp(prefix="forks-"), "errors")
-    with errors.open("wb") as file:
-        command = [sys.executable, "-m", "tests.forks"]
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=ROOT, env=environment()
+class _Server:
+    """The process that forks; it ends with this one."""
+
+    def __init__(self):
+        self.directory = tempfile.TemporaryDirectory(prefix="forks-")
+        self.numbers = itertools.count()
+        self._written: IO[bytes] = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks"],
+            stdin=subprocess.PIPE,
+            stdout=self._written,
+            stderr=self._written,
+            cwd=ROOT,
+            env=environment(),
         )
-    return server, errors
+
+    def said(self) -> str:
+        """Returns what it wrote."""
+        self._written.seek(0)
+        return self._written.read().decode(errors="replace")
 
 
-def share_programs() -> None:
-    """Lets this process take from JAX's cache what another host of the same devices compiled.
-
-    Each host of a CPU would have keys of its own there, and only the first one writes.
-    """
-    from jax._src import cache_key
-
-    def kinds(hashed, devices) -> None:
-        hashed.update(str([device.device_kind for device in devices.flat]).encode())
-
-    cache_key._hash_accelerator_config = kinds
+_server = functools.cache(_Server)
 
 
 def _serve() -> list[str]:
@@ -152,14 +167,13 @@ def _serve() -> list[str]:
                 return _become(**request)
             with open(request["report"], "w", encoding="ascii") as report:
                 print(pid, file=report, flush=True)
-                _, status, usage = os.wait4(pid, 0)  # MEASURE
-                open("/tmp/rs/cpu.log", "a").write(f"{usage.ru_utime + usage.ru_stime:.2f} {' '.join(request['arguments'])[-200:].splitlines()}\n")  # MEASURE
-                print(os.waitstatus_to_exitcode(status), file=report, flush=True)
+                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=report, flush=True)
             os._exit(0)
     os._exit(0)
 
 
 def _become(arguments: list[str], env: dict[str, str], cwd: str, out: str, err: str, report: str) -> list[str]:
+    """Gives this process its files, its directory and its environment, of which JAX has read another."""
     os.chdir(cwd)
     for path, number in ((os.devnull, 0), (out, 1), (err, 2)):
         opened = os.open(path, os.O_RDWR)
@@ -171,7 +185,8 @@ def _become(arguments: list[str], env: dict[str, str], cwd: str, out: str, err: 
     for name, value in env.items():
         if name.startswith("JAX_") and (option := name.lower()) in config.values:
             kind = type(config.values[option])
-            config.update(option, value in ("1", "true") if kind is bool else kind(value) if kind in (int, float) else value)
+            known = value in ("1", "true") if kind is bool else kind(value) if kind in (int, float) else value
+            config.update(option, known)
     return arguments
 
 

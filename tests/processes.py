@@ -1,17 +1,17 @@
-"""Quick compilation, and functions of test modules in processes of their own."""
+"""Quick compilation, functions of test modules in processes of their own, and what all processes of pytest share."""
 
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import jax
 
+from tests.forks import ROOT, Fork, environment
+
 # Less time to compile, more to run.
 QUICK = {"xla_backend_optimization_level": 0}
-ROOT = Path(__file__).parents[1]
 
 
 def quick_jit(function):
@@ -24,20 +24,26 @@ def on_eight_devices(function, *arguments):
     return elsewhere(function, *arguments, JAX_NUM_CPU_DEVICES="8", XLA_FLAGS=" ".join(flags))
 
 
-def elsewhere(function, *arguments, **environment):
+def elsewhere(function, *arguments, **variables):
     """function(*arguments) in a process of its own; arguments and result are pickled, the function by its name."""
     with tempfile.TemporaryDirectory() as directory:
-        call, result = Path(directory, "call"), Path(directory, "result")
+        call, result, out, err = (Path(directory, name) for name in ("call", "result", "out", "err"))
         call.write_bytes(pickle.dumps((function, arguments)))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.processes", str(call), str(result)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment},
-            capture_output=True,
-            text=True,
-            timeout=850,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        command = ["-m", "tests.processes", call, result]
+        process = Fork(command, env=environment(**variables), cwd=ROOT, out=out, err=err)
+        try:
+            assert process.wait(850) == 0, err.read_text()[-4000:]
+        finally:
+            process.kill()
         return pickle.loads(result.read_bytes())
+
+
+def shared_directory(tmp_path_factory, name: str) -> Path:
+    """Returns a directory of this name that all processes of pytest use."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 if __name__ == "__main__":

@@ -125,16 +125,14 @@ def test_xla_counts_the_same_for_one_layer(cheap_compilation):
     assert counted < compiled.cost_analysis()["flops"] < 1.03 * counted
 
 
-REPLAY = {"weight": 0.5, "ift_batch_size": 4, "eft_batch_size": 8}
-
-
 @pytest.mark.parametrize("name", ["plain", "micro-batches", "adapters"])
 def test_flops_of_a_runs_programs_are_the_products_of_their_jaxprs(name, world_dir, tiny_config):
+    replay = {"weight": 0.5, "ift_batch_size": 4, "eft_batch_size": 8}
     templates = (f"{world_dir}/judge_continuation.yaml", f"{world_dir}/judge.yaml")
     overrides = {
         "plain": {},
         "micro-batches": {"training": {"accumulate": 4}, "model": {"path": f"{world_dir}/model", "remat": "full"}},
-        "adapters": {"lora": {"rank": 2}, "replay": REPLAY, "generative": {"templates": templates}},
+        "adapters": {"lora": {"rank": 2}, "replay": replay, "generative": {"templates": templates}},
     }
     programs = prepare(tiny_config(world_dir, **overrides[name])).programs
     found = programs.all()
@@ -152,7 +150,6 @@ def test_flops_of_a_runs_programs_are_the_products_of_their_jaxprs(name, world_d
             # Frozen heads' gradients, as above.
             assert 0.8 * expected < program.flops.hardware < expected
         assert 0 < program.flops.model < program.flops.hardware
-
 
 
 def always(tokens):

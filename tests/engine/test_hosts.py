@@ -65,7 +65,9 @@ def body(index):
     result["all refused"] = refusal(lambda: hosts.together(lambda: raising("no world")))
     config = {"optimise": {"batch_size": 8, "kind": "dpo"}, "run": {"seed": 1}}
     hosts.same(config, "configuration")
-    other = {"optimise": {"batch_size": 8 if index == 2 else 16, "kind": "dpo"}, "run": {} if index == 2 else {"seed": 1}}
+    other = {"optimise": {"batch_size": 16, "kind": "dpo"}, "run": {"seed": 1}}
+    if index == 2:
+        other = {"optimise": {"batch_size": 8, "kind": "dpo"}, "run": {}}
     result["same"] = refusal(lambda: hosts.same(other, "configuration"))
     result["vote"] = [hosts.vote(False), hosts.vote(index == 2), hosts.vote(True)]
     hosts.shares(Path("DIRECTORY/all/of/us"))

@@ -1,6 +1,6 @@
 """Training with adapters: what is trained, dropout, precision, memory.
 
-The world's model has no adapter; the one that most tests go on from is random, so that both its matrices have gradients.
+The world's model has no adapter; the one that most tests go on from is random: both its matrices have gradients.
 """
 
 import functools

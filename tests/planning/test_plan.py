@@ -149,7 +149,9 @@ def test_the_largest_batch_is_that_of_a_brute_force_search(unit, configured):
             calls.append(size)
             total = need(size)
             reason = "no way" if total > 2 * chip.usable else None
-            return [stages.Stage("SCIR step", "optimise", memory.Memory(other=total), chip.usable, Flops(), reason=reason)]
+            return [
+                stages.Stage("SCIR step", "optimise", memory.Memory(other=total), chip.usable, Flops(), reason=reason)
+            ]
 
         found, total, above = batches._search(compiled, configured, unit)
         sizes = range(unit, batches.MOST + 1, unit)
@@ -177,7 +179,9 @@ def test_calls_of_an_iteration(tiny_config, world_dir):
 
 def test_least_times_are_those_of_the_chip():
     chip = CHIPS["v5e"]
-    stage = stages.Stage("x", "sample", memory.Memory(), 1, Flops(1, int(chip.flops * 32)), streamed=int(chip.bandwidth * 3))
+    stage = stages.Stage(
+        "x", "sample", memory.Memory(), 1, Flops(1, int(chip.flops * 32)), streamed=int(chip.bandwidth * 3)
+    )
     assert stage.least(chip, 16) == pytest.approx({"arithmetic": 2, "memory": 3, "links": 0})
 
 

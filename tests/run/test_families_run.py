@@ -10,7 +10,7 @@ from scir_jax import judge, sample, train
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
 from tests import small_model
-from tests.run.runs import content, lines
+from tests.run.runs import content, lines, write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs", "no_page")]
 # family -> its configuration, and another layout than the configuration's
@@ -34,6 +34,8 @@ SMALL += ["--optimise.batch_size", "8", *ANSWERS, "--evaluate.samples", "2", "--
 def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     small_model.write_model(family, tmp_path / "model")
     small_model.write_data(tmp_path, rows=8)
+    for key, rows in (("eft", 4), ("heldout_pairs", 8)):
+        write_lines(tmp_path / f"{key}.jsonl", lines(tmp_path / f"{key}.jsonl")[:rows])
     name, template = CASES[family]
     ready = ["--config", "configs/mistral-7b.yaml", "--config", f"configs/models/{name}.yaml"]
     ready += ["--config", "configs/one-gpu.yaml", "--model.path", tmp_path / "model", "--model.dtype", "float32"]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import json
-import os
 import re
 import shutil
 import signal
@@ -15,14 +13,9 @@ from filelock import FileLock
 from safetensors.numpy import load_file
 
 from scir_jax.config.files import to_yaml
-from scir_jax.config.schema import Config
-from scir_jax.data.jsonl import AppendOnly
-from scir_jax.engine.hosts.hosts import SEEN
-from scir_jax.errors import InputError
-from scir_jax.run import sampling
-from scir_jax.run.directory import RunDirectory
 from tests.forks import quick
 from tests.hosts import run_hosts
+from tests.processes import shared_directory
 from tests.run.runs import content, lines
 from tests.run.test_resume import newest, without_times
 from tests.strikes import COMMIT, STORE, Strike
@@ -57,11 +50,7 @@ WORLD = dict(
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory that all processes of pytest use."""
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hosts_run"
-    directory.mkdir(exist_ok=True)
-    return directory
+    return shared_directory(tmp_path_factory, "hosts_run")
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +151,8 @@ def rows_once(run: Path) -> None:
     assert [row["step"] for row in decisions] == [step for step in range(1, 8) for _ in range(8 if step < 7 else 4)]
     for path, prompts, samples in (
         (first / "responses.jsonl", SETTINGS["sample"]["prompts"], SETTINGS["sample"]["responses"]),
-        (first / "heldout_responses.jsonl", 8, 1),
-        (run / "iteration_00" / "heldout_responses.jsonl", 8, 1),
+        (first / "heldout_responses.jsonl", 8, SETTINGS["evaluate"]["samples"]),
+        (run / "iteration_00" / "heldout_responses.jsonl", 8, SETTINGS["evaluate"]["samples"]),
     ):
         found = [(row["prompt_number"], row["sample"]) for row in lines(path)]
         assert len(found) == prompts * samples and len({number for number, _ in found}) == prompts
@@ -247,7 +236,7 @@ def test_two_hosts_are_as_one_process(uninterrupted, start, tmp_path):
 LOSSES = [
     ("M0", 1, Strike(STEP, 4)),  # SFT, after a checkpoint
     ("M0", 1, Strike(STORE, (1,))),
-    ("evaluation of M1", 0, Strike(BATCH, 3)),  # the second batch
+    ("evaluation of M1", 0, Strike(BATCH, 2)),  # the second batch
     ("pairs 1", 0, Strike(COMMIT)),  # the first checkpoint is not committed
     ("pairs 1", 1, Strike(STEP, 6, "after")),  # after checkpoints
 ]
@@ -270,7 +259,7 @@ def test_other_hosts_and_meshes_go_on(uninterrupted, start, tmp_path):
     run, world = tmp_path / "run", uninterrupted / "world"
     stop = dict(signal=signal.SIGTERM, ahead=False)
     steps = [
-        (dict(**TWO, strike=(1, Strike(BATCH, 2, **stop))), "iteration 1: sample"),
+        (dict(**TWO, strike=(1, Strike(BATCH, 1, **stop))), "iteration 1: sample"),
         (dict(**ONE, strike=(0, Strike(STEP, 3, **stop))), "iteration 1: optimise"),
         (dict(**TWO, strike=(1, Strike(STEP, 2, **stop))), "iteration 1: optimise"),
     ]
@@ -327,7 +316,7 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
 
 @pytest.mark.slow
 def test_other_commands_on_two_hosts(uninterrupted, shared, tmp_path):
-    """Judging, evaluating again and exporting, against one process with one device, which the run's mesh does not fit."""
+    """Judging, evaluating again and exporting, against one process with one device, which the mesh does not fit."""
     world, runs = uninterrupted / "world", {2: tmp_path / "two", 1: tmp_path / "one"}
     few = tmp_path / "pairs.jsonl"
     few.write_text("".join((world / "heldout_pairs.jsonl").read_text().splitlines(keepends=True)[:12]))
@@ -364,183 +353,3 @@ def test_other_commands_on_two_hosts(uninterrupted, shared, tmp_path):
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
-
-
-# --- refused before the first step -----------------------------------------------------------------------------------
-
-# Every host in a directory of its own.
-ELSEWHERE = """
-import os, sys
-os.chdir(sys.argv[1])
-sys.argv = ["train", *sys.argv[2:]]
-from scir_jax import train
-from scir_jax.run import command
-command.main(train.main)
-"""
-
-
-@pytest.fixture
-def refused(tmp_path, world_dir, tiny_config):
-    """refused(run directory, arguments of host 1, **overrides) -> the last line of both hosts, each in its folder."""
-    folders = [tmp_path / f"host{host}" for host in range(2)]
-    for folder in folders:
-        folder.mkdir()
-
-    def run(directory, arguments=(), **overrides):
-        config = tiny_config(
-            world_dir,
-            run=dict(directory=str(directory), distributed=True, host_timeout=20.0),
-            world=dict(directory=None),
-            **overrides,
-        )
-        file = tmp_path / "refused.yaml"
-        file.write_text(to_yaml(config), encoding="utf-8")
-        done = run_hosts(
-            lambda host: ["-c", ELSEWHERE, folders[host], "--config", file, *(arguments if host else ())],
-            2,
-            forked=True,
-        )
-        for one in done:
-            assert one.code == 2, done
-            assert "Traceback" not in one.err and "compile" not in one.err, done
-        return [one.last for one in done]
-
-    return run
-
-
-def test_different_configurations(refused, tmp_path):
-    lines = refused(tmp_path / "run", ["--optimise.batch_size", "16", "--run.seed", "3"])
-    for line in lines:
-        assert line == (
-            "error: host 1 has run.seed 3, optimise.batch_size 16, host 0 has 0, 8: "
-            "start all hosts with the same configuration"
-        )
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_directory_of_its_own(refused, tmp_path):
-    lines = refused("runs/own")
-    assert lines[0] == f"error: host 1: {lines[1].removeprefix('error: ')}"
-    assert re.match(r"error: runs/own is not the directory of that name on host 0 \(.+\): give one on a file", lines[1])
-    assert not list((tmp_path / "host0" / "runs" / "own").glob(".seen*"))
-
-
-def test_a_file_that_one_host_lacks(refused, tmp_path, world_dir):
-    shutil.copy(world_dir / "prompts.jsonl", tmp_path / "host0")
-    lines = refused(tmp_path / "run", data=dict(prompts="prompts.jsonl"))
-    assert lines[0] == f"error: host 1: {lines[1].removeprefix('error: ')}"
-    assert "prompts.jsonl" in lines[1]
-
-
-@pytest.mark.slow
-def test_other_data_of_the_same_lengths(refused, tmp_path, world_dir):
-    text = (world_dir / "prompts.jsonl").read_text()
-    lines = text.splitlines()
-    (tmp_path / "host0" / "prompts.jsonl").write_text(text)
-    (tmp_path / "host1" / "prompts.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
-    for line in refused(tmp_path / "run", data=dict(prompts="prompts.jsonl")):
-        assert re.match(
-            r'error: host 1 has sha256\.data\.prompts "[0-9a-f]{64}", host 0 has "[0-9a-f]{64}": start', line
-        )
-        assert line.endswith("start all hosts with the same files and versions")
-
-
-def test_what_was_left_in_a_run_directory(tmp_path):
-    """A host that is killed while others look for its directory leaves a file there, which is no one else's."""
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    (directory.path / f"{SEEN}0").touch()
-    assert directory.open(Config()) is False
-    directory.close()
-    (directory.path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"holds files of something else \(notes.txt\)"):
-        directory.open(Config())
-
-
-# --- rows and parts -------------------------------------------------------------------------------------------------
-
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8), (4, 1, 2)]
-ROWS = """
-import json
-import numpy as np
-from scir_jax.config.schema import MeshConfig
-from scir_jax.engine.hosts import hosts
-hosts.start(True, wait=60)
-import jax
-from scir_jax.engine.mesh import batch_sharding, batch_shards, local_rows, make_mesh, owned_rows, put_batch, replicated
-for sizes in MESHES:
-    mesh = make_mesh(MeshConfig(*sizes))
-    for size in (batch_shards(mesh), 3 * batch_shards(mesh)):
-        whole = {"ids": 10 * np.arange(size)[:, None] + np.arange(3), "rows": (np.arange(size, dtype=np.int32),)}
-        rows = local_rows(mesh, size)
-        batch = put_batch(jax.tree.map(lambda x: x[rows], whole), mesh)
-        shards = []
-        for array, expected in zip(jax.tree.leaves(batch), jax.tree.leaves(whole)):
-            assert array.shape == expected.shape and array.sharding == batch_sharding(mesh)
-            for shard in array.addressable_shards:
-                np.testing.assert_array_equal(shard.data, expected[shard.index])
-        gathered = jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch["ids"])
-        np.testing.assert_array_equal(gathered, whole["ids"])
-        print(json.dumps([sizes, size, rows.tolist(), owned_rows(mesh, size).tolist()]))
-hosts.finish()
-"""
-
-
-def test_rows_of_hosts():
-    """Of four hosts with two devices each: what they hold, what of it is theirs alone, and that it becomes a batch."""
-    done = run_hosts(f"MESHES = {MESHES}\n{ROWS}", 4, forked=True)
-    ended_well(done)
-    # Collectives write lines of their own.
-    answers = [[json.loads(text) for text in one.out.splitlines() if text.startswith("[[")] for one in done]
-    assert [len(answer) for answer in answers] == [2 * len(MESHES)] * 4
-    for cases in zip(*answers):
-        (sizes, size, *_), *others = cases
-        assert all(case[:2] == [sizes, size] for case in others)
-        data, fsdp, tensor = sizes
-        for host, (_, _, local, _) in enumerate(cases):
-            # Devices are numbered along the mesh, tensor the fastest.
-            shards = {device // tensor for device in (2 * host, 2 * host + 1)}
-            assert local == [row for row in range(size) if row // (size // (data * fsdp)) in shards], (sizes, host)
-        owned = [case[3] for case in cases]
-        assert sorted(itertools.chain(*owned)) == list(range(size)), sizes
-        for host, rows in enumerate(owned):
-            assert set(rows) <= set(cases[host][2])
-            assert not any(set(rows) & set(case[2]) for case in cases[:host]), "the first that holds a row has it"
-
-
-def part(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_parts_of_responses_are_put_together(tmp_path):
-    """Whole batches of what hosts wrote, however many there were, each row once; torn lines and half batches go."""
-    path, size, responses = tmp_path / "responses.jsonl", 4, 2
-    place = {number: i for i, number in enumerate((7, 3, 9, 1, 5, 8, 2, 6, 0, 4))}
-    rows = [{"prompt_number": n, "sample": s, "response": f"{n}.{s}"} for n in place for s in range(responses)]
-
-    def gathered(*parts) -> tuple[int, list]:
-        for old in tmp_path.iterdir():
-            old.unlink()
-        for host, content in enumerate(parts):
-            part(tmp_path / f"responses.jsonl.partial{f'-{host}' if host else ''}", content)
-        done = sampling._gather_parts(path, place, size, responses)
-        left = list(tmp_path.iterdir())
-        assert left in ([], [tmp_path / "responses.jsonl.partial"])
-        return done, lines(left[0]) if left else []
-
-    one, two, three = rows[:8], rows[8:16], rows[16:]
-    assert gathered() == (0, [])
-    assert gathered(rows) == (3, rows)
-    assert gathered(rows[::2], rows[1::2]) == (3, rows)
-    assert gathered(one[:4] + two[:4], one[4:] + two[4:], three) == (3, rows)
-    assert gathered(one + two[:4], two[4:7]) == (1, one), "the second batch is not whole"
-    assert gathered([], one) == (1, one), "the first host wrote nothing"
-    assert gathered(one[:4], two) == (0, [])
-    # Ended after the rows of the others were taken over, before their files were removed.
-    assert gathered(one + two, one[4:] + two[4:]) == (2, one + two)
-    assert gathered(one, one[4:]) == (1, one)
-    part(tmp_path / "responses.jsonl.partial-2", two)
-    with (tmp_path / "responses.jsonl.partial-2").open("a") as file:
-        file.write('{"prompt_number": 0, "sam')
-    assert sampling._gather_parts(path, place, size, responses) == 2
-    assert AppendOnly(tmp_path / "responses.jsonl.partial").rows() == one + two

@@ -5,7 +5,6 @@ leaves behind must neither hinder those that follow nor show in the result.
 """
 
 import hashlib
-import os
 import pickle
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from filelock import FileLock
 from scir_jax.config.files import to_yaml
 from scir_jax.run.training import TIMINGS
 from tests.forks import ROOT, Fork, environment, quick
+from tests.processes import shared_directory
 from tests.run.runs import content, lines
 from tests.strikes import COMMIT, SAVE, STORE, WRITE, Strike
 
@@ -45,45 +45,29 @@ SCORES, JUDGE = "scir_jax.run.scoring:score_answers", "scir_jax.run.scoring:judg
 PAIRS = "scir_jax.run.pairing:write_rows"
 
 
-class Kill(NamedTuple):
-    """A place where a run is killed.
+class Interruption(NamedTuple):
+    """A place where a run is interrupted.
 
     Attributes:
       newest: of RESULTS, the last that is there then.
-      place, call, when: see Strike.
+      where: what a run that is stopped says of it; None where a second signal ends it at once.
+      steps: those of the whole run that are done then, with a checkpoint of the last; None where it is not stopped in
+        training.
     """
 
     newest: str | None
-    place: str
-    call: int | tuple = 1
-    when: str = "before"
-    number: int = signal.SIGKILL
-
-    def check(self, directory: Path, code: int, err: str) -> None:
-        """Checks how the process ended."""
-        assert code == -self.number, (code, err)
-
-
-class Stop(NamedTuple):
-    """A place where a run is stopped by a signal.
-
-    Attributes:
-      newest, place, call, when: see Kill.
-      where: what it says of it; None where a second signal stopped it at once.
-      steps: those of the whole run that are done then, the last of a stage's with a checkpoint; None outside training.
-    """
-
-    newest: str | None
-    number: int
-    place: str
-    call: int | tuple = 1
-    when: str = "before"
+    strike: Strike
     where: str | None = None
     steps: int | None = None
 
     def check(self, directory: Path, code: int, err: str) -> None:
-        """Checks how the process ended, and what it said."""
-        assert code == 128 + self.number, (code, err)
+        """Checks how the process ended, what it said and what it left."""
+        number = self.strike.signal
+        killed = number == signal.SIGKILL
+        assert code == (-number if killed else 128 + number), (code, err)
+        assert newest(directory) == self.newest, err
+        if killed:
+            return
         assert "Traceback" not in err
         last = err.strip().splitlines()[-1]
         if self.where is None:
@@ -96,69 +80,75 @@ class Stop(NamedTuple):
             assert (directory / "checkpoints" / stage / str(step)).is_dir()
 
 
+def kill(newest: str | None, place: str, call: int | tuple = 1, when: str = "before") -> Interruption:
+    return Interruption(newest, Strike(place, call, when, ahead=False))
+
+
+def stop(
+    newest: str | None, number: int, place: str, call: int | tuple = 1, when: str = "before", **said
+) -> Interruption:
+    return Interruption(newest, Strike(place, call, when, number, ahead=False), **said)
+
+
 # SFT and both iterations have 6 steps each, with checkpoints after 2 and 4, which are saved while training goes on: of
 # a run that is killed just then they may be there or not. A checkpoint is committed in three parts, a model in one.
 SOME = [
-    Kill("M0", COMMIT, 2),  # M0 is the first that is committed
-    Kill("pairs 1", WRITE, ("optimise", 1, 2), "after"),
-    Stop("pairs 1", signal.SIGTERM, WRITE, ("optimise", 1, 3), where="iteration 1: optimise", steps=6 + 4),
-    Stop("pairs 2", signal.SIGTERM, WRITE, ("optimise", 2, 4), "twice"),
+    kill("M0", COMMIT, 2),  # M0 is the first that is committed
+    kill("pairs 1", WRITE, ("optimise", 1, 2), "after"),
+    stop("pairs 1", signal.SIGTERM, WRITE, ("optimise", 1, 3), where="iteration 1: optimise", steps=6 + 4),
+    stop("pairs 2", signal.SIGTERM, WRITE, ("optimise", 2, 4), "twice"),
 ]
 CHAINS = {
     "SFT": [
-        Kill(None, "scir_jax.run.directory:RunDirectory.check_manifest"),
-        Kill(None, STORE, (0,)),
-        Kill("M0", WRITE, ("sft", 0, 1)),
-        Kill("M0", WRITE, ("sft", 0, 2), "after"),
-        Kill("M0", COMMIT, 1),
-        Kill("M0", COMMIT, 3),
-        Kill("M0", WRITE, ("sft", 0, 3)),
-        Kill("M0", WRITE, ("sft", 0, 4), "after"),
-        Kill("M0", STORE, (1,)),
-        Kill("M1", STORE, (1,), "after"),
+        kill(None, "scir_jax.run.directory:RunDirectory.check_manifest"),
+        kill(None, STORE, (0,)),
+        kill("M0", WRITE, ("sft", 0, 1)),
+        kill("M0", WRITE, ("sft", 0, 2), "after"),
+        kill("M0", COMMIT, 1),
+        kill("M0", COMMIT, 3),
+        kill("M0", WRITE, ("sft", 0, 3)),
+        kill("M0", WRITE, ("sft", 0, 4), "after"),
+        kill("M0", STORE, (1,)),
+        kill("M1", STORE, (1,), "after"),
     ],
     "sampling and pairs": [
-        Kill("M1", "scir_jax.run.evaluation:response_metrics"),
-        Kill("evaluation of M1", RESPONSES, 1),
-        Kill("evaluation of M1", RESPONSES, 2),
-        Kill("responses 1", SCORES, 2),
-        Kill("responses 1", PAIRS),
-        Kill("pairs 1", PAIRS, 1, "after"),
+        kill("M1", "scir_jax.run.evaluation:response_metrics"),
+        kill("evaluation of M1", RESPONSES, 1),
+        kill("evaluation of M1", RESPONSES, 2),
+        kill("responses 1", SCORES, 2),
+        kill("responses 1", PAIRS),
+        kill("pairs 1", PAIRS, 1, "after"),
     ],
     "optimise to report": [
-        Kill("pairs 1", WRITE, ("optimise", 1, 1)),
-        Kill("pairs 1", SAVE, (2,)),
-        Kill("pairs 1", COMMIT, 2),
-        Kill("pairs 1", COMMIT, 3),
-        Kill("pairs 1", SAVE, (2,), "after"),
-        Kill("pairs 1", WRITE, ("optimise", 1, 3), "after"),
-        Kill("pairs 1", COMMIT, 2),
-        Kill("pairs 1", SAVE, (4,), "after"),
-        Kill("M2", HELDOUT, 2),
-        Kill("pairs 2", WRITE, ("optimise", 2, 5)),
-        Kill("M3", "scir_jax.run.evaluation:decision_metrics"),
-        Kill("summary", "scir_jax.model.hf.weights:save_file", 1, "after"),
-        Kill("export", "scir_jax.report.page:write_report"),
+        kill("pairs 1", WRITE, ("optimise", 1, 1)),
+        kill("pairs 1", SAVE, (2,)),
+        kill("pairs 1", COMMIT, 2),
+        kill("pairs 1", COMMIT, 3),
+        kill("pairs 1", SAVE, (2,), "after"),
+        kill("pairs 1", WRITE, ("optimise", 1, 3), "after"),
+        kill("pairs 1", COMMIT, 2),
+        kill("pairs 1", SAVE, (4,), "after"),
+        kill("M2", HELDOUT, 2),
+        kill("pairs 2", WRITE, ("optimise", 2, 5)),
+        kill("M3", "scir_jax.run.evaluation:decision_metrics"),
+        kill("summary", "scir_jax.model.hf.weights:save_file", 1, "after"),
+        kill("export", "scir_jax.report.page:write_report"),
     ],
     "stops": [
-        Stop("M0", signal.SIGINT, STORE, (0,), where="start-up"),
-        Stop("M0", signal.SIGTERM, SAVE, (2,), where="SFT", steps=3),
-        Stop("M0", signal.SIGINT, WRITE, ("sft", 0, 4), where="SFT", steps=5),
-        Stop("M1", signal.SIGTERM, JUDGE, where="evaluation of M1"),
-        Stop("evaluation of M1", signal.SIGINT, RESPONSES, where="iteration 1: sample"),
-        Stop("responses 1", signal.SIGTERM, SCORES, 2, where="iteration 1: pair and score"),
-        Stop("M2", signal.SIGINT, HELDOUT, 2, where="evaluation of M2"),
+        stop("M0", signal.SIGINT, STORE, (0,), where="start-up"),
+        stop("M0", signal.SIGTERM, SAVE, (2,), where="SFT", steps=3),
+        stop("M0", signal.SIGINT, WRITE, ("sft", 0, 4), where="SFT", steps=5),
+        stop("M1", signal.SIGTERM, JUDGE, where="evaluation of M1"),
+        stop("evaluation of M1", signal.SIGINT, RESPONSES, where="iteration 1: sample"),
+        stop("responses 1", signal.SIGTERM, SCORES, 2, where="iteration 1: pair and score"),
+        stop("M2", signal.SIGINT, HELDOUT, 2, where="evaluation of M2"),
     ],
 }
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory that all processes of pytest use."""
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "resume"
-    directory.mkdir(exist_ok=True)
-    return directory
+    return shared_directory(tmp_path_factory, "resume")
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +249,7 @@ def newest(directory: Path) -> str | None:
 def test_interrupted_again_and_again(chain, run, expected, tmp_path):
     directory = tmp_path / "run"
     for one in chain:
-        code, err = run(directory, Strike(one.place, one.call, one.when, one.number, ahead=False))
-        one.check(directory, code, err)
-        assert newest(directory) == one.newest, one
+        one.check(directory, *run(directory, one.strike))
     code, err = run(directory, Strike())
     assert code == 0, err
     found = result_of(directory)

@@ -23,7 +23,6 @@ from tests.training import (
     make_dataset,
 )
 
-
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
