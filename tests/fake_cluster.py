@@ -154,6 +154,8 @@ class Cluster:
         return subprocess.Popen(
             command, cwd=self.project, env=variables, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            # A shell started in the background ignores Ctrl-C, its children too, and bash cannot trap what it ignores.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def run(self, script: str, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:

@@ -77,8 +77,9 @@ def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     texts, judged = [], []
     for number, which in enumerate((merged, adapted)):
         output = tmp_path / f"answers-{number}.jsonl"
-        prompts = ["--data.prompts", tmp_path / "prompts.jsonl", "--sample.batch_size", "8", "--sample.temperature", "0"]
-        done = command(sample.main, *reading, *which, *prompts, *ANSWERS, "--output", output)
+        greedy = ["--sample.batch_size", "8", "--sample.temperature", "0", *ANSWERS]
+        prompts = ["--data.prompts", tmp_path / "prompts.jsonl", "--output", output]
+        done = command(sample.main, *reading, *which, *prompts, *greedy)
         assert done.code == 0, done.err
         texts.append([row["response_ids"] for row in lines(output)])
         output = tmp_path / f"judged-{number}.jsonl"

@@ -68,8 +68,8 @@ def test_judge_of_odd_pairs(layout, command, judging, world_dir, broken, odd_pai
     edit_tensors(broken, lambda t: t.update({HEAD: 1.1 * t[HEAD]}))
     output = tmp_path / "out.jsonl"
     done = command(
-        judge.main, *judging, "--generative.templates", json.dumps([str(world_dir / f"{layout}.yaml")]), "--input", odd_pairs,
-        "--output", output, "--reference", broken, "--implicit.beta", 0.5, "--with_ids", "true",
+        judge.main, *judging, "--generative.templates", json.dumps([str(world_dir / f"{layout}.yaml")]),
+        "--input", odd_pairs, "--output", output, "--reference", broken, "--implicit.beta", 0.5, "--with_ids", "true",
     )  # fmt: skip
     assert done.code == 0 and "generative_accuracy" in done.out
     given, rows = lines(odd_pairs), lines(output)

@@ -4,6 +4,7 @@ A run is interrupted at one place, goes on, is interrupted at the next place, an
 leaves behind must neither hinder those that follow nor show in the result.
 """
 
+import functools
 import hashlib
 import pickle
 import signal
@@ -219,20 +220,30 @@ def result_of(directory: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def expected(command, shared):
-    """The result of a run that is left alone, in an interpreter of its own; once for all processes of pytest."""
+    """expected() -> the result of a run that is left alone, in an interpreter of its own; made once."""
     directory, file = shared / "run", shared / "result"
-    with FileLock(shared / "lock"):
-        if not file.exists():
-            arguments, env = command(directory, Strike())
-            done = subprocess.run(
-                [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600
-            )
-            assert done.returncode == 0, done.stderr
-            file.write_bytes(pickle.dumps(result_of(directory)))
-    result = pickle.loads(file.read_bytes())
-    assert [row["step"] for row in result["metrics"]] == list(range(1, 19))
-    assert [row["stage"] for row in result["metrics"]] == ["sft"] * 6 + ["optimise"] * 12
-    return result
+
+    @functools.cache
+    def make() -> dict:
+        with FileLock(shared / "lock"):
+            if not file.exists():
+                arguments, env = command(directory, Strike())
+                done = subprocess.run(
+                    [sys.executable, *map(str, arguments)],
+                    capture_output=True,
+                    text=True,
+                    env=env,
+                    cwd=ROOT,
+                    timeout=600,
+                )
+                assert done.returncode == 0, done.stderr
+                file.write_bytes(pickle.dumps(result_of(directory)))
+        result = pickle.loads(file.read_bytes())
+        assert [row["step"] for row in result["metrics"]] == list(range(1, 19))
+        assert [row["stage"] for row in result["metrics"]] == ["sft"] * 6 + ["optimise"] * 12
+        return result
+
+    return make
 
 
 def newest(directory: Path) -> str | None:
@@ -252,7 +263,7 @@ def test_interrupted_again_and_again(chain, run, expected, tmp_path):
         one.check(directory, *run(directory, one.strike))
     code, err = run(directory, Strike())
     assert code == 0, err
-    found = result_of(directory)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name] == expected[name], name
+    found, wanted = result_of(directory), expected()
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name] == wanted[name], name

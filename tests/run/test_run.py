@@ -189,7 +189,8 @@ def test_the_export_is_the_last_model(whole):
     with torch.no_grad():
         expected = network(torch.tensor([ids])).logits[0].numpy()
     ours = programs.model
-    found = jax.jit(lambda params, ids: ours.logits(params, ours.hidden(params, ids)))(params, np.array([ids], np.int32))
+    logits = jax.jit(lambda params, ids: ours.logits(params, ours.hidden(params, ids)))
+    found = logits(params, np.array([ids], np.int32))
     np.testing.assert_allclose(found[0], expected, atol=1e-4, rtol=1e-4)
     assert np.abs(expected).max() > 1
     prompt = tokenizer.apply_chat_template(longest["messages"], add_generation_prompt=True, return_dict=False)
