@@ -1,6 +1,7 @@
 """Shared fixtures: a small embedded world with a random model, and configurations for it."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -28,6 +29,13 @@ from scir_jax.model.hf import weights
 from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
 from tests.fake_cluster import Cluster
+from tests.processes import quick_jit
+
+# A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled, and ends at one that
+# it does not know: later versions than these may not.
+if jax.__version_info__ < (0, 11):
+    flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +59,7 @@ def world_dir(tmp_path_factory):
     untrained = directory / "untrained"
     config = weights.hf_config(untrained)
     arch = families.read(config, str(untrained))
-    params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
+    params = quick_jit(decoder.define(arch).init)(jax.random.key(0))
     # Larger than at initialisation, so that the distributions are far from uniform.
     params = jax.tree_util.tree_map_with_path(
         lambda path, p: np.asarray(p if path[-1].key == "scale" else 12 * p), params

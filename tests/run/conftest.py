@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +16,6 @@ from scir_jax.report import page as report
 from scir_jax.run import preflight, setup
 from tests.run.runs import ITERATIONS, RESPONSES, WHOLE, files, like_whole
 from tests.run.shared import SharedPrograms
-
-# A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), QUICK)))
 
 
 @pytest.fixture(scope="module")
