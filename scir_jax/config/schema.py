@@ -61,8 +61,9 @@ class ModelConfig:
     """directory with config.json, *.safetensors, tokenizer files"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation; trained weights and log-probabilities stay float32"""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto: cuDNN on a GPU in bfloat16 without a cap, splash on a TPU for rows of 256 tokens and more, else XLA"""
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
+    """auto: cuDNN on a GPU in bfloat16 without a cap, splash on a TPU for rows of 256 tokens and more, else blocks for
+    rows that are longer than a block, XLA for others"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass computes again instead of keeping"""
 

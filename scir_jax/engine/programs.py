@@ -120,7 +120,7 @@ class Programs:
         layout = Layout(mesh)
         reason = refusal(config.model.attention, backend_of(layout), config.model.dtype, arch.attention_cap)
         if reason:
-            raise InputError(f"model.attention is {config.model.attention}, but {reason}; set it to auto or xla")
+            raise InputError(f"model.attention is {config.model.attention}, but {reason}; set it to auto or blocks")
         self.model = decoder.define(
             arch,
             compute_dtype=config.model.dtype,

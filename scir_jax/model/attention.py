@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from scir_jax.model.blocks import blockwise
 from scir_jax.model.sharding import Layout
 from scir_jax.model.splash import splash
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 # Shorter rows are one block of the kernel or less: nothing can be skipped, and their scores are small.
 SPLASH_TOKENS = 256
+# Blocks are smaller on a CPU, and smaller still where there are segments.
+BLOCKS_TOKENS = {"cpu": 128, "gpu": 512, "tpu": 512}
 
 
 def attention(
@@ -39,13 +42,15 @@ def attention(
       q_BTHd: queries, H a multiple of K.
       k_BSKd, v_BSKd: keys and values, of the queries' dtype.
       positions_B: int32, or None.
-      segments_BT: int32, or None. A query sees only keys with its own number; not in cuDNN, nor with `positions_B`.
+      segments_BT: int32, or None. A query sees only keys with its own number, all of which lie behind one another; not
+        in cuDNN, nor with `positions_B`.
       window: with a sliding window, a query sees only its own place and the window - 1 before it.
       scale: of the scores; d ** -0.5 by default.
       cap: scores become cap * tanh(scores / cap); not in cuDNN.
-      implementation: "xla", which holds all scores; "cudnn" (GPU, bfloat16 or float16); "splash" (TPU, bfloat16 or
-        float32; on a CPU its operations are interpreted, to check it); or "auto": on a GPU cuDNN where it computes what
-        is asked for, on a TPU splash for rows of at least 256 tokens, else XLA.
+      implementation: "xla", which holds all scores; "blocks", which holds those of one block, everywhere; "cudnn" (GPU,
+        bfloat16 or float16); "splash" (TPU, bfloat16 or float32; on a CPU its operations are interpreted, to check it);
+        or "auto": on a GPU cuDNN where it computes what is asked for, on a TPU splash for rows of at least 256 tokens,
+        else blocks for rows that are several blocks long, and XLA for shorter ones.
       layout: of the arrays on a mesh.
       backend: "cpu", "gpu" or "tpu", what the program is compiled for; by default that of the layout's devices, and
         JAX's own without a layout.
@@ -61,7 +66,7 @@ def attention(
         backend = backend_of(layout)
     reason = refusal(implementation, backend, q_BTHd.dtype, cap)
     if reason:
-        raise ValueError(f"attention is {implementation}, but {reason}; set it to auto or xla.")
+        raise ValueError(f"attention is {implementation}, but {reason}; set it to auto or blocks.")
     if scale is None:
         scale = q_BTHd.shape[-1] ** -0.5
     if positions_B is not None:
@@ -97,9 +102,21 @@ def attention(
             layout=layout,
             interpret=backend == "cpu",
         )
+    if implementation == "blocks":
+        return blockwise(
+            q_BTHd,
+            k_BSKd,
+            v_BSKd,
+            window=window,
+            scale=scale,
+            cap=cap,
+            segments_BT=segments_BT,
+            layout=layout,
+            backend=backend,
+        )
     if implementation == "cudnn":
         if segments_BT is not None:
-            raise ValueError("cuDNN attention takes no segments; use attention xla or auto.")
+            raise ValueError("cuDNN attention takes no segments; use attention blocks or auto.")
         return jax.nn.dot_product_attention(
             q_BTHd,
             k_BSKd,
@@ -168,7 +185,7 @@ def chosen(
     cap: float | None = None,
     segmented: bool = False,
 ) -> str:
-    """Returns the implementation that computes rows of `tokens`: "xla", "cudnn" or "splash".
+    """Returns the implementation that computes rows of `tokens`: "xla", "blocks", "cudnn" or "splash".
 
     Args:
       implementation: what is asked for; "auto" is decided here.
@@ -178,10 +195,11 @@ def chosen(
     if implementation != "auto":
         return implementation
     if backend == "gpu" and not refusal("cudnn", backend, dtype, cap):
-        return "cudnn" if not segmented and head_dim % 8 == 0 and head_dim <= 128 else "xla"
-    if backend == "tpu" and not refusal("splash", backend, dtype, cap):
-        return "splash" if tokens >= SPLASH_TOKENS else "xla"
-    return "xla"
+        if not segmented and head_dim % 8 == 0 and head_dim <= 128:
+            return "cudnn"
+    if backend == "tpu" and tokens >= SPLASH_TOKENS and not refusal("splash", backend, dtype, cap):
+        return "splash"
+    return "blocks" if tokens > BLOCKS_TOKENS[backend] else "xla"
 
 
 def _xla(

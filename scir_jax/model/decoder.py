@@ -225,7 +225,7 @@ def define(
 
     Args:
       compute_dtype: "float32", "bfloat16" or "float16": of activations and of the weights in use.
-      attention: "auto", "xla", "cudnn" or "splash", see scir_jax.model.attention.
+      attention: "auto", "xla", "blocks", "cudnn" or "splash", see scir_jax.model.attention.
       remat: what the backward pass computes again: "none", "full" (all but the blocks' inputs), or "dots" (all but the
         blocks' inputs and the outputs of matrix products with weights).
       layout: of activations and caches on a mesh, whose devices the model is compiled for.
@@ -242,8 +242,8 @@ def define(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-    if attention not in ("auto", "xla"):
+    if attention not in ("auto", "xla", "blocks"):
         reason = refusal(attention, backend_of(layout), compute_dtype, arch.attention_cap)
         if reason:
-            raise ValueError(f"attention is {attention}, but {reason}; set it to auto or xla.")
+            raise ValueError(f"attention is {attention}, but {reason}; set it to auto or blocks.")
     return Model(arch, compute_dtype, attention, remat, layout, lora)

@@ -22,7 +22,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.lora import Lora
 
 Flash = Callable[[int], bool]
-"""Whether attention over rows of this many tokens skips masked pairs (cuDNN, splash); XLA's computes them all."""
+"""Whether attention over rows of this many tokens skips masked pairs (blocks, cuDNN, splash); XLA's computes them all."""
 
 
 def never(tokens: int) -> bool:

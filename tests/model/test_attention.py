@@ -1,5 +1,5 @@
-"""Splash attention, its operations interpreted, against XLA's: values, gradients, whole models, a mesh; and the choice
-between implementations."""
+"""Blockwise and splash attention, whose operations are interpreted, against XLA's: values, gradients, whole models, a
+mesh; and the choice between implementations."""
 
 import functools
 import importlib.util
@@ -75,27 +75,86 @@ def close(ours, theirs, tolerance):
         (2100, 2, 1, 8, 600, 3.0, True),  # so many blocks that two kernels go backward
     ],
 )
-def test_values_and_gradients_are_those_of_xla(tokens, heads, kv_heads, dim, window, cap, segmented):
+@pytest.mark.parametrize("implementation", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
+def test_values_and_gradients_are_those_of_xla(implementation, tokens, heads, kv_heads, dim, window, cap, segmented):
     inputs = random_inputs(2, tokens, heads, kv_heads, dim)
     settings = dict(window=window, cap=cap, segments_BT=random_segments(2, tokens) if segmented else None)
-    ours = value_and_gradients("splash", inputs, scale=0.5, **settings)
-    close(ours, value_and_gradients("xla", inputs, scale=0.5, **settings), 1e-5)
+    ours = value_and_gradients(implementation, inputs, scale=0.5, **settings)
+    close(ours, expected_values(tokens, heads, kv_heads, dim, window, cap, segmented), 1e-5)
 
 
+@functools.cache
+def expected_values(tokens, heads, kv_heads, dim, window, cap, segmented):
+    segments = random_segments(2, tokens) if segmented else None
+    inputs = random_inputs(2, tokens, heads, kv_heads, dim)
+    return value_and_gradients("xla", inputs, scale=0.5, window=window, cap=cap, segments_BT=segments)
+
+
+@pytest.mark.parametrize(("backend", "tokens"), [("gpu", 100), ("gpu", 300), ("tpu", 530)])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_blocks_of_every_backend_are_those_of_xla(backend, tokens, segmented):
+    # Larger blocks than a CPU's, and all rows of a batch together.
+    inputs = random_inputs(3, tokens, 4, 2, 8)
+    settings = dict(window=90, cap=2.0, segments_BT=random_segments(3, tokens) if segmented else None)
+    ours = value_and_gradients("blocks", inputs, backend=backend, **settings)
+    close(ours, value_and_gradients("xla", inputs, **settings), 1e-5)
+
+
+def test_blocks_hold_no_scores():
+    def bytes_of(tokens, implementation):
+        inputs = [jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16) for heads in (8, 2, 2, 8)]
+
+        def run(q, k, v, cotangent):
+            return jax.vjp(functools.partial(attention, implementation=implementation), q, k, v)[1](cotangent)
+
+        return jax.jit(run).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    long, short = bytes_of(8192, "blocks"), bytes_of(2048, "blocks")
+    assert long < 4.4 * short  # linear in the tokens
+    assert bytes_of(8192, "xla") > 8 * long
+
+
+def test_blocks_between_segments_are_skipped():
+    q, k, v, cotangent = random_inputs(2, 512, 2, 1, 8)
+    segments = jnp.repeat(jnp.arange(8), 64)[None].repeat(2, axis=0)
+    # A key that is not a number spoils every block that it is computed in.
+    k = k.at[:, :64].set(jnp.nan)
+    mixed, dq, dk, dv = value_and_gradients("blocks", (q, k, v, cotangent), segments_BT=segments)
+    for result in (mixed, dq, dk, dv):
+        assert np.isnan(result[:, :64]).any()
+        assert np.isfinite(result[:, 64:]).all()
+
+
+def test_a_segment_sees_no_other_to_the_bit():
+    q, k, v, cotangent = random_inputs(2, 300, 2, 1, 8)
+    segments = random_segments(2, 300)
+    inside = np.asarray(segments == segments[:, 150:151])[..., None, None]
+    assert 0 < inside.sum() < inside.size
+    results = [
+        value_and_gradients("blocks", [jnp.where(inside, x + shift, x) for x in (q, k, v, cotangent)], segments_BT=segments)
+        for shift in (0.0, 1.0)
+    ]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.where(inside, 0, one), np.where(inside, 0, other))
+        assert (np.where(inside, one, 0) != np.where(inside, other, 0)).any()
+
+
+@pytest.mark.slow
 def test_bfloat16_rounds_hardly_more_than_in_xla():
     # head_dim ** -0.5 is no power of two here, so that scaling the queries rounds them.
     inputs = random_inputs(1, 1024, 2, 1, 128)
     exact = value_and_gradients("xla", inputs)
     errors = {}
-    for implementation in ("splash", "xla"):
+    for implementation in ("splash", "blocks", "xla"):
         rounded = value_and_gradients(implementation, [x.astype(jnp.bfloat16) for x in inputs])
         errors[implementation] = [
             np.sqrt(np.mean((np.asarray(a, np.float32) - b) ** 2)) for a, b in zip(rounded, exact, strict=True)
         ]
-    assert all(0 < s < 1.3 * x for s, x in zip(errors["splash"], errors["xla"], strict=True))
+    for name in ("splash", "blocks"):
+        assert all(0 < s < 1.3 * x for s, x in zip(errors[name], errors["xla"], strict=True)), name
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("implementation", ["xla", "blocks", pytest.param("splash", marks=pytest.mark.slow)])
 def test_segments_are_rows_of_their_own(implementation):
     q, k, v, _ = random_inputs(1, 128, 2, 1, 8)
     segments = jnp.repeat(jnp.array([[7, 0, 3]]), jnp.array([50, 8, 70]), axis=1)
@@ -107,11 +166,13 @@ def test_segments_are_rows_of_their_own(implementation):
         np.testing.assert_allclose(packed[:, start:end], alone, atol=1e-5)
 
 
-def test_padding_is_finite_and_seen_by_no_query():
+@pytest.mark.parametrize("implementation", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
+def test_padding_is_finite_and_seen_by_no_query(implementation):
+    attend = jax.jit(functools.partial(attention, implementation=implementation))
     q, k, v, _ = random_inputs(1, 140, 2, 1, 8)
-    whole = attention(q, k, v, implementation="splash")
+    whole = attend(q, k, v)
     k, v = (x.at[:, 100:].set(50.0) for x in (k, v))
-    padded = attention(q, k, v, implementation="splash")
+    padded = attend(q, k, v)
     np.testing.assert_array_equal(padded[:, :100], whole[:, :100])
     assert np.isfinite(padded).all()
 
@@ -161,9 +222,10 @@ def expected(arch):
     return quick_jit(logps_and_gradient(decoder.define(arch, attention="xla")))(random_params(arch), random_ids())
 
 
+@pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("arch", "remat"), [(GEMMA, "full"), (MISTRAL, "dots")], ids=["gemma", "mistral"])
-def test_a_model_computes_the_same(arch, remat):
-    model = decoder.define(arch, attention="splash", remat=remat)
+def test_a_model_computes_the_same(arch, remat, attention):
+    model = decoder.define(arch, attention=attention, remat=remat)
     params, ids = random_params(arch), random_ids()
     close(quick_jit(logps_and_gradient(model, micro=2))(params, ids), expected(arch), 2e-5)
 
@@ -178,16 +240,17 @@ def test_the_kernel_belongs_to_no_trace():
     attention(q, k, v, window=40, implementation="splash")
 
 
-def sharded():
+def sharded(attention):
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    model = decoder.define(GEMMA, attention="splash", remat="full", layout=Layout(mesh))
+    model = decoder.define(GEMMA, attention=attention, remat="full", layout=Layout(mesh))
     params = jax.device_put(random_params(GEMMA), meshes.param_shardings(model, mesh))
     result = quick_jit(logps_and_gradient(model))(params, meshes.put_batch(random_ids(), mesh))
     return list(map(np.asarray, jax.tree.leaves(result)))
 
 
-def test_a_mesh_changes_nothing():
-    close(on_eight_devices(sharded), jax.tree.leaves(expected(GEMMA)), 2e-5)
+@pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
+def test_a_mesh_changes_nothing(attention):
+    close(on_eight_devices(sharded, attention), jax.tree.leaves(expected(GEMMA)), 2e-5)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -196,8 +259,8 @@ def test_a_mesh_changes_nothing():
 def taken(monkeypatch, backend, dtype=jnp.bfloat16, tokens=256, dim=16, **settings):
     """The implementation that "auto" takes, which is the one that `chosen` names."""
     calls = []
-    real = attentions.splash
-    monkeypatch.setattr(attentions, "splash", lambda *a, **k: calls.append("splash") or real(*a, **k))
+    monkeypatch.setattr(attentions, "splash", lambda q, *a, **k: calls.append("splash") or q)
+    monkeypatch.setattr(attentions, "blockwise", lambda q, *a, **k: calls.append("blocks") or q)
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *a, **k: calls.append(k["implementation"]) or q)
     q, k, v, _ = random_inputs(1, tokens, 2, 1, dim, dtype)
     shape = jax.eval_shape(lambda: attention(q, k, v, backend=backend, **settings)).shape
@@ -212,12 +275,16 @@ def taken(monkeypatch, backend, dtype=jnp.bfloat16, tokens=256, dim=16, **settin
 def test_auto_takes_what_the_backend_has(monkeypatch):
     of = functools.partial(taken, monkeypatch)
     segments = jnp.zeros((1, 256), jnp.int32)
-    assert of("cpu") == "xla"
+    assert of("cpu", tokens=128) == "xla"
+    assert of("cpu") == of("cpu", jnp.float32) == "blocks"
     assert of("gpu") == of("gpu", jnp.float16) == of("gpu", tokens=8) == "cudnn"
     assert of("gpu", jnp.float32) == of("gpu", cap=2.0) == of("gpu", segments_BT=segments) == "xla"
+    assert of("gpu", jnp.float32, 600) == of("gpu", tokens=600, cap=2.0) == of("gpu", tokens=600, dim=256) == "blocks"
+    assert of("gpu", tokens=600, segments_BT=jnp.zeros((1, 600), jnp.int32)) == "blocks"
     assert of("gpu", dim=256) == "xla"
     assert of("tpu") == of("tpu", jnp.float32) == of("tpu", cap=2.0) == of("tpu", segments_BT=segments) == "splash"
     assert of("tpu", tokens=255) == of("tpu", jnp.float16) == "xla"
+    assert of("tpu", jnp.float16, 600) == "blocks"
     q, k, v, _ = random_inputs(1, 1, 2, 1, 8)
     k, v = (jnp.repeat(x, 300, axis=1) for x in (k, v))
     positions = jnp.array([5])
@@ -254,7 +321,7 @@ def test_what_cannot_be_computed_is_refused(case, words):
 
 
 def test_what_is_asked_for_is_chosen():
-    for name in ("xla", "cudnn", "splash"):
+    for name in ("xla", "blocks", "cudnn", "splash"):
         assert chosen(name, "gpu", jnp.bfloat16, tokens=8, head_dim=16) == name
 
 
@@ -264,6 +331,7 @@ def test_what_can_be_computed_is_not_refused():
         ("splash", "cpu", "float32", None),
         ("cudnn", "gpu", "float16", None),
         ("auto", "gpu", "float32", 50.0),
+        ("blocks", "gpu", "float32", 50.0),
         ("xla", "tpu", "float16", 50.0),
     ):
         assert refusal(*case) is None

@@ -1,0 +1,254 @@
+"""Causal attention over blocks of queries and keys in plain JAX, for every backend, dtype, cap and head dimension.
+
+The softmax is a running one (Rabe & Staats, arXiv 2112.05682; FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2):
+the [T, T] scores never exist, neither forward nor backward, and blocks in which no query sees a key are not computed.
+
+Shapes: B rows, T tokens, H heads, K key/value heads, G = H / K, d head dimension, N blocks of S places, R = G S.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from scir_jax.model.sharding import Layout
+
+Array = jax.Array
+BLOCKS = (256, 192, 128)
+# A CPU's caches are small, and short segments leave more small blocks empty than large ones.
+CPU_BLOCK, CPU_SEGMENTED_BLOCK = 128, 64
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+class Settings(NamedTuple):
+    """What a query sees and how scores are made; hashable.
+
+    Attributes:
+      block: S, places of a block; it divides the row.
+      window: a query sees its own place and the window - 1 before it; None: all before it.
+      scale, cap: of the scores, as in scir_jax.model.attention.
+      backend: "cpu", "gpu" or "tpu".
+    """
+
+    block: int
+    window: int | None
+    scale: float
+    cap: float | None
+    backend: str
+
+
+def block_size(tokens: int, backend: str, segmented: bool) -> int:
+    """Returns the places of a block: the row itself where it is short, else the size that pads it least."""
+    if backend == "cpu":
+        return min(tokens, CPU_SEGMENTED_BLOCK if segmented else CPU_BLOCK)
+    if tokens <= BLOCKS[0]:
+        return tokens
+    return min(BLOCKS, key=lambda size: (-(-tokens // size) * size, -size))
+
+
+def blockwise(
+    q_BTHd: Array,
+    k_BTKd: Array,
+    v_BTKd: Array,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    segments_BT: Array | None,
+    layout: Layout | None,
+    backend: str,
+) -> Array:
+    """Computes causal attention, as scir_jax.model.attention describes it.
+
+    Args:
+      segments_BT: int32; the places of a segment lie behind one another.
+      layout: each device computes its own rows and heads; None for a single device.
+
+    Returns:
+      [B, T, H, d] in the queries' dtype.
+    """
+    block = block_size(q_BTHd.shape[1], backend, segments_BT is not None)
+    settings = Settings(block, window, scale, cap, backend)
+    attend = functools.partial(_rows, settings)
+    if layout is None or layout.mesh.size == 1:
+        return attend(q_BTHd, k_BTKd, v_BTKd, segments_BT)
+    heads = layout.spec(("batch", None, "kv_heads", None), k_BTKd.shape)
+    return jax.shard_map(
+        attend,
+        mesh=layout.mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTHd, k_BTKd, v_BTKd, segments_BT)
+
+
+def _rows(settings: Settings, q_BTHd: Array, k_BTKd: Array, v_BTKd: Array, segments_BT: Array | None) -> Array:
+    batch, tokens, heads, dim = q_BTHd.shape
+    kv_heads, block = k_BTKd.shape[2], settings.block
+    spare = -tokens % block
+    number = (tokens + spare) // block
+
+    def blocked(x_BTHd: Array) -> Array:
+        """Returns [B, N, K, G S, d]: the queries of a group are rows of one product with their shared keys."""
+        # The padding is at the right end, where no query of the row looks.
+        x = jnp.pad(x_BTHd, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(batch, number, block, kv_heads, -1, dim)
+        return x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, number, kv_heads, -1, dim)
+
+    first_BT = last_BT = None
+    if segments_BT is not None:
+        segments_BT = jnp.pad(segments_BT, ((0, 0), (0, spare)), mode="edge")
+        first_BT, last_BT = _ends(segments_BT)
+    blocks = (blocked(q_BTHd), blocked(k_BTKd), blocked(v_BTKd))
+    if segments_BT is not None and settings.backend == "cpu" and batch > 1:
+        # One row after another: each skips the blocks that its own segments leave empty.
+        mixed = jax.lax.map(
+            lambda row: _attend(settings, *jax.tree.map(lambda x: x[None], row))[0], (*blocks, first_BT, last_BT)
+        )
+    else:
+        mixed = _attend(settings, *blocks, first_BT, last_BT)
+    mixed = mixed.reshape(batch, number, kv_heads, heads // kv_heads, block, dim).transpose(0, 1, 4, 2, 3, 5)
+    return mixed.reshape(batch, number * block, heads, dim)[:, :tokens]
+
+
+def _ends(segments_BT: Array) -> tuple[Array, Array]:
+    """Returns the first and the last place of the segment that each place is in, [B, T] int32."""
+    places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    changes = segments_BT[:, 1:] != segments_BT[:, :-1]
+    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    first_BT = jax.lax.cummax(jnp.where(first, places_T, 0), axis=1)
+    last_BT = jax.lax.cummin(jnp.where(last, places_T, segments_BT.shape[1]), axis=1, reverse=True)
+    return first_BT, last_BT
+
+
+def _seen(settings: Settings, i: Array, first_BT: Array | None) -> Array:
+    """Returns the first block of keys that the queries of block i see; the last is i."""
+    least = jnp.zeros((), jnp.int32)
+    if settings.window is not None:
+        least = jnp.maximum(least, (i * settings.block - settings.window + 1) // settings.block)
+    if first_BT is not None:
+        # Segments lie behind one another, so that the block's first query looks back furthest.
+        least = jnp.maximum(least, first_BT[:, i * settings.block].min() // settings.block)
+    return least
+
+
+def _seeing(settings: Settings, j: Array, number: int, last_BT: Array | None) -> Array:
+    """Returns the block behind the last one whose queries see the keys of block j; the first is j."""
+    end = jnp.full((), number, jnp.int32)
+    behind = (j + 1) * settings.block - 1
+    if settings.window is not None:
+        end = jnp.minimum(end, (behind + settings.window - 1) // settings.block + 1)
+    if last_BT is not None:
+        end = jnp.minimum(end, last_BT[:, behind].max() // settings.block + 1)
+    return end
+
+
+def _scores(
+    settings: Settings, i: Array, j: Array, q_BKRd: Array, k_BKSd: Array, first_BT: Array | None
+) -> tuple[Array, Array]:
+    """Computes one block of scores [B, K, G, S, S], and which of its pairs are visible (broadcasts to it)."""
+    block = settings.block
+    scores = jnp.einsum("bkrd,bksd->bkrs", q_BKRd, k_BKSd, preferred_element_type=jnp.float32) * settings.scale
+    scores = scores.reshape(*scores.shape[:2], -1, block, block)
+    if settings.cap is not None:
+        scores = settings.cap * jnp.tanh(scores / settings.cap)
+    places_S = jnp.arange(block)
+    queries, keys = i * block + places_S[:, None], j * block + places_S
+    visible = keys <= queries
+    if settings.window is not None:
+        visible &= keys > queries - settings.window
+    if first_BT is not None:
+        first_BS = jax.lax.dynamic_slice_in_dim(first_BT, i * block, block, axis=1)
+        visible = visible & (keys >= first_BS[:, None, None, :, None])
+    return scores, visible
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT) -> Array:
+    return _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT)[0]
+
+
+def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT):
+    batch, number, kv_heads, rows, dim = q_BNKRd.shape
+    block = settings.block
+    shape = (batch, kv_heads, rows // block, block)
+
+    def queries(carry, i):
+        q_BKRd = jax.lax.dynamic_index_in_dim(q_BNKRd, i, 1, keepdims=False)
+
+        def keys(j, state):
+            maximum, total, mixed_BKRd = state
+            k_BKSd = jax.lax.dynamic_index_in_dim(k_BNKSd, j, 1, keepdims=False)
+            v_BKSd = jax.lax.dynamic_index_in_dim(v_BNKSd, j, 1, keepdims=False)
+            scores, visible = _scores(settings, i, j, q_BKRd, k_BKSd, first_BT)
+            new = jnp.maximum(maximum, jnp.where(visible, scores, _LOWEST).max(axis=-1))
+            weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0)
+            shrink = jnp.exp(maximum - new)
+            total = total * shrink + weights.sum(axis=-1)
+            weights = weights.reshape(batch, kv_heads, rows, block).astype(v_BKSd.dtype)
+            added = jnp.einsum("bkrs,bksd->bkrd", weights, v_BKSd, preferred_element_type=jnp.float32)
+            return new, total, mixed_BKRd * shrink.reshape(batch, kv_heads, rows, 1) + added
+
+        start = (
+            jnp.full(shape, _LOWEST, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((batch, kv_heads, rows, dim), jnp.float32),
+        )
+        maximum, total, mixed = jax.lax.fori_loop(_seen(settings, i, first_BT), i + 1, keys, start)
+        mixed = mixed / total.reshape(batch, kv_heads, rows, 1)
+        return carry, (mixed.astype(q_BNKRd.dtype), maximum + jnp.log(total))
+
+    _, (mixed_NBKRd, normalizer_NBKGS) = jax.lax.scan(queries, None, jnp.arange(number, dtype=jnp.int32))
+    mixed_BNKRd = jnp.moveaxis(mixed_NBKRd, 0, 1)
+    return mixed_BNKRd, (q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT, mixed_BNKRd, normalizer_NBKGS)
+
+
+def _backward(settings, saved, cotangent_BNKRd):
+    q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT, mixed_BNKRd, normalizer_NBKGS = saved
+    batch, number, kv_heads, rows, dim = q_BNKRd.shape
+    dtype = q_BNKRd.dtype
+    # The softmax's own term: sum over keys of a weight times its gradient.
+    inner_BNKR = jnp.einsum(
+        "bnkrd,bnkrd->bnkr", cotangent_BNKRd, mixed_BNKRd, preferred_element_type=jnp.float32
+    )
+
+    def keys(dq_NBKRd, j):
+        k_BKSd = jax.lax.dynamic_index_in_dim(k_BNKSd, j, 1, keepdims=False)
+        v_BKSd = jax.lax.dynamic_index_in_dim(v_BNKSd, j, 1, keepdims=False)
+
+        def queries(i, state):
+            dq_NBKRd, dk_BKSd, dv_BKSd = state
+            q_BKRd = jax.lax.dynamic_index_in_dim(q_BNKRd, i, 1, keepdims=False)
+            cotangent_BKRd = jax.lax.dynamic_index_in_dim(cotangent_BNKRd, i, 1, keepdims=False)
+            inner_BKR = jax.lax.dynamic_index_in_dim(inner_BNKR, i, 1, keepdims=False)
+            scores, visible = _scores(settings, i, j, q_BKRd, k_BKSd, first_BT)
+            weights = jnp.where(visible, jnp.exp(scores - normalizer_NBKGS[i][..., None]), 0)
+            dweights = jnp.einsum("bkrd,bksd->bkrs", cotangent_BKRd, v_BKSd, preferred_element_type=jnp.float32)
+            dscores = weights * (dweights - inner_BKR[..., None]).reshape(weights.shape)
+            if settings.cap is not None:
+                dscores *= 1 - jnp.square(scores / settings.cap)
+            flat = (batch, kv_heads, rows, settings.block)
+            weights, dscores = weights.reshape(flat).astype(dtype), (dscores * settings.scale).reshape(flat).astype(dtype)
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dv_BKSd += product("bkrs,bkrd->bksd", weights, cotangent_BKRd)
+            dk_BKSd += product("bkrs,bkrd->bksd", dscores, q_BKRd)
+            return dq_NBKRd.at[i].add(product("bkrs,bksd->bkrd", dscores, k_BKSd)), dk_BKSd, dv_BKSd
+
+        zeros = jnp.zeros(k_BKSd.shape, jnp.float32)
+        end = _seeing(settings, j, number, last_BT)
+        dq_NBKRd, dk_BKSd, dv_BKSd = jax.lax.fori_loop(j, end, queries, (dq_NBKRd, zeros, zeros))
+        return dq_NBKRd, (dk_BKSd.astype(dtype), dv_BKSd.astype(dtype))
+
+    dq_NBKRd = jnp.zeros((number, batch, kv_heads, rows, dim), jnp.float32)
+    dq_NBKRd, (dk_NBKSd, dv_NBKSd) = jax.lax.scan(keys, dq_NBKRd, jnp.arange(number, dtype=jnp.int32))
+    none = None if first_BT is None else np.zeros(first_BT.shape, jax.dtypes.float0)
+    dq, dk, dv = (jnp.moveaxis(x, 0, 1) for x in (dq_NBKRd.astype(dtype), dk_NBKSd, dv_NBKSd))
+    return dq, dk, dv, none, none
+
+
+_attend.defvjp(_forward, _backward)
