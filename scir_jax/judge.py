@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs.tell_left_out()
     reference = own["reference"]
     load_reference = (lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None
-    total = scoring.score_batches(programs, len(pairs), with_reference=bool(reference))
+    total = scoring.score_count(len(pairs), with_reference=bool(reference))
     with console.stage("judge", total) as bar:
         evidence = scoring.score_pairs(
             encoder,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=config,
             model=parameters.configured,
             reference=load_reference,
-            advance=bar.advance,
+            advance=lambda by: bar.advance(by=by),
         )
     logits = reward_logits(config, evidence)
     generative, implicit = logits["generative"], logits.get("implicit")

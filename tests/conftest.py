@@ -37,6 +37,18 @@ if jax.__version_info__ < (0, 11):
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
+# Two thirds of the time of compiled tests is compilation. The fixture `optimised` is for those that ask what the compiler
+# makes of a program.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as runs do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory):
@@ -109,9 +121,8 @@ def compiled_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cheap_compilation(compiled_directory):
-    """Compilations of the module's runs optimise little and are kept between them."""
+    """Compilations of the module's runs are kept between them."""
     values = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(compiled_directory),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -18,9 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scir_jax.data.encode import Encoder, Lengths, Marked, Row
+from scir_jax.data.encode import Encoder, Lengths, Marked, Row, round_up
 from scir_jax.data.pairs import Pair
 from scir_jax.errors import InputError
+
+ROW_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+"""Lengths of rows that are scored or judged, as shares of the longest that the limits allow."""
+SHORTEST = 128
+"""Tokens below which rows of another length would save less than they cost to compile."""
 
 Share = Callable[[int], np.ndarray]
 """Size of a batch -> the numbers of its rows that this host holds."""
@@ -342,6 +347,41 @@ class PromptSpec:
     def abstract(self) -> Prompts:
         """Returns the shapes of `arrays` of a whole batch."""
         return _abstract(self.arrays([None], 0), self.prompts)
+
+
+def row_lengths(longest: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns the compiled lengths of rows, from short to long.
+
+    Args:
+      longest: tokens of the longest row of each kind of rows that go through the model together.
+
+    Returns:
+      For each length those of every kind; the last is `longest`.
+    """
+    found = [
+        tuple(min(tokens, max(round_up(math.ceil(share * tokens)), SHORTEST)) for tokens in longest)
+        for share in ROW_SHARES
+    ]
+    return list(dict.fromkeys(found))
+
+
+def by_length(rows: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Returns for each of `row_lengths` the numbers of the rows that fit into it and into none before, in order.
+
+    A row's length depends on the row alone, so that what is computed of it does not depend on its company.
+
+    Args:
+      rows: for each row its tokens of every kind.
+
+    Raises:
+      ValueError: a row fits into none.
+    """
+    tokens = np.array(rows, int).reshape(len(rows), len(lengths[0]))
+    fits = np.stack([(tokens <= np.array(length)).all(axis=1) for length in lengths])
+    if not fits.any(axis=0).all():
+        raise ValueError(f"a row of {tokens[~fits.any(axis=0)][0].tolist()} tokens does not fit into {lengths[-1]}")
+    first = fits.argmax(axis=0)
+    return [np.flatnonzero(first == number) for number in range(len(lengths))]
 
 
 def pad(ids: Sequence[int], tokens: int, pad_id: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from scir_jax.config.checks import DIVIDED
 from scir_jax.config.schema import Config
-from scir_jax.data.batches import PairSpec, PromptSpec, RowGroup, TrainSpec
+from scir_jax.data.batches import PairSpec, PromptSpec, RowGroup, TrainSpec, row_lengths
 from scir_jax.data.encode import Lengths
 from scir_jax.engine import forward, losses, sampler
 from scir_jax.engine import mesh as meshes
@@ -157,16 +157,22 @@ class Programs:
         return PromptSpec(self.config.sample.batch_size, lengths.prompt, answers, lengths.answer)
 
     @property
-    def score_group(self) -> RowGroup:
-        """The rows of one call of the scorer."""
-        lengths = self.facts.lengths
-        return RowGroup((2 * self.config.evaluate.batch_size,), lengths.scored, lengths.answer, heads=len(self.spans))
+    def score_groups(self) -> tuple[RowGroup, ...]:
+        """The rows of one call of the scorer, for each compiled length from short to long."""
+        rows, answer = (2 * self.config.evaluate.batch_size,), self.facts.lengths.answer
+        return tuple(
+            RowGroup(rows, tokens, min(answer, tokens), heads=len(self.spans))
+            for (tokens,) in row_lengths([self.facts.lengths.scored])
+        )
 
     @property
-    def judge_groups(self) -> tuple[RowGroup, ...]:
-        """The rows of one call of the judge, for each template."""
+    def judge_groups(self) -> tuple[tuple[RowGroup, ...], ...]:
+        """The rows of one call of the judge: for each compiled length those of every template."""
         leading = (self.config.evaluate.batch_size, 2)
-        return tuple(RowGroup(leading, tokens, verdict=True) for tokens in self.facts.lengths.judges)
+        return tuple(
+            tuple(RowGroup(leading, tokens, verdict=True) for tokens in lengths)
+            for lengths in row_lengths(self.facts.lengths.judges)
+        )
 
     @cached_property
     def sft_spec(self) -> TrainSpec:
@@ -215,7 +221,11 @@ class Programs:
     def scorer(self):
         """Jitted (params, Rows [B, ...]) -> readings [B] of each row's scored span by name."""
         answer_tokens, spans = self.facts.lengths.answer, self.spans
-        return self._inference(lambda params, rows: forward.score(self.model, params, rows, answer_tokens, spans))
+
+        def score(params, rows):
+            return forward.score(self.model, params, rows, min(answer_tokens, rows.ids.shape[-1]), spans)
+
+        return self._inference(score)
 
     @cached_property
     def judge(self):
@@ -254,17 +264,21 @@ class Programs:
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
-    def all(self) -> list[Program]:
-        """Returns the programs that a run of the configuration calls."""
+    def all(self, *, longest: bool = False) -> list[Program]:
+        """Returns the programs that a run of the configuration calls.
+
+        Args:
+          longest: of those for rows of several lengths only the one for the longest.
+        """
         config, present = self.config, self.facts.present
         counts = {config.sample.responses} if config.run.iterations and not config.data.pairs else set()
         if "heldout_prompts" in present:
             counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
         found = [self.sample_program(count) for count in sorted(counts)]
         if config.run.iterations or "heldout_pairs" in present:
-            found.append(self.score_program)
+            found += self.score_programs[-1 if longest else 0 :]
         if "heldout_pairs" in present or (config.run.iterations and objective.needs(config).judged):
-            found.append(self.judge_program)
+            found += self.judge_programs[-1 if longest else 0 :]
         if config.sft.epochs and self.sft_spec.groups:
             found.append(self.sft_program)
         if config.run.iterations:
@@ -302,16 +316,26 @@ class Programs:
         )
 
     @property
-    def score_program(self) -> Program:
-        """The scorer as a program."""
-        group = self.score_group
-        return self._forward("score responses", "score", self.scorer, (group.abstract(),), [group])
+    def score_programs(self) -> list[Program]:
+        """The scorer as a program for each length of rows."""
+        return [
+            self._forward(f"score, {group.tokens} tokens", "score", self.scorer, (group.abstract(),), [group])
+            for group in self.score_groups
+        ]
 
     @property
-    def judge_program(self) -> Program:
-        """The judge as a program."""
-        groups = self.judge_groups
-        return self._forward("judge pairs", "judge", self.judge, (tuple(g.abstract() for g in groups), None), groups)
+    def judge_programs(self) -> list[Program]:
+        """The judge as a program for each length of rows."""
+        return [
+            self._forward(
+                f"judge, {max(group.tokens for group in groups)} tokens",
+                "judge",
+                self.judge,
+                (tuple(group.abstract() for group in groups), None),
+                groups,
+            )
+            for groups in self.judge_groups
+        ]
 
     @property
     def sft_program(self) -> Program:

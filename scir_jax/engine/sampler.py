@@ -128,7 +128,7 @@ def choose(logits_MV: Array, keys_M: Array, sampling: Sampling) -> Array:
     """
     scaled = logits_MV / jnp.maximum(sampling.temperature, 1e-6)
     limited = (sampling.top_p < 1) | (sampling.top_k > 0)
-    # The vocabulary is sorted only where a limit is set.
+    # The vocabulary is searched only where a limit is set.
     scaled = jax.lax.cond(limited, lambda x: limit(x, sampling.top_p, sampling.top_k), lambda x: x, scaled)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_MV.shape[1:], jnp.float32))(keys_M)
     drawn = jnp.argmax(scaled + noise, axis=1)
@@ -136,16 +136,36 @@ def choose(logits_MV: Array, keys_M: Array, sampling: Sampling) -> Array:
 
 
 def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
-    """Puts -inf outside the top_k highest logits and outside the smallest set of them with probability >= top_p."""
-    descending = -jnp.sort(-scaled_MV, axis=1)
+    """Puts -inf outside the top_k highest logits and outside the smallest set of them with probability >= top_p.
+
+    Of equal logits at the end of the set all are kept. Nothing is sorted: the lowest logit that is kept is found bit by
+    bit.
+    """
+    order_MV = _ordered(scaled_MV)
     vocab = scaled_MV.shape[1]
-    kept = jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab)
-    probabilities = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=1)
-    # A token is kept while the probability before it is below top_p: the first always is.
-    before = jnp.cumsum(probabilities, axis=1) - probabilities
-    kept = kept & ((before < top_p) | (top_p >= 1) | (jnp.arange(vocab) == 0))
-    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=1, keepdims=True)
-    return jnp.where(scaled_MV >= threshold, scaled_MV, -jnp.inf)
+    most = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    lowest_M = _threshold(order_MV, jnp.ones(scaled_MV.shape, jnp.float32), most.astype(jnp.float32))
+    kept_MV = order_MV >= lowest_M[:, None]
+    probabilities_MV = jax.nn.softmax(jnp.where(kept_MV, scaled_MV, -jnp.inf), axis=1)
+    lowest_M = jnp.where(top_p < 1, jnp.maximum(lowest_M, _threshold(order_MV, probabilities_MV, top_p)), lowest_M)
+    return jnp.where(order_MV >= lowest_M[:, None], scaled_MV, -jnp.inf)
+
+
+def _ordered(values: Array) -> Array:
+    """Returns uint32 numbers in the order of float32 ones."""
+    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.uint32)  # + 0.0: -0 and 0 are equal
+    return jnp.where(bits >> 31 != 0, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order_MV: Array, amounts_MV: Array, least: Array) -> Array:
+    """Finds in each row the largest number at or above which the amounts sum to at least `least`, uint32 [M]."""
+
+    def step(index, found_M):
+        candidate_M = found_M | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        total_M = jnp.where(order_MV >= candidate_M[:, None], amounts_MV, 0).sum(axis=1)
+        return jnp.where(total_M >= least, candidate_M, found_M)
+
+    return jax.lax.fori_loop(0, 32, step, jnp.zeros(order_MV.shape[0], jnp.uint32))
 
 
 def stream_key(seed: int, stream: str, iteration: int) -> Array:

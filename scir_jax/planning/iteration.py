@@ -68,9 +68,10 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
     numbers = roles(config, iteration=3)
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
+    answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
     found = [
         ("sample", "sample", math.ceil(prompts / config.sample.batch_size)),
-        ("score", "score", len(models) * math.ceil(prompts * responses / size)),
+        ("score", "score", len(models) * math.ceil(answers / size)),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
     if needs(config).judged:

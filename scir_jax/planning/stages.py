@@ -69,7 +69,7 @@ def survey(
       advance: is told each program's name before it is compiled.
       only: says whether a program is wanted.
     """
-    found = [program for program in run.all() if only is None or only(program)]
+    found = [program for program in run.all(longest=True) if only is None or only(program)]
     # A run needs all of them: where one is too large for certain, the others need not be compiled to know it.
     hopeless = any(program.known.total > limit for program in found)
     stages = []

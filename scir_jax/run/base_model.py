@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,23 +20,43 @@ from scir_jax.config.schema import (
     ModelConfig,
     SFTConfig,
     TrainingConfig,
+    WorldConfig,
 )
 from scir_jax.data.pipelines import iterator, supervised_batches
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import check_batches, make_mesh, put_batch
 from scir_jax.engine.sampler import stream_key
 from scir_jax.engine.trainer import learning_rates
+from scir_jax.model import families
 from scir_jax.model.hf import weights
 from scir_jax.run import console
 from scir_jax.run.setup import prepare
+from scir_jax.world import base
 from scir_jax.world.files import WorldSpec, write_world
 
 
-def build_world(config: Config, stopper: console.Stopper) -> None:
-    """Writes the world's files and its trained base model under world.directory, unless they are there.
+def spec_of(world: WorldConfig) -> WorldSpec:
+    """Returns the specification of the configured world."""
+    return WorldSpec(seed=world.seed)
 
-    The result is a Hugging Face directory and JSONL files like any user's. Interrupted, it starts again: it is a
+
+def training_of(world: WorldConfig) -> dict[str, Any]:
+    """Returns what decides how the base model is trained, by name."""
+    return {name: getattr(world, name) for name in ("steps", "documents", "comparisons", "learning_rate")}
+
+
+def build_world(config: Config, stopper: console.Stopper, *, retrain: bool = False) -> None:
+    """Writes the world's files and its base model under world.directory, unless they are there.
+
+    The result is a Hugging Face directory and JSONL files like any user's. The base model is the one that travels with
+    the package where that is the configured one; any other is trained. Interrupted, that starts again: it is a
     minute's work.
+
+    Args:
+      retrain: train the base model though the package holds it.
+
+    Raises:
+      InputError: the directory holds something else, or the package's weights were changed.
     """
     directory = Path(config.world.directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -43,11 +65,28 @@ def build_world(config: Config, stopper: console.Stopper) -> None:
     with lock if hosts.first() else contextlib.nullcontext():
 
         def write() -> bool:
-            write_world(directory, WorldSpec(seed=config.world.seed))
+            spec = spec_of(config.world)
+            write_world(directory, spec)
+            if not (directory / "model").is_dir() and not retrain:
+                if weights_file := base.shipped(spec, training_of(config.world)):
+                    _copy(directory, weights_file)
             return (directory / "model").is_dir()
 
         if not hosts.decide(write):
             _train(config, directory, stopper)
+
+
+def _copy(directory: Path, weights_file: Path) -> None:
+    """Makes the model's directory of weights that were trained before."""
+    arch, source = families.read(weights.hf_config(directory / "untrained"), "untrained"), directory / "untrained"
+    partial = directory / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.copyfile(weights_file, partial / base.WEIGHTS)
+    _, params = weights.load(partial)
+    # Written as a trained one is, so that nothing tells them apart.
+    weights.save(partial, arch, params, config=weights.hf_config(source), source=source)
+    partial.replace(directory / "model")
 
 
 def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:

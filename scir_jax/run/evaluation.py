@@ -120,17 +120,17 @@ def evaluate(
     """
     pairs, labels = labelled_pairs(inputs.heldout_pairs)
     prompts = inputs.heldout_prompts
-    total = scoring.score_batches(programs, len(pairs), with_reference=reference is not None) if pairs else 0
+    total = scoring.score_count(len(pairs), with_reference=reference is not None) if pairs else 0
     kinds = [(False, config.evaluate.samples, settings_of(config.sample))]
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))
-    total += len(kinds) * scoring.batches_of(len(prompts), config.sample.batch_size)
+    total += len(prompts) * sum(responses for _, responses, _ in kinds)
     values: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with console.stage(title, total) as bar:
 
-        def advance() -> None:
-            bar.advance()
+        def advance(by: int) -> None:
+            bar.advance(by=by)
             check()
 
         if pairs:
@@ -156,7 +156,7 @@ def sample_heldout(
     prompts: Sequence[Prompt],
     responses: int,
     sampling: Sampling,
-    advance: Callable[[], None],
+    advance: scoring.Advance,
 ) -> list[dict[str, Any]]:
     """Samples responses to the held-out prompts, with the same noise for every model: less chance in a comparison."""
     key = stream_key(config.run.seed, "evaluation", 0)
@@ -164,7 +164,7 @@ def sample_heldout(
     params = model() if prompts else None
     for part in batched(list(enumerate(prompts)), config.sample.batch_size):
         rows += sample_rows(encoder, programs, params, part, responses=responses, sampling=sampling, key=key)
-        advance()
+        advance(len(part) * responses)
     return rows
 
 

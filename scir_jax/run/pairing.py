@@ -123,7 +123,7 @@ class Scored(NamedTuple):
 
     Attributes:
       candidates: pairs of places in the items.
-      by_role: role -> reading -> [items] float32.
+      by_role: role -> reading -> [items] float32, NaN for items that nobody looks at.
       verdicts: [candidates, S] the judge's single verdicts under M_t, where the method looks at them.
       frozen: reward model -> [candidates, C] logits under M_t.
     """
@@ -180,7 +180,7 @@ def score_candidates(
     candidates: list[Choice],
     stopper: console.Stopper,
 ) -> Scored:
-    """Scores all items under the models in every role, and asks the judge about the candidates where it is needed.
+    """Scores the candidates' items under the models in every role, and asks the judge where it is needed.
 
     Each model is loaded once, M_t last, so that only one copy of the weights is there at a time.
     """
@@ -188,20 +188,23 @@ def score_candidates(
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
     loads = sorted({numbers[role] for role in asked})  # M_t is the largest
     title = f"iteration {iteration}: pair and score"
-    total = len(loads) * scoring.batches_of(len(items), programs.score_group.rows)
     passes = programs.judge_passes if wanted.verdicts else 0
-    total += (wanted.judged + passes) * scoring.batches_of(len(candidates), programs.judge_groups[0].leading[0])
     pairs = [_pair(items, choice) for choice in candidates]
+    # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
+    every = PAIRING[config.pairs.kind].choose is not None
+    used = np.arange(len(items)) if every else np.unique(_places(candidates))
+    total = len(loads) * len(used) + (wanted.judged + passes) * len(pairs)
     read: dict[int, dict[str, np.ndarray]] = {}
     judged = verdicts = None
     with console.stage(title, total) as bar:
 
-        def advance() -> None:
-            bar.advance()
+        def advance(by: int) -> None:
+            bar.advance(by=by)
             stopper.check(title)
 
         for number in loads:
-            read[number] = scoring.score_answers(encoder, programs, models.load(number), items, advance)
+            found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
+            read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
         if wanted.judged:
             judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance)
         if passes:
@@ -210,7 +213,7 @@ def score_candidates(
         elif wanted.verdicts:
             verdicts = rewards.single_verdicts(judged.verdicts)
     by_role = {role: read[numbers[role]] for role in asked}
-    if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6):
+    if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
             f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at first; "
             "implicit.reference names a model that lags"
@@ -263,6 +266,13 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
 
 def _pair(items: Sequence[Item], choice: Choice) -> Pair:
     return Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label)
+
+
+def _spread(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """Returns [size] float32 with the values at their places, and NaN elsewhere."""
+    result = np.full(size, np.nan, np.float32)
+    result[places] = values
+    return result
 
 
 def _places(choices: Sequence[Choice]) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from scir_jax.config.schema import Config
+from scir_jax.data.batches import by_length
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import batched
 from scir_jax.data.pairs import Answer, Pair, Prompt
@@ -19,6 +20,7 @@ from scir_jax.errors import InputError
 from scir_jax.method.rewards import Evidence, fit_length_penalty, judged
 
 Item = tuple[Prompt, Answer]
+Advance = Callable[[int], None]
 
 
 def nothing(*_) -> None:
@@ -26,12 +28,12 @@ def nothing(*_) -> None:
 
 
 def score_answers(
-    encoder: Encoder, programs: Programs, params: Any, items: Sequence[Item], advance: Callable[[], None] = nothing
+    encoder: Encoder, programs: Programs, params: Any, items: Sequence[Item], advance: Advance = nothing
 ) -> dict[str, np.ndarray]:
     """Reads values of each answer under a model.
 
     Args:
-      advance: is called after each batch.
+      advance: is told after each batch how many answers it held.
 
     Returns:
       name -> [len(items)] float32; "logps" is log pi(y|x), nats, summed over the answer's tokens with the stop token.
@@ -39,18 +41,19 @@ def score_answers(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    group = programs.score_group
-    parts: list[dict[str, np.ndarray]] = []
-    for part in batched(items, group.rows):
-        rows = [encoder.scored_row(*item) for item in taken(part, programs.local_rows(group.rows))]
-        read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
-        parts.append({name: np.asarray(values)[: len(part)] for name, values in read.items()})
-        for values in parts[-1].values():
-            check_finite(values, "log-probabilities")
-        advance()
-    if not parts:
-        return {"logps": np.zeros(0, np.float32)}
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    groups = programs.score_groups
+    tokens = [(len(prompt.ids) + len(answer.ids),) for prompt, answer in items]
+    result: dict[str, np.ndarray] = {"logps": np.zeros(len(items), np.float32)}
+    for group, numbers in zip(groups, by_length(tokens, [(group.tokens,) for group in groups]), strict=True):
+        for part in batched(numbers, group.rows):
+            rows = [encoder.scored_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
+            read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+            for name, values in read.items():
+                values = np.asarray(values)[: len(part)]
+                check_finite(values, "log-probabilities")
+                result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
+            advance(len(part))
+    return result
 
 
 def judge_pairs(
@@ -58,41 +61,47 @@ def judge_pairs(
     programs: Programs,
     params: Any,
     pairs: Sequence[Pair],
-    advance: Callable[[], None] = nothing,
+    advance: Advance = nothing,
     key: Any = None,
 ) -> Judged:
     """Reads verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32.
 
     Args:
-      advance: is called after each batch.
+      advance: is told after each batch how many pairs it held.
       key: key of the adapters' dropout; None drops nothing.
 
     Raises:
       InputError: the model gives values that are not finite.
     """
-    groups = programs.judge_groups
-    size, pad_id = groups[0].leading[0], encoder.chat.pad_id
-    verdicts, mass = [], []
-    for number, part in enumerate(batched(pairs, size)):
-        mine = taken(part, programs.local_rows(size))
-        rows = tuple(
-            group.arrays([row for pair in mine for row in encoder.judge_rows(judge, pair)], pad_id)
-            for judge, group in zip(encoder.judges, groups, strict=True)
-        )
-        batch_key = None if key is None else jax.random.fold_in(key, number)
-        read = programs.judge(params, put_batch(rows, programs.mesh), batch_key)
-        verdicts.append(np.asarray(read.verdicts)[: len(part)])
-        mass.append(np.asarray(read.mass)[: len(part)])
-        check_finite(verdicts[-1], "verdicts")
-        check_finite(mass[-1], "verdicts")
-        advance()
-    if not pairs:
-        return Judged(np.zeros((0, len(groups), 2, 2), np.float32), np.zeros((0, len(groups), 2), np.float32))
-    return Judged(np.concatenate(verdicts), np.concatenate(mass))
+    lengths = [tuple(group.tokens for group in groups) for groups in programs.judge_groups]
+    tokens = [
+        tuple(max(len(row.ids) for row in encoder.judge_rows(judge, pair)) for judge in encoder.judges)
+        for pair in pairs
+    ]
+    verdicts = np.zeros((len(pairs), len(encoder.judges), 2, 2), np.float32)
+    mass = np.zeros((len(pairs), len(encoder.judges), 2), np.float32)
+    calls = 0
+    for groups, numbers in zip(programs.judge_groups, by_length(tokens, lengths), strict=True):
+        size = groups[0].leading[0]
+        for part in batched(numbers, size):
+            mine = [pairs[i] for i in taken(part, programs.local_rows(size))]
+            rows = tuple(
+                group.arrays([row for pair in mine for row in encoder.judge_rows(judge, pair)], encoder.chat.pad_id)
+                for judge, group in zip(encoder.judges, groups, strict=True)
+            )
+            batch_key = None if key is None else jax.random.fold_in(key, calls)
+            read = programs.judge(params, put_batch(rows, programs.mesh), batch_key)
+            verdicts[part] = np.asarray(read.verdicts)[: len(part)]
+            mass[part] = np.asarray(read.mass)[: len(part)]
+            check_finite(verdicts[part], "verdicts")
+            check_finite(mass[part], "verdicts")
+            advance(len(part))
+            calls += 1
+    return Judged(verdicts, mass)
 
 
 def single_verdicts(
-    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Callable[[], None], key: Any
+    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Advance, key: Any
 ) -> np.ndarray:
     """Samples the judge's predictions with the adapters' dropout, [P, programs.judge_passes] logits, float32.
 
@@ -114,7 +123,7 @@ def score_pairs(
     config: Config,
     model: Callable[[], Any],
     reference: Callable[[], Any] | None,
-    advance: Callable[[], None] = nothing,
+    advance: Advance = nothing,
 ) -> Evidence:
     """Collects what the reward models need of pairs under a model, outside training; NumPy arrays.
 
@@ -171,15 +180,9 @@ def length_penalty(config: Config, logps: np.ndarray, reference_logps: np.ndarra
     return fit_length_penalty(config.implicit.beta * (logps - reference_logps), lengths)
 
 
-def score_batches(programs: Programs, pairs: int, *, with_reference: bool) -> int:
-    """Returns how often `score_pairs` calls `advance`."""
-    answers = batches_of(2 * pairs, programs.score_group.rows)
-    return (2 * answers if with_reference else 0) + batches_of(pairs, programs.judge_groups[0].leading[0])
-
-
-def batches_of(items: int, size: int) -> int:
-    """Returns how many batches of `size` hold these items."""
-    return -(-items // size)
+def score_count(pairs: int, *, with_reference: bool) -> int:
+    """Returns what `score_pairs` tells `advance` in total: answers, and pairs that are judged."""
+    return pairs * (5 if with_reference else 1)
 
 
 def taken(items: Sequence, rows: np.ndarray) -> list:

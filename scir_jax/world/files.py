@@ -92,7 +92,7 @@ def is_complete(directory: Path, spec: WorldSpec) -> bool:
         hashes = dict(manifest["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest_path} is not the manifest of an embedded world") from error
-    if found != (FORMAT, _as_json(spec)):
+    if found != (FORMAT, as_json(spec)):
         raise InputError(f"{directory} holds an embedded world of another specification")
     for name, expected in hashes.items():
         path = directory / name
@@ -143,14 +143,14 @@ def _write_files(directory: Path, spec: WorldSpec) -> None:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
-        "spec": _as_json(spec),
+        "spec": as_json(spec),
         "sha256": {path.relative_to(directory).as_posix(): _sha256(path) for path in paths},
     }
     # Last: its presence says that everything else is there.
     _write_text(directory / "world.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _as_json(spec: WorldSpec) -> dict:
+def as_json(spec: WorldSpec) -> dict:
     """Returns the specification as it reads back from JSON (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(spec)))
 

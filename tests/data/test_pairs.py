@@ -93,7 +93,7 @@ def same_everywhere(encoder, pairs, tmp_path, monkeypatch):
         return Judged(*(np.zeros((len(pairs), len(rows), 2, *more), np.float32) for more in ((2,), ())))
 
     groups = tuple(RowGroup((len(pairs), 2), tokens, verdict=True) for tokens in lengths.judges)
-    programs = SimpleNamespace(judge_groups=groups, judge=judge, local_rows=np.arange, mesh=None)
+    programs = SimpleNamespace(judge_groups=(groups,), judge=judge, local_rows=np.arange, mesh=None)
     monkeypatch.setattr(scoring, "put_batch", lambda rows, _: rows)
     scoring.judge_pairs(encoder, programs, None, pairs)
     spec = PairSpec.of(len(pairs), lengths, judged=True, continued=encoder.continued)

@@ -51,6 +51,7 @@ def raising(message):
 """
 
 
+@pytest.mark.slow
 def test_hosts_talk_and_end_in_silence(tmp_path):
     (tmp_path / "apart0").mkdir()
     code = """
@@ -186,6 +187,7 @@ main(body, watch=4)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "lost", "how"),
     [

@@ -64,8 +64,8 @@ def calls(setup, directory, monkeypatch):
         found[program.name] += [(dataset[step], rates[step], key) for step in range(len(dataset))]
 
     programs.sampler = sampler
-    programs.scorer = recorded("score responses", lambda rows: {"logps": np.zeros(rows.start.shape)})
-    programs.judge = recorded("judge pairs", judged)
+    programs.scorer = recorded(programs.score_programs[0].name, lambda rows: {"logps": np.zeros(rows.start.shape)})
+    programs.judge = recorded(programs.judge_programs[0].name, judged)
     monkeypatch.setattr(training, "train_stage", trained)
     params = parameters.configured()
     for answers in (1, 2):

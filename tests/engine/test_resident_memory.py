@@ -4,6 +4,8 @@ import dataclasses
 import resource
 from pathlib import Path
 
+import pytest
+
 from tests.processes import elsewhere
 
 STEPS = 4
@@ -50,6 +52,7 @@ def train(config, directory):
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), table
 
 
+@pytest.mark.slow
 def test_the_table_is_what_training_holds(world_dir, tiny_config, tmp_path):
     """Steps do not overlap on a CPU, or two steps' buffers would be there at once."""
     config = tiny_config(world_dir, optimise=dict(batch_size=160), checkpoint=dict(every=100))

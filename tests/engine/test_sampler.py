@@ -217,7 +217,8 @@ def brute_force(scaled, top_p, top_k):
     """The kept tokens of one row by their definition; every token tied with the last one kept is kept too."""
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
     if top_k > 0:
-        order = order[:top_k]
+        last = scaled[order[min(top_k, len(order)) - 1]]
+        order = [i for i in order if scaled[i] >= last]
     weight = np.exp(np.array([scaled[i] for i in order], np.float64) - scaled[order[0]])
     weight /= weight.sum()
     count = 1 if top_p < 1 else len(order)

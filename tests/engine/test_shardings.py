@@ -16,7 +16,7 @@ from scir_jax.run import sampling, scoring
 from tests.processes import on_eight_devices
 from tests.training import TRAINING, changed, dropping_config, heldout_items, host, make_dataset, on_mesh, whole
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_compilation")]
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 

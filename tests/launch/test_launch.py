@@ -17,7 +17,7 @@ PLACE = ["--zone=us-east5-a", "--project=p"]
 SLICE = ["--name", "scir", "--zone=us-east5-a", "--project", "p"]
 TYPE = ["--accelerator-type", "v6e-16"]
 
-pytestmark = needed
+pytestmark = [pytest.mark.slow, needed]
 
 
 def creations(cluster):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_cluster import NASTY, needed
 
-pytestmark = needed
+pytestmark = [pytest.mark.slow, needed]
 
 
 # --- one machine ---

@@ -28,6 +28,7 @@ def added():
             del table[name]
 
 
+@pytest.mark.slow
 def test_entries_of_tables_are_all_that_is_needed(added, world_dir, tiny_config):
     config = tiny_config(
         world_dir,

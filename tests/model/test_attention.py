@@ -100,7 +100,7 @@ def test_blocks_of_every_backend_are_those_of_xla(backend, tokens, segmented):
     close(ours, value_and_gradients("xla", inputs, **settings), 1e-5)
 
 
-def test_blocks_hold_no_scores():
+def test_blocks_hold_no_scores(optimised):
     def bytes_of(tokens, implementation):
         inputs = [jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16) for heads in (8, 2, 2, 8)]
 

@@ -242,6 +242,7 @@ def rows_to_share():
     return np.random.default_rng(1).integers(0, 101, (8, 13)).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SHARDED)
 def test_a_mesh_does_not_change_the_hidden_states(sharded, imported, family):
     here = imported(SHARDED[family])

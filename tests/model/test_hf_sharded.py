@@ -206,6 +206,7 @@ def found(request, models, tmp_path_factory):
 # --- what they found --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_device_has_its_part_of_what_one_device_has(found, models):
     _, results = found
     for name, sizes in results[0]:

@@ -42,7 +42,8 @@ def both(world_dir, tiny_config):
 
 
 def test_a_plan_has_the_programs_of_the_run(both):
-    ours, theirs = ({p.name: p for p in programs.all()} for programs in both)
+    # Their names may hold the lengths of the rows, which are longer in a plan.
+    ours, theirs = ({p.name.partition(",")[0]: p for p in programs.all()} for programs in both)
     assert ours.keys() == theirs.keys()
     for name, program in ours.items():
         assert program.stage == theirs[name].stage
@@ -60,6 +61,7 @@ def test_rows_of_a_plan_are_not_shorter_than_those_of_the_run(both):
             assert np.all(np.array(getattr(ours, field.name)) >= np.array(getattr(theirs, field.name))), field.name
 
 
+@pytest.mark.slow
 def test_memory_of_a_plan_is_that_of_the_programs(world_dir, tiny_config, monkeypatch):
     """Where the limits are the lengths of the data, plan and run compile the same."""
     run = prepare(tiny_config(world_dir, **SMALL)).programs
@@ -73,14 +75,15 @@ def test_memory_of_a_plan_is_that_of_the_programs(world_dir, tiny_config, monkey
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_says_that_a_run_fits(command, write_config):
     done = command(plan.main, "--config", write_config(**SMALL), "--batch", 16)
     assert done.code == 0
     for text in (
         "SCIR step",
         "SFT step",
-        "judge pairs",
-        "score responses",
+        "judge, ",
+        "score, ",
         "sample 2 per prompt",
         "fits",
         "no times are",

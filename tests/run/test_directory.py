@@ -156,6 +156,7 @@ def full_disk(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_full_disk(whole, tiny_run, command, no_page, tmp_path):
     """Wherever a run finds no space, it goes on with what it saved, to the result of one that never missed any."""
     for limit in (4_000, 20_000, 100_000):
@@ -174,6 +175,7 @@ def test_a_full_disk(whole, tiny_run, command, no_page, tmp_path):
         assert all(same(model(run, n), model(whole.path, n)) for n in range(3))
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_process_of_its_own(tiny_run, command, no_page, tmp_path):
     """It ends, though Orbax's threads were saving; without iterations and SFT it has nothing to compile."""
     absent = dict(heldout_prompts=None, heldout_pairs=None)

@@ -30,7 +30,7 @@ from scir_jax.text.chat import load_tokenizer
 from tests import small_model
 from tests.run.runs import lines, logit, write_lines
 
-pytestmark = pytest.mark.usefixtures("shared_programs", "no_page")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs", "no_page")]
 
 EMPTY = "<think>\n\n</think>\n\n"
 THOUGHT = "<think>\nA, or B?\n</think>\n\nLast."

@@ -6,7 +6,7 @@ import yaml
 from scir_jax import train
 from tests.run.runs import ITERATIONS, WHOLE, check_iterations, content, files, lines, model, refused, same
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
 def without_seconds(rows: list[dict]) -> list[dict]:

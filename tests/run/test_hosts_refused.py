@@ -62,6 +62,7 @@ def test_different_configurations(refused, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_its_own(refused, tmp_path):
     lines = refused("runs/own")
     assert lines[0] == f"error: host 1: {lines[1].removeprefix('error: ')}"

@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+import pytest
+
 from scir_jax.data.jsonl import AppendOnly
 from scir_jax.run import sampling
 from tests.hosts import run_hosts
@@ -36,6 +38,7 @@ hosts.finish()
 """
 
 
+@pytest.mark.slow
 def test_rows_of_hosts():
     """Of four hosts with two devices each: what they hold, what of it is theirs alone, and that it becomes a batch."""
     done = run_hosts(f"MESHES = {MESHES}\n{ROWS}", 4, forked=True)

@@ -360,6 +360,7 @@ def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
         assert tuple(judged.ids[0, side])[: len(expected)] == expected and judged.verdict[0, side] == len(expected) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [pytest.param("judge", marks=pytest.mark.slow), "judge_continuation"])
 def test_a_run_on_conversations_of_several_turns(command, write_config, world_dir, tmp_path, layout):
     words = ("ab", "ba", "abc", "cab", "bac", "bb", "cc", "ac")

@@ -26,7 +26,7 @@ from scir_jax.run import scoring, training
 from scir_jax.run.setup import prepare
 from tests.run.runs import lines, model, refused
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 SETTINGS = dict(rank=2, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
 TARGETS = [("attention", "q"), ("attention", "v"), ("mlp", "down")]

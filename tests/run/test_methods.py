@@ -59,6 +59,7 @@ def test_every_method_is_tried():
     assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, "external", "cream"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LABELS)
 def test_methods(method, from_m1, whole):
     run = from_m1("--config", METHODS / f"{method}.yaml", **BENEATH.get(method, {}))

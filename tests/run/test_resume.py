@@ -253,6 +253,7 @@ def newest(directory: Path) -> str | None:
     return found[-1] if found else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chain",
     [pytest.param(SOME, id="some"), *(pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in CHAINS.items())],

@@ -46,6 +46,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name, from_m1, world_dir, whole):
     settings = {section: dict(values) for section, values in SETTINGS[name].items()}

@@ -1,0 +1,73 @@
+"""Rows are scored and judged at the shortest compiled length that holds them; what is found does not depend on it."""
+
+import numpy as np
+import pytest
+
+from scir_jax.data import batches
+from scir_jax.data.batches import by_length, row_lengths
+from scir_jax.run import pairing, scoring
+from scir_jax.run.setup import prepare
+from tests.training import heldout_items
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
+
+def test_lengths_end_with_the_longest():
+    assert row_lengths([96]) == [(96,)]
+    assert row_lengths([1024]) == [(128,), (256,), (384,), (512,), (768,), (1024,)]
+    assert row_lengths([256, 1100]) == [
+        (128, 144), (128, 384), (128, 512), (128, 640), (192, 896), (256, 1100)
+    ]  # fmt: skip
+
+
+def test_a_row_has_the_first_length_that_holds_all_of_it():
+    found = by_length([(5, 9), (8, 8), (4, 8), (16, 1)], [(4, 8), (8, 8), (16, 16)])
+    assert [numbers.tolist() for numbers in found] == [[2], [1], [0, 3]]
+    assert [numbers.tolist() for numbers in by_length([], [(4,), (8,)])] == [[], []]
+    with pytest.raises(ValueError, match=r"\[9\] tokens"):
+        by_length([(8,), (9,)], [(4,), (8,)])
+
+
+def test_results_do_not_depend_on_lengths_or_company(world_dir, tiny_config, monkeypatch):
+    templates = (f"{world_dir}/judge.yaml", f"{world_dir}/judge_continuation.yaml")
+    config = tiny_config(world_dir, generative=dict(templates=templates), evaluate=dict(batch_size=4))
+    found = {}
+    for shortest in (batches.SHORTEST, 8):
+        monkeypatch.setattr(batches, "SHORTEST", shortest)
+        setup = prepare(config)
+        params, items, pairs = setup.parameters.configured(), heldout_items(setup), setup.inputs.heldout_pairs
+        seen = []
+        scores = scoring.score_answers(setup.encoder, setup.programs, params, items, seen.append)["logps"]
+        judged = scoring.judge_pairs(setup.encoder, setup.programs, params, pairs, seen.append)
+        assert sum(seen) == len(items) + len(pairs)
+        found[shortest] = scores, *judged
+    assert len(setup.programs.score_groups) > 2 and len(setup.programs.judge_groups) > 3
+    for many, one in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+    # Another order and other neighbours change no bit.
+    order = np.random.default_rng(0).permutation(len(items))[:7]
+    again = scoring.score_answers(setup.encoder, setup.programs, params, [items[i] for i in order])["logps"]
+    np.testing.assert_array_equal(again, scores[order])
+    judged_again = scoring.judge_pairs(setup.encoder, setup.programs, params, pairs[:1:-1])
+    np.testing.assert_array_equal(judged_again.verdicts, judged.verdicts[:1:-1])
+
+
+def test_answers_in_no_pair_are_not_scored(world_dir, tiny_config, monkeypatch):
+    setup = prepare(tiny_config(world_dir, pairs=dict(kind="random")))
+    items = heldout_items(setup)
+    asked = []
+
+    def score_answers(encoder, programs, params, items, advance):
+        asked.append(items)
+        return {"logps": np.arange(len(items), dtype=np.float32)}
+
+    monkeypatch.setattr(scoring, "score_answers", score_answers)
+    choices = [pairing.Choice(4, 1, None), pairing.Choice(1, 6, None)]
+    models = type("Models", (), {"load": lambda self, number: None})()
+    stopper = type("Stopper", (), {"check": lambda self, title: None})()
+    judged = scoring.Judged(np.zeros((2, 1, 2, 2), np.float32), np.zeros((2, 1, 2), np.float32))
+    monkeypatch.setattr(scoring, "judge_pairs", lambda *_: judged)
+    scored = pairing.score_candidates(setup.programs.config, setup.encoder, setup.programs, models, 1, items, choices, stopper)
+    assert asked and all(found == [items[1], items[4], items[6]] for found in asked)
+    start = scored.by_role["start"]["logps"]
+    assert start[[1, 4, 6]].tolist() == [0, 1, 2] and np.isnan(np.delete(start, [1, 4, 6])).all()

@@ -1,0 +1,89 @@
+"""The base model that travels with the package: taken where it is the configured one, and the same if made again."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from scir_jax.config import cli
+from scir_jax.config.checks import resolve
+from scir_jax.config.schema import Config, WorldConfig
+from scir_jax.errors import InputError
+from scir_jax.method.rewards import judged
+from scir_jax.run import base_model, console, scoring
+from scir_jax.run.setup import prepare
+from scir_jax.world import base
+
+WORLD = WorldConfig()
+SPEC, TRAINING = base_model.spec_of(WORLD), base_model.training_of(WORLD)
+
+
+def test_the_package_has_the_base_model_of_the_default_world():
+    path = base.shipped(SPEC, TRAINING)
+    assert path.stat().st_size < 2**20
+    record = json.loads((path.parent / base.RECORD).read_text())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(steps=999), dict(learning_rate=1e-3)], ids=str)
+def test_another_world_has_another_base_model(change):
+    world = dataclasses.replace(WORLD, **change)
+    assert base.shipped(base_model.spec_of(world), base_model.training_of(world)) is None
+
+
+def test_weights_that_were_changed_are_refused(tmp_path):
+    shutil.copytree(base.DIRECTORY, tmp_path / "base")
+    file = tmp_path / "base" / base.WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="model.safetensors is missing or was changed"):
+        base.shipped(SPEC, TRAINING, tmp_path / "base")
+    file.unlink()
+    with pytest.raises(InputError, match="is missing or was changed"):
+        base.shipped(SPEC, TRAINING, tmp_path / "base")
+    assert base.shipped(SPEC, TRAINING, tmp_path / "nothing") is None
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The default world with the package's base model, made without training."""
+    directory = tmp_path_factory.mktemp("built") / "world"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "_train", None)
+        config = Config(world=dataclasses.replace(WORLD, directory=str(directory)))
+        base_model.build_world(config, console.Stopper())
+        base_model.build_world(config, console.Stopper())
+    return directory
+
+
+def test_a_world_is_built_without_training(built):
+    names = {path.name for path in (built / "untrained").iterdir()}
+    assert {path.name for path in (built / "model").iterdir()} == {*names, base.WEIGHTS}
+    shipped, made = base.DIRECTORY / base.WEIGHTS, built / "model" / base.WEIGHTS
+    assert made.read_bytes() == shipped.read_bytes()
+
+
+def quality(directory):
+    """What the base model of a world makes of held-out pairs: nats per token of the better answers, judge's accuracy."""
+    config, _ = cli.parse("train", "", ["--world.directory", str(directory)], default_config=cli.QUICKSTART)
+    encoder, inputs, programs, parameters = prepare(resolve(config))
+    params, pairs = parameters.configured(), inputs.heldout_pairs
+    better = [(pair.prompt, pair.answers[0 if pair.label > 0.5 else 1]) for pair in pairs]
+    logps = scoring.score_answers(encoder, programs, params, better)["logps"]
+    logits = judged(scoring.judge_pairs(encoder, programs, params, pairs).verdicts)["logit"][:, 0]
+    labels = np.array([pair.label > 0.5 for pair in pairs])
+    return -logps.sum() / sum(len(answer.ids) for _, answer in better), np.mean((np.asarray(logits) > 0) == labels)
+
+
+@pytest.mark.slow
+def test_made_again_it_is_as_good(built, tmp_path, optimised):
+    config, _ = cli.parse("world", "", ["--world.directory", str(tmp_path)], default_config=cli.QUICKSTART)
+    base_model.build_world(config, console.Stopper(), retrain=True)
+    (nats, accuracy), (again, accuracy_again) = quality(built), quality(tmp_path)
+    assert 0 < nats < 2 and accuracy > 0.6
+    assert abs(again - nats) < 0.03 * nats
+    assert abs(accuracy_again - accuracy) < 0.05
