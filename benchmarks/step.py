@@ -1,0 +1,291 @@
+"""One training step side by side: scir_jax, and plain careful loops in torch, on the same model and the same pairs.
+
+    python benchmarks/step.py --size 1m --pairs 64 --steps 6
+
+It makes a random Mistral and pairs of log-normal lengths, then runs each contestant in a process of its own, one after
+another and again, and prints one row per contestant. Needs the extra [test], for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SIZES = {  # width, layers, heads, key/value heads, feed-forward width, vocabulary
+    "1m": (64, 4, 4, 2, 160, 8192),
+    "10m": (256, 8, 8, 4, 768, 8192),
+    "60m": (512, 12, 8, 4, 1536, 32000),
+}
+BETA, WEIGHT, RATE = 0.1, 1.0, 1e-5
+CONTESTANTS = ("torch dpo", "scir_jax dpo", "torch scir", "scir_jax scir", "scir_jax scir continued")
+
+
+# --- the case ---------------------------------------------------------------------------------------------------------
+
+
+def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
+    """Writes a random model, its tokenizer and judge templates, and pairs."""
+    import jax
+
+    from scir_jax.model import decoder, families
+    from scir_jax.model.hf import weights
+    from scir_jax.world.files import JUDGE, JUDGE_CONTINUATION, model_config
+    from scir_jax.world.spec import WorldSpec
+    from scir_jax.world.tasks import LETTERS
+    from scir_jax.world.tokenizer import write_tokenizer
+
+    width, layers, heads, kv_heads, inner, vocabulary = SIZES[size]
+    spec = WorldSpec(
+        hidden_size=width,
+        layers=layers,
+        heads=heads,
+        key_value_heads=kv_heads,
+        head_dim=width // heads,
+        intermediate_size=inner,
+        max_length=8 * longest,
+    )
+    source = directory / "source"
+    source.mkdir()
+    config = {**model_config(spec), "vocab_size": vocabulary}
+    (source / "config.json").write_text(json.dumps(config))
+    write_tokenizer(source, spec.max_length)
+    arch = families.read(config, str(source))
+    params = jax.tree.map(np.asarray, jax.jit(decoder.define(arch).init)(jax.random.key(0)))
+    weights.save(directory / "model", arch, params, config=config, source=source)
+    (directory / "judge.yaml").write_text(JUDGE)
+    (directory / "judge_continuation.yaml").write_text(JUDGE_CONTINUATION)
+    rng = np.random.default_rng(0)
+
+    def text(mean: float, sigma: float, most: int) -> str:
+        tokens = int(np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma), 4, most))
+        return "".join(rng.choice(list(LETTERS), tokens))
+
+    with (directory / "pairs.jsonl").open("w") as file:
+        for _ in range(pairs):
+            row = {"prompt": text(95, 0.7, longest * 2 // 5)}
+            row |= {name: text(193, 0.75, longest * 3 // 5) for name in ("chosen", "rejected")}
+            file.write(json.dumps(row) + "\n")
+
+
+@dataclasses.dataclass
+class Case:
+    """The pairs of a case with cached log-probabilities, and the programs of scir_jax for them."""
+
+    setup: object
+    pairs: list
+
+
+def load_case(directory: Path, batch: int, longest: int, *, dpo: bool, continued: bool) -> Case:
+    """Encodes the pairs, and makes up the log-probabilities of a lagging reference."""
+    from scir_jax.config.schema import (
+        Config,
+        ConsistencyConfig,
+        DataConfig,
+        EvaluateConfig,
+        GenerativeConfig,
+        ImplicitConfig,
+        ModelConfig,
+        OptimiseConfig,
+        PreferenceConfig,
+        ReplayConfig,
+        SelectionConfig,
+        TextConfig,
+    )
+    from scir_jax.run import scoring
+    from scir_jax.run.setup import prepare
+
+    template = "judge_continuation.yaml" if continued else "judge.yaml"
+    config = Config(
+        model=ModelConfig(path=str(directory / "model")),
+        data=DataConfig(pairs=str(directory / "pairs.jsonl")),
+        text=TextConfig(max_prompt_tokens=longest * 2 // 5 + 8, max_response_tokens=longest * 3 // 5 + 8),
+        generative=GenerativeConfig(templates=(str(directory / template),)),
+        implicit=ImplicitConfig(beta=BETA),
+        consistency=ConsistencyConfig(kind="kl", weight=0.0 if dpo else WEIGHT),
+        selection=SelectionConfig(rule="all" if dpo else "agreement"),
+        preference=PreferenceConfig(beta=BETA, **(dict(labels="external", update="frozen") if dpo else {})),
+        replay=ReplayConfig(weight=0.0),
+        optimise=OptimiseConfig(batch_size=batch),
+        evaluate=EvaluateConfig(batch_size=8),
+    )
+    setup = prepare(config)
+    given = setup.inputs.given_pairs
+    items = [(pair.prompt, answer) for pair in given for answer in pair.answers]
+    logps = scoring.score_answers(setup.encoder, setup.programs, setup.parameters.configured(), items)["logps"]
+    logps = logps.astype(np.float64).reshape(-1, 2)
+    lagging = logps + np.random.default_rng(1).normal(0, 5, logps.shape)
+    pairs = [
+        dataclasses.replace(
+            pair,
+            cached={
+                "preference_logps": tuple(map(float, start)),
+                "start_logps": tuple(map(float, start)),
+                "implicit_logps": tuple(map(float, behind)),
+            },
+        )
+        for pair, start, behind in zip(given, logps, lagging, strict=True)
+    ]
+    return Case(setup, pairs)
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+def run_jax(case: Case, steps: int, batch: int) -> dict:
+    """Takes steps of scir_jax's own trainer; the first, which compiles, is not timed."""
+    import jax
+
+    from scir_jax.engine.mesh import put_batch
+
+    encoder, _, programs, parameters = case.setup
+    trainer, spec = programs.optimise, programs.optimise_spec
+    state = trainer.init(parameters.configured())
+    seconds, losses = [], []
+    for step in range(steps + 1):
+        first = max(step - 1, 0) * batch
+        numbered = [(i, case.pairs[i]) for i in range(first, first + batch)]
+        started = time.monotonic()
+        arrays = put_batch(spec.arrays(numbered, {}, encoder), programs.mesh)
+        state, output = trainer.step(state, parameters.frozen, arrays, np.float32(RATE if step else 0), None)
+        losses.append(float(output.metrics["loss"]))
+        jax.block_until_ready(state)
+        seconds.append(time.monotonic() - started)
+    rows = [row for pair in case.pairs[: steps * batch] for rows in _rows(spec, pair, encoder) for row in rows]
+    real = sum(len(row.ids) for row in rows) / (spec.tokens * steps)
+    return {"seconds": seconds[1:], "loss": losses[1], "real": real}
+
+
+def _rows(spec, pair, encoder):
+    answers, judges = spec.pairs.rows(pair, encoder)
+    return [answers, *judges]
+
+
+def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool) -> dict:
+    """Takes steps in torch: rows padded to the longest of the batch, the head at answers only, cached references."""
+    import torch
+    import transformers
+
+    encoder = case.setup.encoder
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    seconds, losses, real, computed = [], [], 0, 0
+
+    def hidden_of(rows: list) -> tuple[torch.Tensor, int]:
+        longest = max(len(row.ids) for row in rows)
+        ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)], mask[i, : len(row.ids)] = torch.tensor(row.ids), 1
+        return model.model(ids, attention_mask=mask).last_hidden_state, longest
+
+    for step in range(steps + 1):
+        first = max(step - 1, 0) * batch
+        pairs = case.pairs[first : first + batch]
+        started = time.monotonic()
+        rows = [row for pair in pairs for row in encoder.answer_rows(pair)]
+        hidden, longest = hidden_of(rows)
+        picked = [hidden[i, row.start - 1 : row.start + row.length - 1] for i, row in enumerate(rows)]
+        targets = torch.tensor([t for row in rows for t in row.ids[row.start : row.start + row.length]])
+        logits = model.lm_head(torch.cat(picked))
+        token_logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        logps = torch.stack([part.sum() for part in token_logps.split([row.length for row in rows])]).view(-1, 2)
+        cached = {name: torch.tensor([pair.cached[name] for pair in pairs]) for name in pairs[0].cached}
+        margin = (logps - cached["preference_logps"]) @ torch.tensor([1.0, -1.0])
+        real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
+        if dpo:
+            loss = -torch.nn.functional.logsigmoid(BETA * margin).mean()
+        else:
+            judge = encoder.judges[0]
+            rows = [row for pair in pairs for row in encoder.judge_rows(judge, pair)]
+            hidden, longest = hidden_of(rows)
+            real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
+            last = torch.stack([hidden[i, len(row.ids) - 1] for i, row in enumerate(rows)])
+            verdicts = last @ model.lm_head.weight[list(judge.verdict_ids)].T
+            z = (verdicts[:, 0] - verdicts[:, 1]).view(-1, 2)
+            generative = (z[:, 0] - z[:, 1]) / 2
+            implicit = BETA * (logps - cached["implicit_logps"]) @ torch.tensor([1.0, -1.0])
+            # The symmetric KL divergence of two Bernoulli variables, the mean of both directions.
+            p, q = generative.sigmoid(), implicit.sigmoid()
+            penalty = (p - q) * (generative - implicit) / 2
+            agreed = (generative * implicit > 0).float()
+            side = torch.sign(generative).detach()
+            preference = -torch.nn.functional.logsigmoid(BETA * margin * side) * agreed
+            loss = preference.sum() / agreed.sum().clamp(min=1) + WEIGHT * penalty.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if step:
+            optimizer.step()
+        losses.append(loss.item())
+        seconds.append(time.monotonic() - started)
+    return {"seconds": seconds[1:], "loss": losses[1], "real": real / computed}
+
+
+def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dict:
+    """Runs one contestant in this process."""
+    dpo, continued = "dpo" in name, "continued" in name
+    case = load_case(directory, arguments.batch, arguments.longest, dpo=dpo, continued=continued)
+    if name.startswith("torch"):
+        result = run_torch(case, directory, arguments.steps, arguments.batch, dpo=dpo)
+    else:
+        result = run_jax(case, arguments.steps, arguments.batch)
+    return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Runs all contestants and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1m", help="of the model")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each contestant and repetition")
+    parser.add_argument("--longest", type=int, default=1024, help="tokens of the longest prompt and answer together")
+    parser.add_argument("--repeat", type=int, default=2, help="repetitions, one contestant after another")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(contestant(arguments.run, arguments.case, arguments)))
+        return 0
+    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
+    with tempfile.TemporaryDirectory() as directory:
+        make_case(Path(directory), arguments.size, arguments.batch * arguments.steps, arguments.longest)
+        for number in range(arguments.repeat):
+            for name in arguments.only:
+                shared = [f"--{key}={getattr(arguments, key)}" for key in ("size", "batch", "steps", "longest")]
+                command = [sys.executable, __file__, "--run", name, "--case", directory, *shared]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(f"{name}: ended with code {done.returncode}", file=sys.stderr)
+                    continue
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
+    print(f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'peak GiB':>10}{'real':>7}{'first loss':>12}")
+    for name, results in found.items():
+        if results:
+            seconds = float(np.median([s for result in results for s in result["seconds"]]))
+            peak = max(result["peak_gib"] for result in results)
+            last = results[-1]
+            print(
+                f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}{peak:>10.2f}"
+                f"{last['real']:>7.0%}{last['loss']:>12.5f}"
+            )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"settings": vars(arguments), "found": found}, default=str, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
