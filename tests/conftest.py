@@ -50,6 +50,12 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module")
+def few_functions():
+    """Forgets what was compiled. JAX counts the variants of the first 8,192 jitted functions of a process only."""
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory):
     """A world of few rows; `model/` is a Hugging Face directory with random weights. Read only."""

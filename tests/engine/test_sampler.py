@@ -21,7 +21,7 @@ from scir_jax.run import console, sampling
 from scir_jax.run.setup import prepare
 from tests.processes import quick_jit
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = pytest.mark.usefixtures("few_functions", "cheap_compilation")
 
 ARCH = Architecture("mistral", 23, 32, 48, 4, 2, 8, layers=(Layer(window=9),) * 2, max_positions=64)
 STOPS, PAD = (2, 5), 7
@@ -161,6 +161,7 @@ def test_no_setting_compiles_again(small):
     compiled = small.sampler()._cache_size
     small(sampling=ONE)
     before = compiled()
+    assert before > 0
     settings = (ONE, Sampling.of(0.0), Sampling.of(3.0), Sampling.of(3.0, 0.5), Sampling.of(3.0, 1.0, 2))
     seen = [small(sampling=s)[0] for s in settings]
     small(key=stream_key(5, "evaluation", 3))

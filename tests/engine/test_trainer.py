@@ -18,7 +18,7 @@ from scir_jax.run.setup import prepare
 from tests.processes import quick_jit
 from tests.training import STEPS, TRAINING, assert_same_bytes, batch_of, broken, changed, host, make_dataset
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = pytest.mark.usefixtures("few_functions", "cheap_compilation")
 
 MISTRAL_7B = Architecture("mistral", 32000, 4096, 14336, 32, 8, 128, layers=(Layer(4096),) * 32)
 

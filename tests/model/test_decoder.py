@@ -117,7 +117,7 @@ def test_padding_at_the_right_changes_nothing(arch):
 
 
 @pytest.mark.parametrize("arch", [ARCH, WINDOWED], ids=["full", "window"])
-def test_decoding_with_a_cache_equals_the_full_row(arch):
+def test_decoding_with_a_cache_equals_the_full_row(arch, few_functions):
     model = decoder.define(arch)
     params, ids = random_params(arch), random_ids(3, 14)
     full = jax.jit(model.hidden)(params, ids)

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from functools import cached_property
 
+import jax
+
 from scir_jax.config.schema import Config
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.trainer import Trainer
@@ -25,6 +27,8 @@ class SharedPrograms(Programs):
     @contextlib.contextmanager
     def anew(cls):
         """Inside, nothing is known of earlier runs. Gives a dict; in the end it has the cached entries of each kind."""
+        # JAX counts the variants of the first 8,192 jitted functions of a process only.
+        jax.clear_caches()
         before, cls.found, sizes = cls.found, {}, {}
         yield sizes
         for (kind, _), made in cls.found.items():
