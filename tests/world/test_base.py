@@ -1,4 +1,4 @@
-"""The base model that travels with the package: taken where it is the configured one, and the same if made again."""
+"""The base model that travels with the package: taken where it is the configured one, better than a shorter training."""
 
 import dataclasses
 import hashlib
@@ -80,11 +80,10 @@ def quality(directory):
 
 
 @pytest.mark.slow
-def test_made_again_it_is_as_good(built, tmp_path, optimised):
-    config, _ = cli.parse("world", "", ["--world.directory", str(tmp_path)], default_config=cli.QUICKSTART)
+def test_a_training_of_a_quarter_of_the_steps_comes_near(built, tmp_path, optimised):
+    options = ["--world.directory", str(tmp_path), "--world.steps", str(WORLD.steps // 4)]
+    config, _ = cli.parse("world", "", options, default_config=cli.QUICKSTART)
     base_model.build_world(config, console.Stopper(), retrain=True)
-    (nats, accuracy), (again, accuracy_again) = quality(built), quality(tmp_path)
-    assert 0 < nats < 2 and accuracy > 0.6
-    # Training amplifies what processors round differently.
-    assert abs(again - nats) < 0.05 * nats
-    assert abs(accuracy_again - accuracy) < 0.1
+    (nats, accuracy), (sooner, accuracy_sooner) = quality(built), quality(tmp_path)
+    assert nats < sooner < 2 * nats
+    assert 0.5 < accuracy_sooner < accuracy
