@@ -1,6 +1,6 @@
 """One training step side by side: scir_jax, and plain careful loops in torch, on the same model and the same pairs.
 
-    python benchmarks/step.py --size 1m --pairs 64 --steps 6
+    python benchmarks/step.py --size 1m --steps 6
 
 It makes a random Mistral and pairs of log-normal lengths, then runs each contestant in a process of its own, one after
 another and again, and prints one row per contestant. Needs the extra [test], for torch.

@@ -37,8 +37,8 @@ if jax.__version_info__ < (0, 11):
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
-# Two thirds of the time of compiled tests is compilation. The fixture `optimised` is for those that ask what the compiler
-# makes of a program.
+# Compilation is most of the tests' time. The fixture `optimised` is for those that ask what the compiler makes of a
+# program.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -142,13 +142,13 @@ def limit(scaled_MV: Array, top_p: Array, top_k: Array) -> Array:
     bit.
     """
     order_MV = _ordered(scaled_MV)
-    vocab = scaled_MV.shape[1]
-    most = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    lowest_M = _threshold(order_MV, jnp.ones(scaled_MV.shape, jnp.float32), most.astype(jnp.float32))
-    kept_MV = order_MV >= lowest_M[:, None]
-    probabilities_MV = jax.nn.softmax(jnp.where(kept_MV, scaled_MV, -jnp.inf), axis=1)
-    lowest_M = jnp.where(top_p < 1, jnp.maximum(lowest_M, _threshold(order_MV, probabilities_MV, top_p)), lowest_M)
-    return jnp.where(order_MV >= lowest_M[:, None], scaled_MV, -jnp.inf)
+
+    def above(values_MV: Array, amounts_MV: Array, least: Array) -> Array:
+        return jnp.where(order_MV >= _threshold(order_MV, amounts_MV, least)[:, None], values_MV, -jnp.inf)
+
+    most = jnp.minimum(top_k, scaled_MV.shape[1]).astype(jnp.float32)
+    kept_MV = jax.lax.cond(top_k > 0, lambda: above(scaled_MV, jnp.ones_like(scaled_MV), most), lambda: scaled_MV)
+    return jax.lax.cond(top_p < 1, lambda: above(kept_MV, jax.nn.softmax(kept_MV, axis=1), top_p), lambda: kept_MV)
 
 
 def _ordered(values: Array) -> Array:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from scir_jax.model.blocks import blockwise
+from scir_jax.model.blocks import CPU_BLOCK, blockwise
 from scir_jax.model.sharding import Layout
 from scir_jax.model.splash import splash
 
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 # Shorter rows are one block of the kernel or less: nothing can be skipped, and their scores are small.
 SPLASH_TOKENS = 256
-# Blocks are smaller on a CPU, and smaller still where there are segments.
-BLOCKS_TOKENS = {"cpu": 128, "gpu": 512, "tpu": 512}
+# Rows of up to so many tokens take XLA's where nothing else computes them.
+XLA_TOKENS = {"cpu": CPU_BLOCK, "gpu": 512, "tpu": 512}
 
 
 def attention(
@@ -90,30 +94,13 @@ def attention(
         cap=cap,
         segmented=segments_BT is not None,
     )
-    if implementation == "splash":
-        return splash(
-            q_BTHd,
-            k_BSKd,
-            v_BSKd,
-            window=window,
-            scale=scale,
-            cap=cap,
-            segments_BT=segments_BT,
-            layout=layout,
-            interpret=backend == "cpu",
-        )
-    if implementation == "blocks":
-        return blockwise(
-            q_BTHd,
-            k_BSKd,
-            v_BSKd,
-            window=window,
-            scale=scale,
-            cap=cap,
-            segments_BT=segments_BT,
-            layout=layout,
-            backend=backend,
-        )
+    if implementation in ("blocks", "splash"):
+        settings = dict(window=window, scale=scale, cap=cap)
+        if implementation == "blocks":
+            attend = functools.partial(blockwise, **settings, backend=backend)
+        else:
+            attend = functools.partial(splash, **settings, interpret=backend == "cpu")
+        return _on_devices(attend, layout, q_BTHd, k_BSKd, v_BSKd, segments_BT)
     if implementation == "cudnn":
         if segments_BT is not None:
             raise ValueError("cuDNN attention takes no segments; use attention blocks or auto.")
@@ -131,6 +118,29 @@ def attention(
     if segments_BT is not None:
         visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None, None]
     return _xla(q_BTHd, k_BSKd, v_BSKd, visible, scale, cap)
+
+
+def _on_devices(
+    attend: Callable[..., jax.Array],
+    layout: Layout | None,
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
+    """Lets each device compute attention over its own rows and heads."""
+    if layout is None or layout.mesh.size == 1:
+        return attend(q_BTHd, k_BTKd, v_BTKd, segments_BT)
+    # The queries' heads are split as the keys' are, so that a device holds whole groups.
+    heads = layout.spec(("batch", None, "kv_heads", None), k_BTKd.shape)
+    # A kernel's outputs do not say over which mesh axes they vary.
+    return jax.shard_map(
+        attend,
+        mesh=layout.mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BTHd, k_BTKd, v_BTKd, segments_BT)
 
 
 def backend_of(layout: Layout | None) -> str:
@@ -199,7 +209,7 @@ def chosen(
             return "cudnn"
     if backend == "tpu" and tokens >= SPLASH_TOKENS and not refusal("splash", backend, dtype, cap):
         return "splash"
-    return "blocks" if tokens > BLOCKS_TOKENS[backend] else "xla"
+    return "blocks" if tokens > XLA_TOKENS[backend] else "xla"
 
 
 def _xla(

@@ -14,9 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-
-from scir_jax.model.sharding import Layout
 
 Array = jax.Array
 BLOCKS = (256, 192, 128)
@@ -32,14 +29,12 @@ class Settings(NamedTuple):
       block: S, places of a block; it divides the row.
       window: a query sees its own place and the window - 1 before it; None: all before it.
       scale, cap: of the scores, as in scir_jax.model.attention.
-      backend: "cpu", "gpu" or "tpu".
     """
 
     block: int
     window: int | None
     scale: float
     cap: float | None
-    backend: str
 
 
 def block_size(tokens: int, backend: str, segmented: bool) -> int:
@@ -55,41 +50,25 @@ def blockwise(
     q_BTHd: Array,
     k_BTKd: Array,
     v_BTKd: Array,
+    segments_BT: Array | None,
     *,
     window: int | None,
     scale: float,
     cap: float | None,
-    segments_BT: Array | None,
-    layout: Layout | None,
     backend: str,
 ) -> Array:
-    """Computes causal attention, as scir_jax.model.attention describes it.
+    """Computes causal attention on one device, as scir_jax.model.attention describes it.
 
     Args:
       segments_BT: int32; the places of a segment lie behind one another.
-      layout: each device computes its own rows and heads; None for a single device.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
     """
     block = block_size(q_BTHd.shape[1], backend, segments_BT is not None)
-    settings = Settings(block, window, scale, cap, backend)
-    attend = functools.partial(_rows, settings)
-    if layout is None or layout.mesh.size == 1:
-        return attend(q_BTHd, k_BTKd, v_BTKd, segments_BT)
-    heads = layout.spec(("batch", None, "kv_heads", None), k_BTKd.shape)
-    return jax.shard_map(
-        attend,
-        mesh=layout.mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)),
-        out_specs=heads,
-        check_vma=False,
-    )(q_BTHd, k_BTKd, v_BTKd, segments_BT)
-
-
-def _rows(settings: Settings, q_BTHd: Array, k_BTKd: Array, v_BTKd: Array, segments_BT: Array | None) -> Array:
+    settings = Settings(block, window, scale, cap)
     batch, tokens, heads, dim = q_BTHd.shape
-    kv_heads, block = k_BTKd.shape[2], settings.block
+    kv_heads = k_BTKd.shape[2]
     spare = -tokens % block
     number = (tokens + spare) // block
 
@@ -104,7 +83,7 @@ def _rows(settings: Settings, q_BTHd: Array, k_BTKd: Array, v_BTKd: Array, segme
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, spare)), mode="edge")
         first_BT, last_BT = _ends(segments_BT)
     blocks = (blocked(q_BTHd), blocked(k_BTKd), blocked(v_BTKd))
-    if segments_BT is not None and settings.backend == "cpu" and batch > 1:
+    if segments_BT is not None and backend == "cpu" and batch > 1:
         # One row after another: each skips the blocks that its own segments leave empty.
         mixed = jax.lax.map(
             lambda row: _attend(settings, *jax.tree.map(lambda x: x[None], row))[0], (*blocks, first_BT, last_BT)
@@ -213,9 +192,7 @@ def _backward(settings, saved, cotangent_BNKRd):
     batch, number, kv_heads, rows, dim = q_BNKRd.shape
     dtype = q_BNKRd.dtype
     # The softmax's own term: sum over keys of a weight times its gradient.
-    inner_BNKR = jnp.einsum(
-        "bnkrd,bnkrd->bnkr", cotangent_BNKRd, mixed_BNKRd, preferred_element_type=jnp.float32
-    )
+    inner_BNKR = jnp.einsum("bnkrd,bnkrd->bnkr", cotangent_BNKRd, mixed_BNKRd, preferred_element_type=jnp.float32)
 
     def keys(dq_NBKRd, j):
         k_BKSd = jax.lax.dynamic_index_in_dim(k_BNKSd, j, 1, keepdims=False)
@@ -233,7 +210,10 @@ def _backward(settings, saved, cotangent_BNKRd):
             if settings.cap is not None:
                 dscores *= 1 - jnp.square(scores / settings.cap)
             flat = (batch, kv_heads, rows, settings.block)
-            weights, dscores = weights.reshape(flat).astype(dtype), (dscores * settings.scale).reshape(flat).astype(dtype)
+            weights, dscores = (
+                weights.reshape(flat).astype(dtype),
+                (dscores * settings.scale).reshape(flat).astype(dtype),
+            )
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
             dv_BKSd += product("bkrs,bkrd->bksd", weights, cotangent_BKRd)
             dk_BKSd += product("bkrs,bkrd->bksd", dscores, q_BKRd)

@@ -1,4 +1,4 @@
-"""Splash attention, JAX's Pallas kernel for TPUs, over the rows and heads that each device of a mesh holds.
+"""Splash attention, JAX's Pallas kernel for TPUs, over the rows and heads that a device holds.
 
 The kernel goes over blocks of queries and keys with a running softmax: the [T, S] scores never exist, and blocks that
 the mask leaves empty are skipped.
@@ -11,9 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-
-from scir_jax.model.sharding import Layout
 
 LANES = 128
 BLOCKS = (512, 384, 256)
@@ -41,52 +38,25 @@ def splash(
     q_BTHd: jax.Array,
     k_BTKd: jax.Array,
     v_BTKd: jax.Array,
+    segments_BT: jax.Array | None,
     *,
     window: int | None,
     scale: float,
     cap: float | None,
-    segments_BT: jax.Array | None,
-    layout: Layout | None,
     interpret: bool,
 ) -> jax.Array:
-    """Computes causal attention, as scir_jax.model.attention describes it.
+    """Computes causal attention on one device, as scir_jax.model.attention describes it.
 
     Args:
-      layout: each device computes its own rows and heads; None for a single device.
       interpret: run the kernel's program operation by operation, on any backend: slow, to check it.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
     """
-    # The kernel has no scale. Scaling rounds queries in bfloat16 once more, unless the scale is a power of two.
-    q_BTHd = (q_BTHd.astype(jnp.float32) * scale).astype(q_BTHd.dtype)
-    attend = functools.partial(_attend, window=window, cap=cap, interpret=interpret)
-    if layout is None or layout.mesh.size == 1:
-        return attend(q_BTHd, k_BTKd, v_BTKd, segments_BT)
-    # The queries' heads are split as the keys' are, so that a device holds whole groups.
-    heads = layout.spec(("batch", None, "kv_heads", None), k_BTKd.shape)
-    # The kernel's outputs do not say over which mesh axes they vary.
-    return jax.shard_map(
-        attend,
-        mesh=layout.mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(heads[0], None)),
-        out_specs=heads,
-        check_vma=False,
-    )(q_BTHd, k_BTKd, v_BTKd, segments_BT)
-
-
-def _attend(
-    q_BTHd: jax.Array,
-    k_BTKd: jax.Array,
-    v_BTKd: jax.Array,
-    segments_BT: jax.Array | None,
-    *,
-    window: int | None,
-    cap: float | None,
-    interpret: bool,
-) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
+    # The kernel has no scale. Scaling rounds queries in bfloat16 once more, unless the scale is a power of two.
+    q_BTHd = (q_BTHd.astype(jnp.float32) * scale).astype(q_BTHd.dtype)
     tokens, heads = q_BTHd.shape[1:3]
     length, block = blocks(tokens)
     kernel = _kernel(heads, length, block, window, cap, interpret)

@@ -27,7 +27,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import check_batches, make_mesh, put_batch
 from scir_jax.engine.sampler import stream_key
 from scir_jax.engine.trainer import learning_rates
-from scir_jax.model import families
+from scir_jax.errors import InputError
 from scir_jax.model.hf import weights
 from scir_jax.run import console
 from scir_jax.run.setup import prepare
@@ -53,7 +53,7 @@ def build_world(config: Config, stopper: console.Stopper, *, retrain: bool = Fal
     minute's work.
 
     Args:
-      retrain: train the base model though the package holds it.
+      retrain: train the base model though the package holds it; the directory must hold none.
 
     Raises:
       InputError: the directory holds something else, or the package's weights were changed.
@@ -67,6 +67,8 @@ def build_world(config: Config, stopper: console.Stopper, *, retrain: bool = Fal
         def write() -> bool:
             spec = spec_of(config.world)
             write_world(directory, spec)
+            if retrain and (directory / "model").is_dir():
+                raise InputError(f"{directory} holds a base model already; name another world.directory")
             if not (directory / "model").is_dir() and not retrain:
                 if weights_file := base.shipped(spec, training_of(config.world)):
                     _copy(directory, weights_file)
@@ -78,12 +80,11 @@ def build_world(config: Config, stopper: console.Stopper, *, retrain: bool = Fal
 
 def _copy(directory: Path, weights_file: Path) -> None:
     """Makes the model's directory of weights that were trained before."""
-    arch, source = families.read(weights.hf_config(directory / "untrained"), "untrained"), directory / "untrained"
-    partial = directory / "model.partial"
+    source, partial = directory / "untrained", directory / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     shutil.copyfile(weights_file, partial / base.WEIGHTS)
-    _, params = weights.load(partial)
+    arch, params = weights.load(partial)
     # Written as a trained one is, so that nothing tells them apart.
     weights.save(partial, arch, params, config=weights.hf_config(source), source=source)
     partial.replace(directory / "model")

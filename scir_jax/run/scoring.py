@@ -74,6 +74,7 @@ def judge_pairs(
       InputError: the model gives values that are not finite.
     """
     lengths = [tuple(group.tokens for group in groups) for groups in programs.judge_groups]
+    # Rows are made again batch by batch: all of them at once could be more than a host holds.
     tokens = [
         tuple(max(len(row.ids) for row in encoder.judge_rows(judge, pair)) for judge in encoder.judges)
         for pair in pairs

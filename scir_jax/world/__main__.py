@@ -5,7 +5,6 @@ A run does that by itself. With --ship true the base model becomes the one that 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main(lambda: main(sys.argv[1:]))
+    command.main(main)

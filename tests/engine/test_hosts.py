@@ -194,9 +194,9 @@ main(body, watch=4)
         (2, 1, signal.SIGKILL),
         (2, 0, signal.SIGKILL),
         (2, 1, signal.SIGSTOP),
-        pytest.param(3, 1, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(3, 0, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(3, 0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (3, 1, signal.SIGKILL),
+        (3, 0, signal.SIGKILL),
+        (3, 0, signal.SIGSTOP),
     ],
 )
 def test_a_lost_host_ends_the_others(count, lost, how):

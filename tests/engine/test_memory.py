@@ -56,7 +56,11 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(programs, wor
     # two float32 moments and optax's two counters
     expected = memory.Memory(weights=4 * count, optimiser=8 * count + 4, gradients=4 * count)
     assert found["SFT step"] == found["SCIR step"] == expected
-    assert found[f"score, {lengths.scored} tokens"] == found[f"judge, {lengths.judges[0]} tokens"] == memory.Memory(weights=4 * count)
+    assert (
+        found[f"score, {lengths.scored} tokens"]
+        == found[f"judge, {lengths.judges[0]} tokens"]
+        == memory.Memory(weights=4 * count)
+    )
     places = lengths.prompt + lengths.answer
     cache = 2 * arch.num_layers * 8 * 2 * places * arch.num_kv_heads * arch.head_dim * 4
     assert found["sample 2 per prompt"] == memory.Memory(weights=4 * count, cache=cache)

@@ -131,7 +131,9 @@ def test_a_segment_sees_no_other_to_the_bit():
     inside = np.asarray(segments == segments[:, 150:151])[..., None, None]
     assert 0 < inside.sum() < inside.size
     results = [
-        value_and_gradients("blocks", [jnp.where(inside, x + shift, x) for x in (q, k, v, cotangent)], segments_BT=segments)
+        value_and_gradients(
+            "blocks", [jnp.where(inside, x + shift, x) for x in (q, k, v, cotangent)], segments_BT=segments
+        )
         for shift in (0.0, 1.0)
     ]
     for one, other in zip(*results, strict=True):

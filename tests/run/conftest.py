@@ -18,6 +18,12 @@ from tests.run.runs import ITERATIONS, RESPONSES, WHOLE, files, like_whole
 from tests.run.shared import SharedPrograms
 
 
+@pytest.fixture
+def make(world_dir, tiny_config):
+    """make(**sections) -> Setup of the tiny model."""
+    return lambda **sections: setup.prepare(tiny_config(world_dir, **sections))
+
+
 @pytest.fixture(scope="module")
 def shared_programs(cheap_compilation):
     """Runs take programs from earlier runs of the process where they are the same."""

@@ -1,4 +1,4 @@
-"""The data files of a run: what is left out and told, statistics, limits of length, conversations of several turns."""
+"""The data files of a run: what is left out and told, statistics, limits of length."""
 
 import dataclasses
 import json
@@ -6,46 +6,22 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.chat_templates import turns
 
 from scir_jax import judge, sample, train
-from scir_jax.config import cli
 from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data.encode import Encoder
 from scir_jax.data.files import read_rows
-from scir_jax.data.pairs import Pair, from_row, to_row
-from scir_jax.data.pipelines import iterator, pair_batches
+from scir_jax.data.pairs import to_row
 from scir_jax.errors import InputError
 from scir_jax.run import inputs as run_inputs
 from scir_jax.run import iteration, pairing, preflight
 from scir_jax.run.directory import manifest
 from scir_jax.run.scoring import taken
-from scir_jax.run.setup import prepare
 from scir_jax.run.training import read_pairs
+from tests.chat_templates import turns
+from tests.run.data_files import CONVERSATION, checked, refused, write
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
-
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture
-def make(world_dir, tiny_config):
-    """make(**sections) -> Setup of the tiny model."""
-    return lambda **sections: prepare(tiny_config(world_dir, **sections))
-
-
-def checked(setup):
-    """The content of data.json."""
-    return preflight.check_inputs(setup.inputs.config, setup.inputs, setup.programs)
-
-
-def refused(make, message, **sections):
-    with pytest.raises(InputError) as error:
-        checked(make(**sections))
-    assert str(error.value).startswith(message) and "\n" not in str(error.value), error.value
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------
@@ -305,91 +281,6 @@ def test_conversations_end_with_the_models_context(make, tmp_path):
     assert ift["answer_tokens"]["max"] == 303 and ift["row_tokens"] == 256
 
 
-# --- several turns ----------------------------------------------------------------------------------------------------
-
-CONVERSATION = turns("copy ab=", "ab", "reverse ab=")
-
-
-@pytest.mark.parametrize("layout", ["judge", "judge_continuation"])
-def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
-    rows = [{"prompt": CONVERSATION, "chosen": "ba", "rejected": [{"role": "assistant", "content": "ab"}]}]
-    path = write(tmp_path / "pairs.jsonl", *rows)
-    encoder, inputs, programs, _ = make(
-        data=dict(prompts=path, pairs=path, eft=path),
-        generative=dict(templates=(str(world_dir / f"{layout}.yaml"),)),
-        text=dict(max_prompt_tokens=64, max_response_tokens=12),
-        replay=dict(weight=0.0),
-    )
-    context = "<s><|user|>copy ab=<|assistant|>ab</s><|user|>reverse ab=<|assistant|>"
-    shown = "user: copy ab=\n\nassistant: ab\n\nuser: reverse ab="
-    questions = {
-        "judge": "<s><|user|>judge {x}{a};{x}{b}<|assistant|>",
-        "judge_continuation": context + "{a}</s><|user|>judge {x}{b}<|assistant|>",
-    }
-
-    def tokens(text):
-        return tuple(encoder.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def question(a, b):
-        return tokens(questions[layout].format(x=shown, a=a, b=b))
-
-    (prompt,) = inputs.prompts
-    assert prompt.ids == tokens(context) and prompt.quote == encoder.chat.encode_text(shown)
-    (pair,) = inputs.given_pairs
-    assert pair.prompt == prompt and (pair.a.ids, pair.b.ids) == (tokens("ba</s>"), tokens("ab</s>"))
-    first, second = inputs.targets["eft"]
-    assert first.ids == (*question("ba", "ab"), *tokens("1"))
-    assert second.ids == (*question("ab", "ba"), *tokens("2"))
-    # DPO: what an iteration writes, read again as the training step takes it.
-    items, (choice,) = pairing.given_pairs(inputs, 1, 1)
-    cached = dict.fromkeys(programs.optimise_spec.pairs.cached, (-1.0, -1.0))
-    made = Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label, cached=cached)
-    row = json.loads(json.dumps(to_row(made, 0)))
-    assert row["messages"] == CONVERSATION and row["prompt"] == shown
-    spec = dataclasses.replace(programs.optimise_spec, pairs=dataclasses.replace(programs.optimise_spec.pairs, pairs=1))
-    (batch,) = iterator(
-        pair_batches(spec, encoder, [from_row(row, "pairs:1")], inputs.targets, epochs=1, seed=0, seeds={})
-    )
-    answers = batch.pairs.answers
-    for side, (y, other) in enumerate((("ba", "ab"), ("ab", "ba"))):
-        start, length = int(answers.start[0, side]), int(answers.length[0, side])
-        ids = tuple(answers.ids[0, side])
-        assert ids[:start] == tokens(context) and ids[start : start + length] == tokens(f"{y}</s>")
-        judged = answers if layout == "judge_continuation" else batch.pairs.judges[0]
-        expected = question(y, other)
-        assert tuple(judged.ids[0, side])[: len(expected)] == expected and judged.verdict[0, side] == len(expected) - 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [pytest.param("judge", marks=pytest.mark.slow), "judge_continuation"])
-def test_a_run_on_conversations_of_several_turns(command, write_config, world_dir, tmp_path, layout):
-    words = ("ab", "ba", "abc", "cab", "bac", "bb", "cc", "ac")
-    conversations = [turns(f"copy {w}=", w, f"reverse {w}=") for w in words]
-    prompts = write(tmp_path / "prompts.jsonl", *({"prompt": m} for m in conversations))
-    eft = write(
-        tmp_path / "eft.jsonl", *({"prompt": m, "chosen": m[1]["content"], "rejected": "a"} for m in conversations)
-    )
-    ift = write(tmp_path / "ift.jsonl", *({"messages": turns("copy a=", "a", "copy b=", "b")} for _ in words))
-    config = write_config(
-        data=dict(prompts=prompts, eft=eft, ift=ift, heldout_prompts=None, heldout_pairs=eft),
-        text=dict(max_prompt_tokens=64, max_response_tokens=6),
-        generative=dict(templates=(str(world_dir / f"{layout}.yaml"),)),
-        sample=dict(prompts=None, responses=3),
-    )
-    done = command(train.main, "--config", config)
-    assert done.code == 0, done.err
-    folder = tmp_path / "run" / "iteration_01"
-    chat = prepare(cli.parse("train", "", ["--config", str(config)])[0]).encoder.chat
-    responses = [row for _, row in read_rows(folder / "responses.jsonl")]
-    assert len(responses) == 3 * len(words)
-    for row in responses:
-        assert row["messages"] == conversations[row["prompt_number"]]
-        assert tuple(row["prompt_ids"]) == chat.prompt(row["messages"])
-    pairs = [row for _, row in read_rows(folder / "pairs.jsonl")]
-    assert pairs and all(row["messages"] in conversations for row in pairs)
-    assert len(read_rows(folder / "decisions.jsonl")) == len(pairs)
-
-
 # --- sources of a run -------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +356,9 @@ def test_another_engines_responses_are_named_by_their_rows(make, tmp_path):
             read(good, row)
     rows = (good, {"messages": CONVERSATION, "prompt": "x", "response": "a"})
     for short in (dict(prompt=12), dict(quote=12)):
-        with pytest.raises(InputError, match=f"^{path}:2: the prompt has .* tokens, but the longest of this run's data"):
+        with pytest.raises(
+            InputError, match=f"^{path}:2: the prompt has .* tokens, but the longest of this run's data"
+        ):
             read(*rows, text=dict(max_prompt_tokens=64), room=dict(prompt=64, quote=64) | short)
     items = read(*rows, text=dict(max_prompt_tokens=64), room=dict(prompt=64, quote=64))
     assert [prompt.messages for prompt, _ in items] == [turns("copy a="), CONVERSATION]

@@ -104,9 +104,7 @@ def test_judge_of_odd_pairs(layout, command, judging, world_dir, broken, odd_pai
 def test_judge_without_a_reference_has_no_implicit_reward(command, judging, odd_pairs, tmp_path):
     output = tmp_path / "out.jsonl"
     assert command(judge.main, *judging, "--input", odd_pairs, "--output", output).code == 0
-    assert all(
-        "p_implicit" not in row and "judge_rows" not in row and "p_generative" in row for row in lines(output)
-    )
+    assert all("p_implicit" not in row and "judge_rows" not in row and "p_generative" in row for row in lines(output))
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

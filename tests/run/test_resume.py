@@ -256,7 +256,7 @@ def newest(directory: Path) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "chain",
-    [pytest.param(SOME, id="some"), *(pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in CHAINS.items())],
+    [pytest.param(SOME, id="some"), *(pytest.param(c, id=name) for name, c in CHAINS.items())],
 )
 def test_interrupted_again_and_again(chain, run, expected, tmp_path):
     directory = tmp_path / "run"

@@ -67,7 +67,9 @@ def test_answers_in_no_pair_are_not_scored(world_dir, tiny_config, monkeypatch):
     stopper = type("Stopper", (), {"check": lambda self, title: None})()
     judged = scoring.Judged(np.zeros((2, 1, 2, 2), np.float32), np.zeros((2, 1, 2), np.float32))
     monkeypatch.setattr(scoring, "judge_pairs", lambda *_: judged)
-    scored = pairing.score_candidates(setup.programs.config, setup.encoder, setup.programs, models, 1, items, choices, stopper)
+    scored = pairing.score_candidates(
+        setup.programs.config, setup.encoder, setup.programs, models, 1, items, choices, stopper
+    )
     assert asked and all(found == [items[1], items[4], items[6]] for found in asked)
     start = scored.by_role["start"]["logps"]
     assert start[[1, 4, 6]].tolist() == [0, 1, 2] and np.isnan(np.delete(start, [1, 4, 6])).all()

@@ -15,6 +15,7 @@ from scir_jax.errors import InputError
 from scir_jax.method.rewards import judged
 from scir_jax.run import base_model, console, scoring
 from scir_jax.run.setup import prepare
+from scir_jax.world import __main__ as world_command
 from scir_jax.world import base
 
 WORLD = WorldConfig()
@@ -65,6 +66,13 @@ def test_a_world_is_built_without_training(built):
     assert {path.name for path in (built / "model").iterdir()} == {*names, base.WEIGHTS}
     shipped, made = base.DIRECTORY / base.WEIGHTS, built / "model" / base.WEIGHTS
     assert made.read_bytes() == shipped.read_bytes()
+
+
+def test_a_base_model_is_not_trained_over_another(built, command):
+    done = command(world_command.main, "--world.directory", built)
+    assert done.code == 2 and "holds a base model already; name another world.directory" in done.err
+    done = command(world_command.main, "--world.directory", "null")
+    assert done.code == 2 and done.err.startswith("error: world.directory: say where")
 
 
 def quality(directory):
