@@ -140,33 +140,39 @@ def load_case(directory: Path, batch: int, longest: int, *, dpo: bool, continued
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
+def batches_of(case: Case):
+    """Returns the steps' batches; all contestants take the pairs in their order."""
+    from scir_jax.data.pipelines import pair_batches
+
+    encoder, _, programs, _ = case.setup
+    return pair_batches(
+        programs.optimise_spec, encoder, case.pairs, {}, epochs=1, seed=0, seeds={}, way=programs.way
+    )
+
+
 def run_jax(case: Case, steps: int, batch: int) -> dict:
-    """Takes steps of scir_jax's own trainer; the first, which compiles, is not timed."""
+    """Takes steps of scir_jax's own trainer; every shape is compiled before."""
     import jax
 
     from scir_jax.engine.mesh import put_batch
 
-    encoder, _, programs, parameters = case.setup
-    trainer, spec = programs.optimise, programs.optimise_spec
+    _, _, programs, parameters = case.setup
+    trainer, batches = programs.optimise, batches_of(case)
+    for shape in batches.shapes:
+        programs.optimise_program(shape).compile(programs.mesh)
     state = trainer.init(parameters.configured())
-    seconds, losses = [], []
+    seconds, losses, tokens, filled = [], [], 0, []
     for step in range(steps + 1):
-        first = max(step - 1, 0) * batch
-        numbered = [(i, case.pairs[i]) for i in range(first, first + batch)]
         started = time.monotonic()
-        arrays = put_batch(spec.arrays(numbered, {}, encoder), programs.mesh)
+        arrays = put_batch(batches.dataset[max(step - 1, 0)], programs.mesh)
         state, output = trainer.step(state, parameters.frozen, arrays, np.float32(RATE if step else 0), None)
         losses.append(float(output.metrics["loss"]))
         jax.block_until_ready(state)
         seconds.append(time.monotonic() - started)
-    rows = [row for pair in case.pairs[: steps * batch] for rows in _rows(spec, pair, encoder) for row in rows]
-    real = sum(len(row.ids) for row in rows) / (spec.tokens * steps)
-    return {"seconds": seconds[1:], "loss": losses[1], "real": real}
-
-
-def _rows(spec, pair, encoder):
-    answers, judges = spec.pairs.rows(pair, encoder)
-    return [answers, *judges]
+        if step:
+            tokens += int(output.work.tokens)
+            filled.append(float(output.metrics["filled"]))
+    return {"seconds": seconds[1:], "loss": losses[1], "tokens": tokens, "real": float(np.mean(filled))}
 
 
 def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool) -> dict:
@@ -174,7 +180,7 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
     import torch
     import transformers
 
-    encoder = case.setup.encoder
+    encoder, dataset = case.setup.encoder, batches_of(case).dataset
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     seconds, losses, real, computed = [], [], 0, 0
@@ -187,8 +193,7 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
         return model.model(ids, attention_mask=mask).last_hidden_state, longest
 
     for step in range(steps + 1):
-        first = max(step - 1, 0) * batch
-        pairs = case.pairs[first : first + batch]
+        pairs = [case.pairs[i] for i in dataset[max(step - 1, 0)].pairs.index]
         started = time.monotonic()
         rows = [row for pair in pairs for row in encoder.answer_rows(pair)]
         hidden, longest = hidden_of(rows)
@@ -199,14 +204,16 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
         logps = torch.stack([part.sum() for part in token_logps.split([row.length for row in rows])]).view(-1, 2)
         cached = {name: torch.tensor([pair.cached[name] for pair in pairs]) for name in pairs[0].cached}
         margin = (logps - cached["preference_logps"]) @ torch.tensor([1.0, -1.0])
-        real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
+        if step:
+            real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
         if dpo:
             loss = -torch.nn.functional.logsigmoid(BETA * margin).mean()
         else:
             judge = encoder.judges[0]
             rows = [row for pair in pairs for row in encoder.judge_rows(judge, pair)]
             hidden, longest = hidden_of(rows)
-            real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
+            if step:
+                real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
             last = torch.stack([hidden[i, len(row.ids) - 1] for i, row in enumerate(rows)])
             verdicts = last @ model.lm_head.weight[list(judge.verdict_ids)].T
             z = (verdicts[:, 0] - verdicts[:, 1]).view(-1, 2)
@@ -226,7 +233,7 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
             optimizer.step()
         losses.append(loss.item())
         seconds.append(time.monotonic() - started)
-    return {"seconds": seconds[1:], "loss": losses[1], "real": real / computed}
+    return {"seconds": seconds[1:], "loss": losses[1], "tokens": real, "real": real / computed}
 
 
 def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dict:
@@ -272,14 +279,15 @@ def main() -> int:
                     continue
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
-    print(f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'peak GiB':>10}{'real':>7}{'first loss':>12}")
+    print(f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}")
     for name, results in found.items():
         if results:
             seconds = float(np.median([s for result in results for s in result["seconds"]]))
             peak = max(result["peak_gib"] for result in results)
             last = results[-1]
             print(
-                f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}{peak:>10.2f}"
+                f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}"
+                f"{last['tokens'] / sum(last['seconds']):>10,.0f}{peak:>10.2f}"
                 f"{last['real']:>7.0%}{last['loss']:>12.5f}"
             )
     if arguments.output:

@@ -106,6 +106,11 @@ def check(config: Config) -> None:
         if not any(weights.values()):
             raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.weights.{models[0]}")
     check_positive(config)
+    if config.text.bin_tokens and (config.text.bin_tokens < 0 or config.text.packing in ("lengths", "off")):
+        raise InputError(
+            f"text.bin_tokens is {config.text.bin_tokens} and text.packing {config.text.packing}; it is the size of a "
+            "bin, for packing bins or auto, or 0"
+        )
     if config.run.iterations < 0:
         raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
     check_sampling(config)

@@ -153,7 +153,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Token limits. Rows are padded to the longest that the data files and these limits allow."""
+    """Token limits, and how the rows of training are packed."""
 
     max_prompt_tokens: int = 512
     """with the chat template's tokens"""
@@ -163,6 +163,11 @@ class TextConfig:
     """an over-long prompt loses its middle, is left out, or stops the run"""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """options of the model's chat template, true, false, texts or numbers: `{"enable_thinking": false}`"""
+    packing: Literal["auto", "bins", "lengths", "off"] = "auto"
+    """of training's rows: several in a bin; each in one of few lengths; all as long as the longest that the data files
+    and these limits allow; auto: off for rows of up to 128 tokens, lengths with cuDNN attention, else bins"""
+    bin_tokens: int = 0
+    """of a bin at the most; 0: 4096 on accelerators or the longest row, no limit on a CPU"""
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ class Row(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A supervised row: `marks` says of every id whether it is to be learned."""
+    """A supervised row: `marks` says of every id whether it is to be learned; `where` names the row that it came from."""
 
     ids: Ids
     marks: tuple[bool, ...]
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Lengths:
       scored: of a row with a prompt and its answer.
       judges: of each template's question.
       targets: of supervised rows by name, "ift" and "eft"; 0 where there are none.
+      learned: the most tokens that such a row learns.
     """
 
     prompt: int
@@ -58,6 +60,7 @@ class Lengths:
     scored: int
     judges: tuple[int, ...]
     targets: dict[str, int]
+    learned: dict[str, int]
 
 
 class Encoder:
@@ -221,7 +224,7 @@ class Encoder:
             verdict = judge.verdict_ids[0 if first_is_better else 1]
             # The stop token behind it is not learned here: that would halve the verdict's share of the loss.
             marks = (False,) * (len(row.ids) + 1 - judge.answer_tokens) + (True,) * judge.answer_tokens
-            rows.append(Marked((*row.ids, verdict), marks))
+            rows.append(Marked((*row.ids, verdict), marks, pair.prompt.where))
         return rows
 
     # --- budget -----------------------------------------------------------------------------------------------------
@@ -251,11 +254,17 @@ class Encoder:
             )
         return min(room, answer)
 
-    def lengths(self, prompts: Sequence[Prompt], targets: dict[str, int] | None = None) -> Lengths:
+    def lengths(
+        self,
+        prompts: Sequence[Prompt],
+        targets: dict[str, int] | None = None,
+        learned: dict[str, int] | None = None,
+    ) -> Lengths:
         """Returns the static lengths for these prompts.
 
         Args:
           targets: tokens of the longest supervised row by name.
+          learned: the most tokens that a row learns, by name; by default all.
 
         Raises:
           InputError: there is no prompt, or a prompt and its answer do not fit into the context.
@@ -290,6 +299,7 @@ class Encoder:
             scored=static(conversation + answer),
             judges=tuple(map(static, judges)),
             targets={name: static(tokens) if tokens else 0 for name, tokens in (targets or {}).items()},
+            learned=dict(targets or {}) if learned is None else learned,
         )
 
 

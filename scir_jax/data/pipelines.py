@@ -5,14 +5,37 @@ Each of several hosts makes only its own rows of a batch: `share` maps a batch's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from scir_jax.data.batches import Share, TrainSpec
+from scir_jax.data.batches import Share
 from scir_jax.data.encode import Encoder, Marked
+from scir_jax.data.packing import Item, Packing, Shape, deal
 from scir_jax.data.pairs import Pair
+from scir_jax.data.steps import Cell, TrainSpec
+from scir_jax.errors import InputError
+
+
+class Way(NamedTuple):
+    """How rows are packed: the kind of a scir_jax.data.packing.Packing, and the most tokens of a bin."""
+
+    kind: str = "off"
+    bin: int = 0
+
+
+class Batches(NamedTuple):
+    """The batches of a stage.
+
+    Attributes:
+      dataset: what each step takes, a scir_jax.data.steps.TrainBatch.
+      shapes: compiled shapes of its steps.
+    """
+
+    dataset: grain.MapDataset
+    shapes: tuple[Shape, ...]
 
 
 def supervised_batches(
@@ -23,17 +46,18 @@ def supervised_batches(
     steps: int,
     seeds: Mapping[str, int],
     share: Share = np.arange,
-) -> grain.MapDataset:
+    way: Way = Way(),
+) -> Batches:
     """Makes `steps` batches of supervised rows.
 
     Args:
       rows: rows by name, those of `spec.targets` at least.
       seeds: seed of the shuffling of each name's rows.
+
+    Raises:
+      InputError: a row is longer than a bin.
     """
-    parts = _shuffled(spec, rows, seeds)
-    return grain.MapDataset.range(steps).map(
-        lambda number: spec.arrays((), _taken(spec, rows, parts, number), encoder, share)
-    )
+    return _batches(spec, encoder, (), rows, lambda number: [], steps, seeds, share, way)
 
 
 def pair_batches(
@@ -46,7 +70,8 @@ def pair_batches(
     seed: int,
     seeds: Mapping[str, int],
     share: Share = np.arange,
-) -> grain.MapDataset:
+    way: Way = Way(),
+) -> Batches:
     """Makes batches of pairs beside replayed rows: every pair once in each epoch, the last batch filled with padding.
 
     Args:
@@ -54,21 +79,18 @@ def pair_batches(
       rows, seeds: as in `supervised_batches`.
 
     Raises:
-      InputError: a pair lacks a value that the batches hold.
+      InputError: a pair lacks a value that the batches hold, or a row is longer than a bin.
     """
     for pair in pairs:
         spec.pairs.known(pair)
-    parts = _shuffled(spec, rows, seeds)
     order = grain.MapDataset.source(np.arange(len(pairs))).seed(seed).shuffle().repeat(epochs)
     size = spec.pairs.pairs
 
-    def batch(number: int):
+    def taken(number: int) -> list[int | None]:
         places = range(number * size, (number + 1) * size)
-        taken = [int(order[place]) if place < len(order) else None for place in places]
-        numbered = [None if i is None else (i, pairs[i]) for i in taken]
-        return spec.arrays(numbered, _taken(spec, rows, parts, number), encoder, share)
+        return [int(order[place]) if place < len(order) else None for place in places]
 
-    return grain.MapDataset.range(-(-len(order) // size)).map(batch)
+    return _batches(spec, encoder, pairs, rows, taken, -(-len(order) // size), seeds, share, way)
 
 
 def iterator(dataset: grain.MapDataset, state: dict | None = None):
@@ -87,16 +109,68 @@ def iterator(dataset: grain.MapDataset, state: dict | None = None):
     return result
 
 
-def _shuffled(spec: TrainSpec, rows: Mapping[str, Sequence], seeds: Mapping[str, int]) -> dict[str, grain.MapDataset]:
-    """Returns endless orders of each name's rows, shuffled anew in each pass."""
-    return {
+def _batches(
+    spec: TrainSpec,
+    encoder: Encoder,
+    pairs: Sequence[Pair],
+    rows: Mapping[str, Sequence[Marked]],
+    taken: Callable[[int], list[int | None]],
+    steps: int,
+    seeds: Mapping[str, int],
+    share: Share,
+    way: Way,
+) -> Batches:
+    """Lays out the batches of a stage.
+
+    Args:
+      taken: number of a step -> numbers of its pairs, None where it is not full.
+    """
+    shuffled = {
         name: grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
         for name, _ in spec.targets
     }
+    pair_items = [spec.pairs.item(spec.pairs.rows(pair, encoder)) for pair in pairs]
+    row_items = {name: [spec.item(name, row) for row in rows[name]] for name, _ in spec.targets}
+    if way.kind == "bins":
+        _check(way, [(item, pair.prompt.where) for item, pair in zip(pair_items, pairs, strict=True)])
+        for name, items in row_items.items():
+            _check(way, [(item, row.where) for item, row in zip(items, rows[name], strict=True)])
+
+    def supervised(number: int) -> list[tuple[str, int]]:
+        return [
+            (name, int(shuffled[name][place]))
+            for name, group in spec.targets
+            for place in range(number * group.rows, (number + 1) * group.rows)
+        ]
+
+    def dealt(number: int) -> tuple[list[Cell], list[list[Item]]]:
+        """Returns what lies in each cell of a step, and the lengths of its rows."""
+        first = [Item() if i is None else pair_items[i] for i in taken(number)]
+        beside = supervised(number)
+        second = [row_items[name][i] for name, i in beside]
+        if way.kind == "off":
+            cells = spec.own(len(first), [name for name, _ in beside])
+        else:
+            cells = [Cell(*both) for both in zip(*deal(first, second, spec.cells), strict=True)]
+        return cells, [[*(first[i] for i in cell.pairs), *(second[i] for i in cell.rows)] for cell in cells]
+
+    packing = Packing.of(way.kind, (dealt(number)[1] for number in range(steps)), spec.bound, way.bin)
+
+    def batch(number: int):
+        cells, items = dealt(number)
+        numbered = [None if i is None else (i, pairs[i]) for i in taken(number)]
+        beside = [(name, rows[name][i]) for name, i in supervised(number)]
+        return spec.batch(packing, packing.shape(items), cells, numbered, beside, encoder, share)
+
+    return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes)
 
 
-def _taken(spec: TrainSpec, rows: Mapping[str, Sequence[Marked]], parts: dict[str, grain.MapDataset], number: int):
-    return {
-        name: [rows[name][int(parts[name][place])] for place in range(number * group.rows, (number + 1) * group.rows)]
-        for name, group in spec.targets
-    }
+def _check(way: Way, items: Sequence[tuple[Item, str]]) -> None:
+    """Raises InputError about the first row that is longer than a bin."""
+    for item, where in items:
+        longest = max(tokens for _, tokens in item.rows)
+        if longest > way.bin:
+            raise InputError(
+                f"{where or 'a row'}: has a row of {longest} tokens, which does not fit into a bin of text.bin_tokens "
+                f"{way.bin}; set it to {longest} at least, or to 0"
+            )

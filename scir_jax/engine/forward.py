@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scir_jax.data.batches import PairBatch, Rows, Targets, TrainBatch
+from scir_jax.data.batches import Rows
+from scir_jax.data.steps import PairBatch, TrainBatch
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
 from scir_jax.model.logprobs import token_entropies, token_logprobs, verdict_logits, verdict_mass
@@ -38,19 +39,23 @@ class Outputs(NamedTuple):
     sft: dict[str, tuple[Array, Array]]
 
 
-def _logps(model: Model, params: Params, hidden_MRD: Array, targets_MR: Array, scored_MR: Array) -> Array:
-    logps_MR = token_logprobs(hidden_MRD, model.head(params), targets_MR, **_head(model))
-    return jnp.where(scored_MR, logps_MR, 0).sum(axis=1)
+def _logps(model: Model, params: Params, hidden: Array, targets: Array) -> Array:
+    return token_logprobs(hidden, model.head(params), targets, **_head(model))
 
 
-def _entropy(model: Model, params: Params, hidden_MRD: Array, targets_MR: Array, scored_MR: Array) -> Array:
-    entropies_MR = token_entropies(hidden_MRD, model.head(params), **_head(model))
-    return jnp.where(scored_MR, entropies_MR, 0).sum(axis=1) / jnp.maximum(scored_MR.sum(axis=1), 1)
+def _entropy(model: Model, params: Params, hidden: Array, targets: Array) -> Array:
+    return token_entropies(hidden, model.head(params), **_head(model))
 
 
-SPANS = {"logps": _logps, "entropy": _entropy}
-"""Readings of a row's scored span: (model, params, hidden states [M, R, D] before the tokens, the tokens [M, R] int32,
-which of them are scored [M, R] bool) -> [M] float32."""
+SPANS = {"logps": (_logps, False), "entropy": (_entropy, True)}
+"""Readings of a row's scored span. What is read at each token: (model, params, hidden states [..., D] before the tokens,
+the tokens [...] int32) -> [...] float32; and whether the span's is the mean of it, else it is the sum."""
+
+
+def _of_span(name: str, values_MR: Array, scored_MR: Array) -> Array:
+    """Puts together what was read at each token of a span."""
+    total_M = jnp.where(scored_MR, values_MR, 0).sum(axis=1)
+    return total_M / jnp.maximum(scored_MR.sum(axis=1), 1) if SPANS[name][1] else total_M
 
 
 def read_spans(
@@ -74,7 +79,7 @@ def read_spans(
     targets_MR = jnp.take_along_axis(rows.ids, places_MR, axis=1)
     # A token is predicted by the hidden state before it.
     before_MRD = jnp.take_along_axis(hidden_MTD, jnp.maximum(places_MR - 1, 0)[..., None], axis=1)
-    return {name: SPANS[name](model, params, before_MRD, targets_MR, scored_MR) for name in wanted}
+    return {name: _of_span(name, SPANS[name][0](model, params, before_MRD, targets_MR), scored_MR) for name in wanted}
 
 
 def score(
@@ -119,37 +124,50 @@ def outputs(
     params: Params,
     batch: TrainBatch,
     *,
+    segmented: bool = False,
     verdict_ids: Sequence[tuple[int, int]] = (),
-    continued: bool = False,
     answer_tokens: int = 0,
     wanted: Sequence[str] = (),
     key: Array | None = None,
 ) -> Outputs:
     """Computes everything that a training step reads off the model, in one pass over its layers.
 
+    C cells of N places each have A scored places and P/C pairs.
+
     Args:
+      segmented: a bin may hold several rows.
       verdict_ids: ids of the two verdicts of each template that the batch asks.
-      continued: the answers' rows carry the first template's verdict.
       answer_tokens: bound of every answer.
       wanted: keys of SPANS to read off the answers.
       key: key of the adapters' dropout; None drops nothing.
     """
-    pairs = [] if batch.pairs is None else [_flat(rows) for rows in (batch.pairs.answers, *batch.pairs.judges)]
-    ids = [rows.ids for rows in pairs] + [targets.ids for targets in batch.targets.values()]
-    hidden = model.hidden_of(params, ids, key)
+    rows, pairs = batch.rows, batch.pairs
+    cells = rows.places.shape[0]
+    x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None, key)
+    x_CND = x_PND.reshape(cells, -1, x_PND.shape[-1])
+    before_CAD = jnp.take_along_axis(x_CND, rows.places[..., None], axis=1)
+    names = dict.fromkeys((*(("logps",) if rows.learned else ()), *wanted))
+    read = {name: SPANS[name][0](model, params, before_CAD, rows.targets) for name in names}
     sft = {
-        name: _sft_sums(model, params, hidden_BTD, targets)
-        for hidden_BTD, (name, targets) in zip(hidden[len(pairs) :], batch.targets.items(), strict=True)
+        name: (-jnp.where(marked_CA, read["logps"], 0).sum(), marked_CA.sum().astype(jnp.float32))
+        for name, marked_CA in rows.learned.items()
     }
-    if batch.pairs is None:
+    if pairs is None:
         return Outputs({}, sft)
-    count = batch.pairs.weight.shape[0]
-    spans = read_spans(model, params, hidden[0], pairs[0], answer_tokens, wanted)
-    fresh = {name: values.reshape(count, 2) for name, values in spans.items()}
-    first = 0 if continued else 1
-    asked = list(zip(hidden[first : len(pairs)], pairs[first:], verdict_ids, strict=True)) if verdict_ids else []
-    if asked:
-        judged = _stack([_verdict(model, params, *one) for one in asked], count)
+
+    # The tokens of an answer lie behind one another among the scored places of its cell.
+    offsets_R = jnp.arange(answer_tokens)
+    at_CMR = pairs.first.reshape(cells, -1)[..., None] + offsets_R
+    at_CN = jnp.minimum(at_CMR, rows.places.shape[1] - 1).reshape(cells, -1)
+    scored_MR = (offsets_R < pairs.length[..., None]).reshape(-1, answer_tokens)
+
+    def spans(name: str) -> Array:
+        values_MR = jnp.take_along_axis(read[name], at_CN, axis=1).reshape(-1, answer_tokens)
+        return _of_span(name, values_MR, scored_MR).reshape(-1, 2)
+
+    fresh = {name: spans(name) for name in wanted}
+    if verdict_ids:
+        judged = _verdicts(model, params, x_CND, pairs.verdict, verdict_ids)
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return Outputs(fresh, sft)
 
@@ -160,19 +178,12 @@ def evidence(batch: PairBatch, fresh: dict[str, Array]) -> Evidence:
         fresh=fresh,
         cached=batch.cached,
         frozen=batch.frozen,
-        lengths=batch.answers.length,
+        lengths=batch.length,
         length_penalty=batch.length_penalty,
         verdicts=batch.verdicts,
         label=batch.label,
         weight=batch.weight,
     )
-
-
-def _sft_sums(model: Model, params: Params, hidden_BTD: Array, targets: Targets) -> tuple[Array, Array]:
-    # The target of every place is the next token; nothing is marked at the last place, which has none.
-    logps = token_logprobs(hidden_BTD, model.head(params), jnp.roll(targets.ids, -1, axis=1), **_head(model))
-    marked = jnp.roll(targets.mask, -1, axis=1).at[:, -1].set(0) > 0
-    return -jnp.where(marked, logps, 0).sum(), marked.sum().astype(jnp.float32)
 
 
 def _flat(rows: Rows) -> Rows:
@@ -182,10 +193,34 @@ def _flat(rows: Rows) -> Rows:
 def _verdict(
     model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: tuple[int, int]
 ) -> tuple[Array, Array]:
-    at_MD = jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0]
+    return _read_verdict(
+        model, params, jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0], verdict_ids
+    )
+
+
+def _verdicts(
+    model: Model, params: Params, x_CND: Array, places_PG2: Array, verdict_ids: Sequence[tuple[int, int]]
+) -> Judged:
+    """Reads the verdicts at places of cells."""
+    cells, asked = x_CND.shape[0], places_PG2.shape[1]
+    at_CMD = jnp.take_along_axis(x_CND, places_PG2.reshape(cells, -1, 1), axis=1)
+    at_PG2D = at_CMD.reshape(-1, asked, 2, at_CMD.shape[-1])
+    read = [
+        _read_verdict(model, params, at_PG2D[:, i].reshape(-1, at_CMD.shape[-1]), ids)
+        for i, ids in enumerate(verdict_ids)
+    ]
+    return _stack(read, places_PG2.shape[0])
+
+
+def _read_verdict(
+    model: Model, params: Params, hidden_MD: Array, verdict_ids: tuple[int, int]
+) -> tuple[Array, Array]:
     ids = jnp.asarray(verdict_ids, jnp.int32)
     head = model.head(params)
-    return verdict_logits(at_MD, head, ids, cap=model.arch.final_cap), verdict_mass(at_MD, head, ids, **_head(model))
+    return (
+        verdict_logits(hidden_MD, head, ids, cap=model.arch.final_cap),
+        verdict_mass(hidden_MD, head, ids, **_head(model)),
+    )
 
 
 def _head(model: Model) -> dict[str, Any]:

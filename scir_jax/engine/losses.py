@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from scir_jax.config.schema import Config
-from scir_jax.data.batches import TrainBatch, TrainSpec
+from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.engine import forward
 from scir_jax.method import objective
 from scir_jax.method.objective import Sums
@@ -23,32 +23,46 @@ class Loss(NamedTuple):
     Attributes:
       sums: (all parameters, batch, key of the dropout or None) -> (name -> (sum, count), decisions of each pair).
       total: the sums of the global batch -> scalar float32.
+      heads: how often the vocabulary's logits are taken at an answer's token.
     """
 
     sums: Callable[[Params, TrainBatch, Array | None], tuple[Sums, dict[str, Array]]]
     total: Callable[[Sums], Array]
+    heads: int = 1
 
 
-def supervised(model: Model) -> Loss:
-    """Makes the loss of SFT: the mean negative log-likelihood per token of each supervised part, summed."""
+def supervised(model: Model, *, segmented: bool = False) -> Loss:
+    """Makes the loss of SFT: the mean negative log-likelihood per token of each supervised part, summed.
+
+    Args:
+      segmented: a bin of a batch may hold several rows.
+    """
 
     def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
-        return _terms(forward.outputs(model, params, batch, key=key).sft), {}
+        return _terms(forward.outputs(model, params, batch, segmented=segmented, key=key).sft), {}
 
     return Loss(sums, lambda found: sum(objective.divide(*pair) for pair in found.values()))
 
 
-def scir(model: Model, config: Config, spec: TrainSpec, verdict_ids: Sequence[tuple[int, int]]) -> Loss:
+def scir(
+    model: Model,
+    config: Config,
+    spec: TrainSpec,
+    verdict_ids: Sequence[tuple[int, int]],
+    *,
+    segmented: bool = False,
+) -> Loss:
     """Makes the loss of SCIR training, see scir_jax.method.objective.
 
     Args:
       spec: describes the batches.
+      segmented: a bin of a batch may hold several rows.
       verdict_ids: ids of the two verdicts of every judge template.
     """
     wanted = objective.needs(config)
     settings = dict(
+        segmented=segmented,
         verdict_ids=tuple(verdict_ids) if wanted.asks_judge else (),
-        continued=spec.pairs.answers.verdict,
         answer_tokens=spec.pairs.answers.scored,
         wanted=tuple(name for name in wanted.fresh if name in forward.SPANS),
     )
@@ -58,7 +72,7 @@ def scir(model: Model, config: Config, spec: TrainSpec, verdict_ids: Sequence[tu
         terms, decisions = objective.objective(forward.evidence(batch.pairs, found.fresh), config)
         return terms | _terms(found.sft), decisions | {"pair": batch.pairs.index}
 
-    return Loss(sums, lambda found: objective.total(found, config, sft_terms(found)))
+    return Loss(sums, lambda found: objective.total(found, config, sft_terms(found)), len(settings["wanted"]))
 
 
 def sft_terms(sums: Sums) -> tuple[str, ...]:

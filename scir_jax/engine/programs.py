@@ -17,8 +17,11 @@ from jax.sharding import Mesh
 
 from scir_jax.config.checks import DIVIDED
 from scir_jax.config.schema import Config
-from scir_jax.data.batches import PairSpec, PromptSpec, RowGroup, TrainSpec, row_lengths
+from scir_jax.data.batches import SHORTEST, PromptSpec, RowGroup, row_lengths
 from scir_jax.data.encode import Lengths
+from scir_jax.data.packing import Item, Packing, Shape
+from scir_jax.data.pipelines import Way
+from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine import forward, losses, sampler
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import abstract_params
@@ -32,6 +35,12 @@ from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import backend_of, chosen, refusal
 from scir_jax.model.sharding import Layout
+
+
+LONG_BIN = 4096
+"""tokens of a bin on accelerators, unless a row is longer: their attention computes a bin's pairs in parallel, and what
+rows do not see of each other too where it is splash"""
+UNBOUNDED_BIN = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +186,7 @@ class Programs:
     @cached_property
     def sft_spec(self) -> TrainSpec:
         """The batch of an SFT step."""
-        return TrainSpec.of(None, self._present(self.config.sft), self.facts.lengths)
+        return TrainSpec.of(None, self._present(self.config.sft), self.facts.lengths, *self._cells)
 
     @cached_property
     def optimise_spec(self) -> TrainSpec:
@@ -193,7 +202,33 @@ class Programs:
             verdicts=self.verdicts if wanted.verdicts else 0,
             heads=len([name for name in wanted.fresh if name in forward.SPANS]),
         )
-        return TrainSpec.of(pairs, self._present(config.replay) if config.replay.weight else {}, self.facts.lengths)
+        replayed = self._present(config.replay) if config.replay.weight else {}
+        return TrainSpec.of(pairs, replayed, self.facts.lengths, *self._cells)
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        """Devices that share a batch, and micro-batches."""
+        return meshes.batch_shards(self.mesh), self.config.training.accumulate
+
+    @cached_property
+    def way(self) -> Way:
+        """How the rows of training steps are packed."""
+        config, lengths = self.config, self.facts.lengths
+        longest = max((*lengths.judges, *lengths.targets.values(), lengths.scored))
+        kind, separate = config.text.packing, self._attention(longest) == "cudnn"
+        if kind == "auto":
+            # Short rows would gain less than another compilation costs.
+            kind = "off" if longest <= SHORTEST else "lengths" if separate else "bins"
+        if kind != "bins":
+            return Way(kind)
+        if separate and config.model.attention == "cudnn":
+            raise InputError(
+                "text.packing is bins, but model.attention is cudnn, which knows no segments; set text.packing to "
+                "lengths or off, or model.attention to blocks"
+            )
+        # Attention in blocks skips what rows do not see of each other; a long bin costs a CPU nothing.
+        most = UNBOUNDED_BIN if self.backend == "cpu" else max(LONG_BIN, longest)
+        return Way(kind, config.text.bin_tokens or most)
 
     def _present(self, section: Any) -> dict[str, int]:
         """Returns the batch sizes of a section's supervised parts that have rows."""
@@ -254,12 +289,14 @@ class Programs:
     @cached_property
     def sft(self) -> Trainer:
         """The trainer of SFT."""
-        return Trainer(self.config.training, losses.supervised(self.model), self.model, self.mesh)
+        loss = losses.supervised(self.model, segmented=self.way.kind == "bins")
+        return Trainer(self.config.training, loss, self.model, self.mesh)
 
     @cached_property
     def optimise(self) -> Trainer:
         """The trainer of SCIR training."""
-        loss = losses.scir(self.model, self.config, self.optimise_spec, self.facts.verdict_ids)
+        segmented = self.way.kind == "bins"
+        loss = losses.scir(self.model, self.config, self.optimise_spec, self.facts.verdict_ids, segmented=segmented)
         return Trainer(self.config.training, loss, self.model, self.mesh)
 
     # --- programs ---------------------------------------------------------------------------------------------------
@@ -280,9 +317,9 @@ class Programs:
         if "heldout_pairs" in present or (config.run.iterations and objective.needs(config).judged):
             found += self.judge_programs[-1 if longest else 0 :]
         if config.sft.epochs and self.sft_spec.groups:
-            found.append(self.sft_program)
+            found.append(self.sft_program())
         if config.run.iterations:
-            found.append(self.optimise_program)
+            found.append(self.optimise_program())
         return found
 
     def sample_program(self, answers: int) -> Program:
@@ -337,28 +374,28 @@ class Programs:
             for groups in self.judge_groups
         ]
 
-    @property
-    def sft_program(self) -> Program:
-        """The SFT step as a program."""
-        return self._step("SFT step", "sft", self.sft, self.sft_spec)
+    def sft_program(self, shape: Shape | None = None) -> Program:
+        """Returns the SFT step of a shape as a program; by default that which holds the longest rows."""
+        return self._step("SFT step", "sft", self.sft, self.sft_spec, shape)
 
-    @property
-    def optimise_program(self) -> Program:
-        """The step of SCIR training as a program."""
-        return self._step("SCIR step", "optimise", self.optimise, self.optimise_spec)
+    def optimise_program(self, shape: Shape | None = None) -> Program:
+        """Returns the step of SCIR training of a shape as a program; by default that which holds the longest rows."""
+        return self._step("SCIR step", "optimise", self.optimise, self.optimise_spec, shape)
 
     def flash(self, tokens: int) -> bool:
         """Checks whether the attention over rows of this many tokens skips masked pairs."""
-        arch = self.arch
-        kind = chosen(
+        return self._attention(tokens) != "xla"
+
+    def _attention(self, tokens: int) -> str:
+        """Returns the attention that computes separate rows of this many tokens."""
+        return chosen(
             self.config.model.attention,
             self.backend,
             self.config.model.dtype,
             tokens=tokens,
-            head_dim=arch.head_dim,
-            cap=arch.attention_cap,
+            head_dim=self.arch.head_dim,
+            cap=self.arch.attention_cap,
         )
-        return kind != "xla"
 
     @cached_property
     def _params(self):
@@ -373,7 +410,16 @@ class Programs:
         tokens = sum(group.rows * group.tokens for group in groups)
         return Program(name, stage, function, (self._params, *arguments), count, self._weights, tokens)
 
-    def _step(self, name: str, stage: str, trainer: Trainer, spec: TrainSpec) -> Program:
+    def _step(self, name: str, stage: str, trainer: Trainer, spec: TrainSpec, shape: Shape | None) -> Program:
+        if shape is None:
+            # All rows as long as they may be; packed, they fill as many bins.
+            shape, groups = (self._bound(spec), spec.groups)
+        else:
+            name = f"{name}, {shape.tokens:,} tokens"
+            groups = tuple(
+                RowGroup((spec.cells * bins,), tokens, shape.scored // sum(n for n, _ in shape.groups))
+                for bins, tokens in shape.groups
+            )
         state, frozen = trainer.abstract_state(), self.abstract_frozen
         trained = memory.device_bytes(state.params)
         known = Memory(
@@ -383,14 +429,21 @@ class Programs:
         )
         count = flops.training(
             self.arch,
-            spec.groups,
+            groups,
             lora=self.model.lora,
             remat=self.config.model.remat,
             accumulate=self.config.training.accumulate,
             flash=self.flash,
         )
-        arguments = (state, frozen, spec.abstract(), np.float32(0), trainer.dropout_key(0, 0, 0))
-        return Program(name, stage, trainer.step, arguments, count, known, spec.tokens)
+        arguments = (state, frozen, spec.abstract(shape), np.float32(0), trainer.dropout_key(0, 0, 0))
+        return Program(name, stage, trainer.step, arguments, count, known, spec.cells * shape.tokens)
+
+    def _bound(self, spec: TrainSpec) -> Shape:
+        """Returns the shape of a step whose rows are all the longest."""
+        if self.way.kind != "bins":
+            return spec.bound
+        items = [[Item(tuple((0, tokens) for bins, tokens in spec.bound.groups for _ in range(bins)), spec.bound.scored)]]
+        return Packing.of("bins", [items], spec.bound, self.way.bin).shapes[-1]
 
 
 def batches(config: Config) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ Metrics and losses stay sums and counts until the global batch is complete, so m
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,16 @@ import optax
 from jax.sharding import Mesh
 
 from scir_jax.config.schema import TrainingConfig
-from scir_jax.data.batches import TrainBatch
+from scir_jax.data.steps import TrainBatch
 from scir_jax.engine import mesh as meshes
+from scir_jax.engine.cost import flops
+from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.losses import Loss, sft_terms
 from scir_jax.engine.sampler import stream_key
 from scir_jax.method.objective import Sums, divide
 from scir_jax.model import lora
 from scir_jax.model.decoder import Model, Params
+from scir_jax.model.layers import restarting
 
 Array = jax.Array
 
@@ -34,10 +38,17 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Scalars by name, and per-pair decisions with the pair's index (empty outside SCIR training)."""
+    """What a step gives beside the new state.
+
+    Attributes:
+      metrics: scalars by name.
+      decisions: of each pair, with its index; empty outside SCIR training.
+      work: what the rows asked for.
+    """
 
     metrics: dict[str, Array]
     decisions: dict[str, Array]
+    work: Work
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -162,6 +173,7 @@ class Trainer:
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         sft = [divide(*sums[name]) for name in sft_terms(sums)]
+        work = self._work(batch)
         metrics = {
             "loss": loss,
             **({"sft": sum(sft)} if sft else {}),
@@ -171,10 +183,36 @@ class Trainer:
             },
             "grad_norm": norm,
             "learning_rate": learning_rate,
+            "tokens": work.tokens,
+            "filled": work.tokens / sum(ids.size for ids in batch.rows.ids),
             "skipped": (~finite).astype(jnp.float32),
             "skipped_in_a_row": skipped,
         }
-        return TrainState(params, opt_state, skipped), StepOutput(metrics, decisions)
+        return TrainState(params, opt_state, skipped), StepOutput(metrics, decisions, work)
+
+    def step_flops(self, work: Work) -> int:
+        """Counts the model FLOPs of a step over all devices."""
+        return flops.of_step(self.model.arch, work, lora=self.model.lora, heads=self.loss.heads)
+
+    def _work(self, batch: TrainBatch) -> Work:
+        windows = {layer.window for layer in self.model.arch.layers}
+        seen = {window: jnp.zeros((), jnp.float32) for window in windows}
+        tokens = jnp.zeros((), jnp.float32)
+        for segments_BT in batch.rows.segments:
+            real_BT, before_BT = segments_BT > 0, restarting(segments_BT) + 1
+            tokens += real_BT.sum(dtype=jnp.float32)
+            for window in windows:
+                visible_BT = before_BT if window is None else jnp.minimum(before_BT, window)
+                seen = {**seen, window: seen[window] + jnp.where(real_BT, visible_BT, 0).sum(dtype=jnp.float32)}
+        learned = sum((marked.sum() for marked in batch.rows.learned.values()), jnp.zeros((), jnp.int32))
+        pairs = batch.pairs
+        return Work(
+            tokens,
+            sum(seen[layer.window] for layer in self.model.arch.layers),
+            learned,
+            jnp.zeros((), jnp.int32) if pairs is None else pairs.length.sum(),
+            jnp.zeros((), jnp.int32) if pairs is None else (pairs.index >= 0).sum() * math.prod(pairs.verdict.shape[1:]),
+        )
 
     def _opt_shardings(self, params):
         abstract = jax.eval_shape(self.optimizer.init, self._abstract)

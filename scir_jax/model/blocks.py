@@ -81,7 +81,7 @@ def blockwise(
     first_BT = last_BT = None
     if segments_BT is not None:
         segments_BT = jnp.pad(segments_BT, ((0, 0), (0, spare)), mode="edge")
-        first_BT, last_BT = _ends(segments_BT)
+        first_BT, last_BT = ends(segments_BT)
     blocks = (blocked(q_BTHd), blocked(k_BTKd), blocked(v_BTKd))
     if segments_BT is not None and backend == "cpu" and batch > 1:
         # One row after another: each skips the blocks that its own segments leave empty.
@@ -94,7 +94,7 @@ def blockwise(
     return mixed.reshape(batch, number * block, heads, dim)[:, :tokens]
 
 
-def _ends(segments_BT: Array) -> tuple[Array, Array]:
+def ends(segments_BT: Array) -> tuple[Array, Array]:
     """Returns the first and the last place of the segment that each place is in, [B, T] int32."""
     places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
     changes = segments_BT[:, 1:] != segments_BT[:, :-1]

@@ -84,7 +84,33 @@ class Model:
         added.
         """
         rows = self._groups([ids_BT.shape for ids_BT in groups])
+        return tuple(map(self._constrain, rows.unpack(self._hidden(params, groups, rows, key))))
 
+    def hidden_of_bins(
+        self,
+        params: Params,
+        bins: Sequence[jax.Array],
+        segments: Sequence[jax.Array] | None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes `hidden` of bins, each of which may hold several rows.
+
+        Args:
+          bins: ids [B, T] of each group of bins.
+          segments: numbers of the same shapes that tell the rows of a bin apart; None: a bin holds one row.
+          key: key of the adapters' dropout; None drops nothing.
+
+        Returns:
+          [P, N, D]: the bins of each of the P devices that share a batch, behind one another, group by group.
+        """
+        rows = self._groups([ids_BT.shape for ids_BT in bins])
+        if segments is not None:
+            rows = dataclasses.replace(rows, segments=tuple(segments))
+        return self._constrain(self._hidden(params, bins, rows, key))
+
+    def _hidden(
+        self, params: Params, groups: Sequence[jax.Array], rows: layers.Groups, key: jax.Array | None
+    ) -> jax.Array:
         def step(x_PND, layer):
             layer_params, kind, layer_key = layer
             x_PND, _ = self._block(layer_params)(self._constrain(x_PND), rows, kind, layer_key)
@@ -94,7 +120,7 @@ class Model:
         xs = (params["layers"], self._kinds(), keys)
         x_PND = self._split_places(rows.pack([self._embed(params, ids_BT) for ids_BT in groups]))
         x_PND, _ = jax.lax.scan(self._checkpoint(step), x_PND, xs)
-        return tuple(map(self._constrain, rows.unpack(self._final_norm(params, x_PND))))
+        return self._final_norm(params, x_PND)
 
     def prefill(self, params: Params, ids_BP: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
         """Computes hidden states [B, P, D] of right-padded prompts, and a cache with S = cache_length places.

@@ -21,6 +21,7 @@ from flax import nnx
 
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import attention
+from scir_jax.model.blocks import ends
 from scir_jax.model.lora import Lora
 from scir_jax.model.sharding import Layout
 
@@ -150,7 +151,13 @@ class Attention(nnx.Module):
         return rotate(q, positions_BT, frequencies), rotate(k, positions_BT, frequencies), v
 
     def mix(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kind: jax.Array, positions_B: jax.Array | None = None
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kind: jax.Array,
+        positions_B: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Mixes the values that each query sees, [B, T, H, d].
 
@@ -161,6 +168,7 @@ class Attention(nnx.Module):
         attend = functools.partial(
             attention,
             positions_B=positions_B,
+            segments_BT=segments_BT,
             scale=self.arch.query_scale,
             cap=self.arch.attention_cap,
             implementation=self.implementation,
@@ -223,8 +231,8 @@ class Block(nnx.Module):
         """
         kept = [None] * 7 if key is None else [functools.partial(groups.kept, k) for k in jax.random.split(key, 7)]
         q, k, v = self.attention.project(self.attention_norm(x_PND), groups.positions(), kind, kept)
-        rows = zip(*(groups.unpack(x) for x in (q, k, v)), strict=True)
-        mixed = groups.pack([self.attention.mix(*row, kind) for row in rows])
+        rows = zip(*(groups.unpack(x) for x in (q, k, v)), groups.segments or [None] * len(groups.shapes), strict=True)
+        mixed = groups.pack([self.attention.mix(q, k, v, kind, segments_BT=which) for q, k, v, which in rows])
         return self._finish(x_PND, mixed, kept), (k, v)
 
     def decode(
@@ -257,10 +265,13 @@ class Groups:
     Attributes:
       shapes: (B, T) of each group.
       parts: P, the parts into which the rows of every group are split over devices.
+      segments: of each group [B, T] int32, where its rows hold several rows of their own behind one another: a token
+        sees those with its own number, and positions start anew with each. None: they hold one each.
     """
 
     shapes: tuple[tuple[int, int], ...]
     parts: int = 1
+    segments: tuple[jax.Array, ...] | None = None
 
     def pack(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """Packs [B, T, ...] of every group into [P, N, ...]."""
@@ -285,8 +296,16 @@ class Groups:
         )
 
     def positions(self) -> jax.Array:
-        """Returns the position of every token place in its row, [1, N] int32."""
+        """Returns the position of every token place in its row, [1 or P, N] int32."""
+        if self.segments is not None:
+            return self.pack([restarting(which) for which in self.segments])
         return jnp.concatenate([jnp.tile(jnp.arange(tokens), rows // self.parts) for rows, tokens in self.shapes])[None]
+
+
+def restarting(segments_BT: jax.Array) -> jax.Array:
+    """Returns how many places before each one have its own number, [B, T] int32."""
+    first_BT, _ = ends(segments_BT)
+    return jnp.arange(segments_BT.shape[1], dtype=jnp.int32) - first_BT
 
 
 class Decoder(nnx.Module):

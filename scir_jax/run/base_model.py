@@ -115,20 +115,21 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     judged = [(standalone, inputs.eft), (continuation, inputs.eft[: len(inputs.eft) // 4])]
     questions = [row for judge, pairs in judged for pair in pairs for row in encoder.verdict_rows(judge, pair)]
     seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])
-    dataset = supervised_batches(
+    batches = supervised_batches(
         programs.sft_spec,
         encoder,
         {"ift": inputs.targets["ift"], "eft": questions},
         steps=world.steps,
         seeds={"ift": seed, "eft": seed + 1},
         share=programs.local_rows,
+        way=programs.way,
     )
     trainer = programs.sft
     init = jax.jit(programs.model.init, out_shardings=trainer.state_shardings.params)
     state = trainer.init(init(stream_key(world.seed, "world", 0)))
     rates = learning_rates(config.training, world.learning_rate, world.steps)
     with console.stage("embedded world: base model", world.steps) as bar:
-        for step, batch in enumerate(iterator(dataset)):
+        for step, batch in enumerate(iterator(batches.dataset)):
             if stopper.vote():
                 stopper.stop("the base model's training, which starts again")
             state, output = trainer.step(state, {}, put_batch(batch, programs.mesh), rates[step], None)

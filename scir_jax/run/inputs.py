@@ -75,11 +75,13 @@ class Inputs:
         for where, messages in _watched("ift", records.read_conversations(path, self.config.data.columns, tally)):
             with tally.row(where):
                 found = self.encoder.conversation_rows(messages)
-                kept = [Marked(ids[:context], marks[:context]) for ids, marks in found if any(marks[:context])]
+                kept = [
+                    Marked(row.ids[:context], row.marks[:context], where) for row in found if any(row.marks[:context])
+                ]
                 if kept:
                     result.rows.extend(kept)
-                    result.tokens.append(max(len(ids) for ids, _ in found))
-                    result.answers.append(sum(sum(marks) for _, marks in found))
+                    result.tokens.append(max(len(row.ids) for row in found))
+                    result.answers.append(sum(sum(row.marks) for row in found))
                 else:
                     tally.leave_out(f"no answer begins within the model's context of {context}")
         tally.finish(len(result.tokens))
@@ -107,7 +109,8 @@ class Inputs:
             raise InputError("no prompts: set data.prompts (or data.pairs)")
         self.encoder.lengths(prompts)  # refuses what does not fit, before rows are made of it
         longest = {name: max((len(row.ids) for row in rows), default=0) for name, rows in self.targets.items()}
-        return self.encoder.lengths(prompts, longest)
+        learned = {name: max((sum(row.marks[1:]) for row in rows), default=0) for name, rows in self.targets.items()}
+        return self.encoder.lengths(prompts, longest, learned)
 
     def tally(self, key: str, path: str) -> Tally:
         """Begins to count a file's rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from rich.table import Table
 from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data import statistics
+from scir_jax.data.packing import Shape
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.memory import GIB, Memory
 from scir_jax.engine.hosts import hosts
-from scir_jax.engine.programs import Programs
+from scir_jax.engine.programs import Program, Programs
 from scir_jax.errors import InputError
 from scir_jax.run import console
 from scir_jax.run.directory import RunDirectory
@@ -74,7 +76,8 @@ def _check_start(config: Config, programs: Programs) -> None:
 def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]:
     """Compiles a run's programs and prints the memory of each; the compiled programs are those that the run uses.
 
-    What cannot fit whatever the compiler does is refused before compiling.
+    What cannot fit whatever the compiler does is refused before compiling. A packed step is compiled for the longest
+    rows here, which real ones hardly ever are all; see `check_shapes`.
 
     Raises:
       InputError: where a program needs more than a device has.
@@ -82,24 +85,73 @@ def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]
     limit = min(hosts.gather(memory.limit()))
     found = programs.all()
     _fits([(program.name, program.known) for program in found], limit, config, programs)
+    # SFT comes next, and has its own table.
+    packed = [program.name for program in found if program.stage == "optimise" and programs.way.kind != "off"]
+    found = [program for program in found if program.stage != "sft" or programs.way.kind == "off"]
     result = []
     with console.stage("compile", len(found)) as bar:
         for program in found:
-            bar.advance(program.name, by=0)
-            try:
-                compiled = program.compile(programs.mesh)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                reason = " ".join(str(error).split())[:200]
-                # The rest is unknown, but it is what does not fit.
-                ways = advice(config, programs, dataclasses.replace(program.known, other=limit))
-                raise InputError(f"{program.name}: does not fit on a device ({reason}); {ways}") from None
-            result.append((program.name, memory.whole(program.known, compiled, programs.backend)))
-            bar.advance(program.name)
+            need = _compiled(program, limit, config, programs, bar, needed=program.name not in packed)
+            result += [] if need is None else [(program.name, need)]
+    _print(result, limit)
+    _fits([item for item in result if item[0] not in packed], limit, config, programs)
+    for name, need in result:
+        if name in packed and need.total > limit:
+            _say_large(name, _gib(need.total))
+    return result
+
+
+def check_shapes(
+    config: Config, programs: Programs, title: str, shapes: Sequence[Shape], program: Callable[[Shape], Program]
+) -> None:
+    """Compiles the shapes of a stage's step before its first one, and prints their memory; nothing where it is not packed.
+
+    Raises:
+      InputError: where one needs more than a device has.
+    """
+    if programs.way.kind == "off":
+        return
+    limit = min(hosts.gather(memory.limit()))
+    result = []
+    with console.stage(f"{title}: compile", len(shapes)) as bar:
+        for shape in shapes:
+            made = program(shape)
+            result.append((made.name, _compiled(made, limit, config, programs, bar)))
     _print(result, limit)
     _fits(result, limit, config, programs)
-    return result
+
+
+def _compiled(
+    program: Program, limit: int, config: Config, programs: Programs, bar: console.Bar, *, needed: bool = True
+) -> Memory | None:
+    """Compiles a program -> its memory.
+
+    Args:
+      needed: the program must fit; else there is None for one that the compiler finds too large.
+    """
+    bar.advance(program.name, by=0)
+    try:
+        compiled = program.compile(programs.mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        bar.advance(program.name)
+        if not needed:
+            _say_large(program.name, "more than the device's")
+            return None
+        # The rest is unknown, but it is what does not fit.
+        ways = advice(config, programs, dataclasses.replace(program.known, other=limit))
+        raise InputError(f"{program.name}: does not fit on a device ({reason}); {ways}") from None
+    bar.advance(program.name)
+    return memory.whole(program.known, compiled, programs.backend)
+
+
+def _say_large(name: str, need: str) -> None:
+    console.say(
+        f"{name}: if all its rows were as long as text allows, it would need {need} GiB and not fit; the shapes that the "
+        "real rows need are checked before its first step"
+    )
 
 
 def _fits(needs: list[tuple[str, Memory]], limit: int, config: Config, programs: Programs) -> None:

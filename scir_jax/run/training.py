@@ -20,9 +20,10 @@ from scir_jax.data.pairs import Pair, from_row
 from scir_jax.data.pipelines import iterator, pair_batches, supervised_batches
 from scir_jax.engine.checkpoint import StageCheckpoints
 from scir_jax.engine.cost.chips import Chip, of_device
+from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import put_batch
-from scir_jax.engine.programs import Program, Programs
+from scir_jax.engine.programs import Programs
 from scir_jax.engine.trainer import Trainer, learning_rates
 from scir_jax.errors import InputError
 from scir_jax.run import console
@@ -30,9 +31,10 @@ from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
+from scir_jax.run.preflight import check_shapes
 
-# Columns of metrics.jsonl that no two runs have in common: tokens with padding over all devices; model FLOPs (see
-# scir_jax.engine.cost.flops) in 1e12 per second and device, and as a share of the chip's peak.
+# Columns of metrics.jsonl that no two runs have in common: tokens of the rows, without padding, over all devices; model
+# FLOPs (see scir_jax.engine.cost.flops) in 1e12 per second and device, and as a share of the chip's peak.
 TIMINGS = ("seconds", "tokens_per_second", "teraflops", "mfu")
 
 
@@ -53,17 +55,25 @@ def run_sft(
     if not steps:
         models.store.save(1, models.take(0))
         return
+    batches = supervised_batches(
+        spec,
+        encoder,
+        inputs.targets,
+        steps=steps,
+        seeds=target_seeds(seed, 1),
+        share=programs.local_rows,
+        way=programs.way,
+    )
+    check_shapes(config, programs, "SFT", batches.shapes, programs.sft_program)
     train_stage(
         config,
         programs.sft,
-        programs.sft_program,
+        "sft",
         directory,
         metrics,
         stopper,
         iteration=0,
-        dataset=supervised_batches(
-            spec, encoder, inputs.targets, steps=steps, seeds=target_seeds(seed, 1), share=programs.local_rows
-        ),
+        dataset=batches.dataset,
         peak=config.sft.learning_rate,
         params=lambda: models.take(0),
         frozen=lambda: models.parameters.frozen,
@@ -84,7 +94,7 @@ def run_optimise(
 ) -> None:
     """Trains M_t -> M_{t+1} on the pairs of iteration t beside replayed examples."""
     folder, seed = directory.iteration(iteration), config.run.seed
-    dataset = pair_batches(
+    batches = pair_batches(
         programs.optimise_spec,
         encoder,
         read_pairs(config, folder / "pairs.jsonl"),
@@ -93,16 +103,18 @@ def run_optimise(
         seed=stage_seed(seed, 100 + iteration),
         seeds=target_seeds(seed, 10 + iteration),
         share=programs.local_rows,
+        way=programs.way,
     )
+    check_shapes(config, programs, f"iteration {iteration}: optimise", batches.shapes, programs.optimise_program)
     train_stage(
         config,
         programs.optimise,
-        programs.optimise_program,
+        "optimise",
         directory,
         metrics,
         stopper,
         iteration=iteration,
-        dataset=dataset,
+        dataset=batches.dataset,
         peak=config.optimise.learning_rate,
         params=lambda: models.take(iteration),
         frozen=lambda: models.parameters.frozen,
@@ -145,7 +157,7 @@ def target_seeds(seed: int, stream: int) -> dict[str, int]:
 def train_stage(
     config: Config,
     trainer: Trainer,
-    program: Program,
+    stage: str,
     directory: RunDirectory,
     metrics: Metrics,
     stopper: console.Stopper,
@@ -162,7 +174,7 @@ def train_stage(
 
     Args:
       config: its sections run, training and checkpoint.
-      program: the trainer's step.
+      stage: its name in metrics.jsonl, "sft" or "optimise".
       iteration: 0 for SFT.
       peak: of the learning rate.
       params: gives the trained parameters to start from, which are donated.
@@ -186,14 +198,14 @@ def train_stage(
         position = meta["data"]
     rest = frozen()
     batches = iterator(dataset, position)
-    metrics.start_stage(program.stage, iteration, done)
+    metrics.start_stage(stage, iteration, done)
     if decisions is not None:
         decisions.cut(lambda row: row["step"] <= done)
 
-    speed = Speed(program.flops.model / mesh.size, program.tokens, of_device(mesh.devices.flat[0].device_kind))
+    speed = Speed(trainer.step_flops, mesh.size, of_device(mesh.devices.flat[0].device_kind))
     # An accelerator runs ahead of the host; on a CPU a second step in flight would hold a second step's buffers.
     waits = mesh.devices.flat[0].platform == "cpu"
-    writer = _Writer(metrics, decisions, program.stage, iteration, min(config.training.max_skipped, steps), speed)
+    writer = _Writer(metrics, decisions, stage, iteration, min(config.training.max_skipped, steps), speed)
     try:
         with console.stage(title, steps, done, "compiling") as bar:
             for step in range(done, steps):
@@ -233,21 +245,21 @@ class Speed(NamedTuple):
     """How fast steps are.
 
     Attributes:
-      flops: model FLOPs of a step on each device.
-      tokens: token places of a step over all devices.
+      flops: gives the model FLOPs of a step over all devices.
+      devices: their number.
       chip: None where its peak is not known.
     """
 
-    flops: float
-    tokens: int
+    flops: Callable[[Work], int]
+    devices: int
     chip: Chip | None
 
-    def of(self, seconds: float) -> dict[str, float]:
+    def of(self, work: Work, seconds: float) -> dict[str, float]:
         """Returns the columns TIMINGS of a step; "mfu" where there is a chip."""
         seconds_ = max(seconds, 1e-9)
-        values = {"seconds": seconds, "tokens_per_second": self.tokens / seconds_}
-        values["teraflops"] = self.flops / seconds_ / 1e12
-        return values if self.chip is None else values | {"mfu": self.flops / seconds_ / self.chip.flops}
+        rate = self.flops(work) / self.devices / seconds_
+        values = {"seconds": seconds, "tokens_per_second": float(work.tokens) / seconds_, "teraflops": rate / 1e12}
+        return values if self.chip is None else values | {"mfu": rate / self.chip.flops}
 
 
 class _Writer:
@@ -280,11 +292,12 @@ class _Writer:
             now = time.monotonic()
             seconds, self._last = now - max(started, self._last), now
             in_a_row = int(values.pop("skipped_in_a_row"))
-            values |= self._speed.of(seconds)
+            values |= self._speed.of(jax.device_get(output.work), seconds)
             self._metrics.write(self._stage, self._iteration, step, values)
             if self._decisions is not None:
                 self._write_decisions(step, jax.device_get(output.decisions))
-            self.note = f"loss {values['loss']:.3f}" + (f", MFU {values['mfu']:.1%}" if "mfu" in values else "")
+            self.note = f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
+            self.note += f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
             if in_a_row >= self._max_skipped:
                 self._metrics.sync()
                 raise InputError(
@@ -298,7 +311,9 @@ class _Writer:
                 self._decisions.sync()
 
     def _write_decisions(self, step: int, decided: dict[str, np.ndarray]) -> None:
-        for i, pair in enumerate(decided.pop("pair")):
-            if pair >= 0:
+        # Where a pair lies in a batch depends on the mesh.
+        pairs = decided.pop("pair")
+        for i in np.argsort(pairs, kind="stable"):
+            if (pair := pairs[i]) >= 0:
                 row = {name: values[i].tolist() for name, values in decided.items()}
                 self._decisions.write({"step": step, "pair": int(pair), **row})

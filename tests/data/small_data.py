@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 from scir_jax.config.schema import TextConfig
-from scir_jax.data.batches import PairSpec, RowGroup, TrainSpec
+from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Encoder, Marked
+from scir_jax.data.packing import Packing
 from scir_jax.data.pairs import Pair
+from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Template, compile_judge
 from scir_jax.world.tokenizer import build_tokenizer
@@ -52,12 +54,34 @@ def make_pairs(encoder, count=len(WORDS), **values):
     return [pair(i, word) for i, word in enumerate(WORDS[:count])]
 
 
-def make_spec(encoder, size, targets=None, *, judged=True, **values):
+def make_spec(encoder, size, targets=None, *, judged=True, devices=1, micro=1, **values):
     """Batches of `size` pairs beside so many supervised rows of four tokens by name."""
     prompts = [pair.prompt for pair in make_pairs(encoder)]
     pairs = PairSpec.of(size, encoder.lengths(prompts), judged=judged, continued=encoder.continued, **values)
     groups = ((name, RowGroup((rows,), 4, 4)) for name, rows in (targets or {}).items())
-    return TrainSpec(pairs, tuple(groups))
+    return TrainSpec(pairs, tuple(groups), devices, micro)
+
+
+def step_of(spec, pairs, encoder, targets=None, share=np.arange):
+    """A step of numbered pairs and of supervised rows by name, nothing of it packed."""
+    rows = [(name, row) for name, found in (targets or {}).items() for row in found]
+    cells = spec.own(len(pairs), [name for name, _ in rows])
+    return spec.batch(Packing("off", [spec.bound]), spec.bound, cells, pairs, rows, encoder, share)
+
+
+def rows_of(batch, devices=1, micro=1):
+    """The rows of each cell of a batch: (places of its tokens, their ids)."""
+    found = []
+    for device, part in np.ndindex(devices, micro):
+        flat = []
+        for ids, segments in zip(batch.rows.ids, batch.rows.segments, strict=True):
+            both = (x.reshape(devices, -1, micro, x.shape[-1])[device, :, part].reshape(-1) for x in (ids, segments))
+            flat.append(tuple(both))
+        ids, segments = (np.concatenate(parts) for parts in zip(*flat))
+        places = [np.flatnonzero(segments == number) for number in sorted(set(segments.tolist()) - {0})]
+        assert all((np.diff(row) == 1).all() for row in places), "a row's tokens lie behind one another"
+        found.append([(row, tuple(ids[row].tolist())) for row in places])
+    return found
 
 
 def marked_rows(count=7):

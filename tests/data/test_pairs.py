@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tests.chat_templates import chat, turns
-from tests.data.small_data import CHAT, make_encoder, make_pairs, same
+from tests.data.small_data import CHAT, make_encoder, make_pairs, rows_of, same, step_of
 
 from scir_jax.config.schema import TextConfig
-from scir_jax.data.batches import PairSpec, RowGroup
+from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import write_rows
 from scir_jax.data.pairs import IDS, Pair, answer_row, from_row, to_row
 from scir_jax.data.records import Comparison, read_comparisons
+from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine.forward import Judged
 from scir_jax.errors import InputError
 from scir_jax.run import scoring
@@ -98,13 +99,18 @@ def same_everywhere(encoder, pairs, tmp_path, monkeypatch):
     scoring.judge_pairs(encoder, programs, None, pairs)
     spec = PairSpec.of(len(pairs), lengths, judged=True, continued=encoder.continued)
     for source in (pairs, read):
-        batch = spec.arrays(list(enumerate(source)), encoder)
-        same((batch.answers, *batch.judges)[-len(groups) :], asked[0])
+        batch = step_of(TrainSpec(spec), list(enumerate(source)), encoder)
+        ((*found,),) = rows_of(batch)
+        by_place = {int(place): ids for where, ids in found for place in where}
+        for number, rows in enumerate(asked[0]):
+            for i, side in np.ndindex(len(pairs), 2):
+                ids = tuple(rows.ids[i, side, : rows.verdict[i, side] + 1].tolist())
+                assert by_place[int(batch.pairs.verdict[i, number, side])] == ids
         for pair in source:
-            answers, judges = spec.rows(pair, encoder)
+            rows = spec.rows(pair, encoder)
             expected = [encoder.judge_rows(judge, pair) for judge in encoder.judges]
-            assert [tuple(rows) for rows in (answers, *judges)][-len(groups) :] == expected
-            assert encoder.continued or tuple(answers) == encoder.answer_rows(pair)
+            assert [tuple(both) for both in rows][-len(groups) :] == expected
+            assert encoder.continued or tuple(rows[0]) == encoder.answer_rows(pair)
     assert all((rows.verdict > 0).all() for rows in asked[0])
 
 

@@ -6,18 +6,28 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, same
+from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, rows_of, same, step_of
 
-from scir_jax.data.batches import RowGroup, TrainSpec
+from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Marked
-from scir_jax.data.pipelines import iterator, pair_batches, supervised_batches
+from scir_jax.data.pipelines import Way, iterator, pair_batches, supervised_batches
+from scir_jax.data.steps import TrainSpec
 from scir_jax.errors import InputError
 
 REPLAYED = {"ift": marked_rows(), "eft": marked_rows()}
 
 
 def batches_of(
-    size=5, *, epochs=1, seed=0, replay=None, share=np.arange, layouts=("standalone",), pairs=None, **values
+    size=5,
+    *,
+    epochs=1,
+    seed=0,
+    replay=None,
+    share=np.arange,
+    layouts=("standalone",),
+    pairs=None,
+    way=Way(),
+    **values,
 ):
     """Batches of twelve pairs; `replay` says how many supervised rows of each name are beside them."""
     encoder = make_encoder(*layouts)
@@ -30,14 +40,20 @@ def batches_of(
         seed=seed,
         seeds={"ift": seed + 1, "eft": seed + 2},
         share=share,
-    )
+        way=way,
+    ).dataset
 
 
 def supervised(steps, seed=0, rows=None, tokens=4, sizes=dict(ift=3)):
     spec = TrainSpec(None, tuple((name, RowGroup((size,), tokens, tokens)) for name, size in sizes.items()))
     rows = {"ift": REPLAYED["ift"] if rows is None else rows, "eft": REPLAYED["eft"]}
     seeds = {"ift": seed, "eft": seed + 1}
-    return supervised_batches(spec, make_encoder(), rows, steps=steps, seeds=seeds)
+    return supervised_batches(spec, make_encoder(), rows, steps=steps, seeds=seeds).dataset
+
+
+def learned(batch, name="ift"):
+    """The last tokens of the rows that a part learns, which tell them apart."""
+    return [int(ids[-1]) for where, ids in rows_of(batch)[0] if where[-1] - 1 in batch.rows.places[batch.rows.learned[name]]]
 
 
 def index(batch):
@@ -54,7 +70,7 @@ def test_each_pair_once_an_epoch(size):
     dataset = batches_of(size)
     assert len(dataset) == -(-count // size)
     batches = list(iterator(dataset))
-    assert all(len(b.pairs.index) == size and len(b.pairs.answers.ids) == size for b in batches)
+    assert all(len(b.pairs.index) == size and len(b.pairs.first) == size for b in batches)
     seen = [i for b in batches for i in index(b)]
     real = [i for i in seen if i >= 0]
     assert sorted(real) == list(range(count)) and real != sorted(real)
@@ -68,7 +84,7 @@ def test_a_batch_holds_the_pairs_that_it_names():
     pairs, spec = make_pairs(encoder), make_spec(encoder, 5, cached=("preference_logps",))
     for batch in iterator(batches_of(cached=("preference_logps",))):
         numbered = [None if i < 0 else (i, pairs[i]) for i in index(batch)]
-        same(batch, spec.arrays(numbered, {}, encoder))
+        same(batch, step_of(spec, numbered, encoder))
 
 
 def test_epochs_are_shuffled_anew():
@@ -84,32 +100,34 @@ def test_each_pair_as_often_as_there_are_epochs():
     assert sorted(seen[:12]) == list(range(12)), "an epoch ends before the next begins"
 
 
-# Of which rows of a batch a host holds which: thirds, every second one, some held by two hosts.
+# Of which rows of a batch over three devices a host holds which: one device's each, the first and last of them, some
+# held by two hosts.
 SHARES = {
     "parts": [lambda size, host=host: np.arange(size)[host * size // 3 : (host + 1) * size // 3] for host in range(3)],
-    "alternating": [lambda size, host=host: np.arange(host, size, 2) for host in range(2)],
+    "apart": [lambda size: np.delete(np.arange(size), np.s_[size // 3 : 2 * size // 3])],
     "overlapping": [lambda size: np.arange(size)[: 2 * size // 3], lambda size: np.arange(size)[size // 3 :]],
 }
 
 
+@pytest.mark.parametrize("way", [Way(), Way("bins", 120), Way("lengths")], ids=lambda way: way.kind)
 @pytest.mark.parametrize("kind", SHARES)
-def test_shares_of_hosts_make_the_batch(kind):
+def test_shares_of_hosts_make_the_batch(kind, way):
     """Every host makes those rows of the batches that it holds, padding of the last one included."""
 
     def dataset(share=np.arange):
         parts = dict(replay=dict(ift=6, eft=3), layouts=("standalone", "continuation"), cached=("start_logps",))
-        return batches_of(9, epochs=2, share=share, **parts)
+        return batches_of(9, epochs=2, share=share, devices=3, way=way, **parts)
 
     whole = dataset()
     assert len(whole) == 3
-    assert whole[2].pairs.weight.tolist() == [1.0] * 6 + [0.0] * 3, "24 pairs and three to fill"
+    assert sorted(whole[2].pairs.weight.tolist()) == [0.0] * 3 + [1.0] * 6, "24 pairs and three to fill"
     for share in SHARES[kind]:
         own = dataset(share)
         assert len(own) == len(whole)
         for batch, (expected, found) in enumerate(zip(iterator(whole), iterator(own), strict=True)):
             same(found, jax.tree.map(lambda x: x[share(len(x))], expected))
-            rows = share(9)
-            assert [i < 0 for i in index(found)] == [batch == 2 and row >= 6 for row in rows]
+            if way.kind == "off":
+                assert [i < 0 for i in index(found)] == [batch == 2 and row >= 6 for row in share(9)]
 
 
 def test_the_same_seed_gives_the_same_order():
@@ -117,8 +135,8 @@ def test_the_same_seed_gives_the_same_order():
     one, two, other = (list(iterator(batches_of(epochs=2, seed=s, replay=replay))) for s in (3, 3, 4))
     same(one, two)
     assert [index(b) for b in one] != [index(b) for b in other]
-    assert any((a.targets["ift"].ids != b.targets["ift"].ids).any() for a, b in zip(one, other))
-    assert any((b.targets["ift"].ids != b.targets["eft"].ids).any() for b in one), "a seed each"
+    assert any(learned(a) != learned(b) for a, b in zip(one, other))
+    assert any(learned(b) != learned(b, "eft") for b in one), "a seed each"
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 4, 5])
@@ -154,20 +172,53 @@ def test_supervised_batches():
     dataset = supervised(6, rows=rows, sizes=dict(ift=2))
     assert len(dataset) == 6
     for i in range(6):
-        batch = dataset[i].targets["ift"]
-        order = np.argsort([(ids[ids != pad_id]).min() for ids in batch.ids])
-        assert batch.ids[order].tolist() == [[1, 2, 3, pad_id], [4, *[pad_id] * 3]], "each row once a pass"
-        assert batch.mask[order].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+        batch = dataset[i]
+        assert sorted(ids for _, ids in rows_of(batch)[0]) == [(1, 2, 3), (4,)], "each row once a pass"
+        assert batch.rows.targets[batch.rows.learned["ift"]].tolist() == [2, 3]
+        assert (batch.rows.ids[0][batch.rows.segments[0] == 0] == pad_id).all()
     with pytest.raises(ValueError):
         supervised(6, rows=rows, tokens=2)[0]
 
 
 def test_supervised_training():
     batches = list(iterator(supervised(4)))
-    assert len(batches) == 4 and all(b.pairs is None and list(b.targets) == ["ift"] for b in batches)
-    assert all(b.targets["ift"].ids.shape == (3, 4) for b in batches)
-    whole = [row[2] for b in supervised(7) for row in b.targets["ift"].ids.tolist()]
+    assert len(batches) == 4 and all(b.pairs is None and list(b.rows.learned) == ["ift"] for b in batches)
+    assert all(b.rows.ids[0].shape == (3, 4) for b in batches)
+    whole = [last for b in supervised(7) for last in learned(b)]
     assert sorted(whole[:7]) == sorted(whole[7:14]) == list(range(7)) and whole[:7] != whole[7:14]
     both = supervised(2, sizes=dict(ift=3, eft=2))[1]
-    assert {name: part.ids.shape for name, part in both.targets.items()} == {"ift": (3, 4), "eft": (2, 4)}
-    same(both.targets["ift"], supervised(2)[1].targets["ift"])
+    assert [ids.shape for ids in both.rows.ids] == [(3, 4), (2, 4)] and set(both.rows.learned) == {"ift", "eft"}
+    same(both.rows.ids[0], supervised(2)[1].rows.ids[0])
+
+
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("way", [Way("bins", 2**20), Way("bins", 120), Way("lengths")], ids=str)
+def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
+    parts = dict(epochs=2, replay=dict(ift=4, eft=4), layouts=("continuation", "standalone"), cached=("start_logps",))
+    unpacked = batches_of(8, devices=2, micro=micro, **parts)
+    packed = batches_of(8, devices=2, micro=micro, way=way, **parts)
+    assert len(packed) == len(unpacked) == 3
+    for a, b in zip(iterator(packed), iterator(unpacked), strict=True):
+        rows, others = ([ids for cell in rows_of(batch, 2, micro) for _, ids in cell] for batch in (a, b))
+        assert sorted(rows) == sorted(others) and sorted(index(a)) == sorted(index(b))
+        assert a.rows.ids[0].size < sum(ids.size for ids in b.rows.ids)
+        for batch in (a, b):
+            found = rows_of(batch, 2, micro)
+            # Row j of a device's micro-batch m stands at j micro + m of its part.
+            cell_of = np.arange(8) // 4 * micro + np.arange(8) % micro
+            for i, number in enumerate(index(batch)):
+                cell = cell_of[i]
+                answers = [ids for where, ids in found[cell] if batch.pairs.verdict[i, 0, 0] in where and number >= 0]
+                assert number < 0 or (len(answers) == 1 and answers[0] in rows)
+                first, length = batch.pairs.first[i, 0], batch.pairs.length[i, 0]
+                tokens = batch.rows.targets[cell, first : first + length].tolist()
+                assert number < 0 or make_pairs(make_encoder())[number].a.ids == tuple(tokens)
+
+
+def test_a_row_that_is_longer_than_a_bin_is_named():
+    parts = dict(replay=dict(ift=3), cached=("start_logps",))
+    with pytest.raises(InputError, match=r"^pairs.jsonl:1: has a row of \d+ tokens, .* text.bin_tokens 20; set it to"):
+        batches_of(way=Way("bins", 20), **parts)

@@ -11,9 +11,10 @@ import torch
 
 from scir_jax.config.checks import resolve
 from scir_jax.config.schema import Config
-from scir_jax.data.batches import PairBatch, RowGroup, TrainBatch, TrainSpec
+from scir_jax.data.batches import RowGroup
 from scir_jax.data.pairs import from_row
-from scir_jax.data.pipelines import pair_batches
+from scir_jax.data.pipelines import Way, pair_batches
+from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.engine import forward
 from scir_jax.method import rewards
 from scir_jax.model.hf import weights
@@ -96,15 +97,17 @@ def widened(spec: TrainSpec, size: int, longer: int) -> TrainSpec:
         spec.pairs, pairs=size, answers=wider(spec.pairs.answers), judges=tuple(map(wider, spec.pairs.judges))
     )
     targets = tuple((name, group._replace(tokens=group.tokens + longer)) for name, group in spec.targets)
-    return TrainSpec(pairs, targets)
+    return dataclasses.replace(spec, pairs=pairs, targets=targets)
 
 
-def train_batch(setup: Setup, rows, *, size=8, longer=0) -> TrainBatch:
+def train_batch(setup: Setup, rows, *, size=8, longer=0, way=Way()) -> TrainBatch:
     """The first batch of the pipelines, `longer` tokens wider than the run's own."""
     pairs = [from_row(row, f"row {i}") for i, row in enumerate(rows)]
     spec = widened(setup.programs.optimise_spec, size, longer)
     seeds = {"ift": 1, "eft": 1}
-    return pair_batches(spec, setup.encoder, pairs, setup.inputs.targets, epochs=1, seed=0, seeds=seeds)[0]
+    return pair_batches(
+        spec, setup.encoder, pairs, setup.inputs.targets, epochs=1, seed=0, seeds=seeds, way=way
+    ).dataset[0]
 
 
 @functools.cache
@@ -121,24 +124,24 @@ def evaluated(setup: Setup, params, batch: TrainBatch):
     return loss, means, {name: value[places] for name, value in decisions.items()}, gradients
 
 
-def outputs(setup: Setup, params, pairs: PairBatch):
+def outputs(setup: Setup, params, batch: TrainBatch, segmented=False):
     """log pi(y|x) [P, 2], verdicts [P, G, 2, 2] and the reward models' logits [P, R] of a batch of pairs."""
     programs, config = setup.programs, setup.programs.config
 
-    def run(params, pairs):
+    def run(params, batch):
         found = forward.outputs(
             programs.model,
             params,
-            TrainBatch(pairs, {}),
+            batch,
+            segmented=segmented,
             verdict_ids=programs.facts.verdict_ids,
-            continued=setup.encoder.continued,
             answer_tokens=programs.facts.lengths.answer,
             wanted=tuple(forward.SPANS),
         ).fresh
-        logits = rewards.reward_logits(forward.evidence(pairs, found), config, config.rewards.models)
+        logits = rewards.reward_logits(forward.evidence(batch.pairs, found), config, config.rewards.models)
         return found["logps"], found["verdicts"], jnp.concatenate(list(logits.values()), axis=1)
 
-    return jax.device_get(jax.jit(run, compiler_options=QUICK)(params, pairs))
+    return jax.device_get(jax.jit(run, compiler_options=QUICK)(params, batch))
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -227,7 +230,7 @@ def test_loss_and_gradient_are_those_of_torch(case, make, reference, params, tmp
     batch = train_batch(setup, rows)
     assert (batch.pairs.weight > 0).sum() == len(rows) < len(batch.pairs.weight)
     assert len({row["weight"] for row in rows}) > 1
-    assert len(batch.pairs.judges) == (len(templates) - setup.encoder.continued if judged else 0)
+    assert batch.pairs.verdict.shape == (8, len(templates) if judged else 0, 2)
 
     loss, means, decisions, gradients = evaluated(setup, params, batch)
     expected, expected_means, expected_decisions = objective(reference, rows, config, templates, judged)
@@ -261,19 +264,18 @@ def with_answers(row, *sides):
 def test_identical_and_swapped_pairs_in_every_reward_model(templates, make, reference, params):
     setup = make(templates, rewards=dict(models=tuple(rewards.REWARDS), entropy_scale=3.0))
     rows = file_rows(reference, 2)
-    batch = train_batch(setup, rows).pairs
+    batch = train_batch(setup, rows)
     _, _, logits = outputs(setup, params, batch)
     p = 1 / (1 + np.exp(-np.float64(logits)))
     assert p.shape == (8, 5) and np.abs(p[:6] - 0.5).max(axis=0).min() > 0.05
 
     # The rows of a swapped pair are made from the swapped file, not by exchanging the rows.
-    swapped_batch = train_batch(setup, [with_answers(row, "b", "a") for row in rows]).pairs
-    exchanged = jax.tree.map(lambda x: x[:, ::-1], batch.answers)
-    jax.tree.map(np.testing.assert_array_equal, swapped_batch.answers, exchanged)
+    swapped_batch = train_batch(setup, [with_answers(row, "b", "a") for row in rows])
+    np.testing.assert_array_equal(swapped_batch.pairs.length, batch.pairs.length[:, ::-1])
     _, _, swapped = outputs(setup, params, swapped_batch)
     np.testing.assert_allclose(1 / (1 + np.exp(-np.float64(swapped))), 1 - p, atol=1e-6)
 
-    _, _, same = outputs(setup, params, train_batch(setup, [with_answers(row, "a", "a") for row in rows]).pairs)
+    _, _, same = outputs(setup, params, train_batch(setup, [with_answers(row, "a", "a") for row in rows]))
     np.testing.assert_allclose(1 / (1 + np.exp(-np.float64(same))), 0.5, atol=1e-6)
 
 
@@ -282,30 +284,42 @@ def test_both_layouts_score_answers_alike(make, reference, params):
     found = {}
     for templates in ((STANDALONE, CONTINUATION), (CONTINUATION, STANDALONE)):
         setup = make(templates)
-        batch = train_batch(setup, rows).pairs
+        batch = train_batch(setup, rows)
         logps, verdicts, _ = outputs(setup, params, batch)
-        order = np.argsort(batch.index[: len(rows)])
+        order = np.argsort(batch.pairs.index[: len(rows)])
         found[templates[0]] = logps[order], verdicts[order][:, :: 1 if templates[0] == STANDALONE else -1]
     for separate, continued in zip(*found.values(), strict=True):
         np.testing.assert_allclose(continued, separate, atol=2e-5)
     np.testing.assert_allclose(found[STANDALONE][0], reference.answer_logps, atol=1e-4)
 
 
-def test_padding_order_and_accumulation_change_nothing(make, reference, params):
-    setup, two, four = (make(replay=dict(ift_batch_size=0), training=dict(accumulate=n)) for n in (1, 2, 4))
+def test_padding_packing_and_accumulation_change_nothing(make, reference, params):
     # Five pairs of eight: with two micro-batches one is padded, with four the last is padding alone.
     rows = file_rows(reference, 1, weighted=True)[:5]
-    batch = train_batch(setup, rows)
+
+    def made(micro=1, kind="off", bin=0, **longer):
+        text = dict(packing=kind, bin_tokens=bin)
+        setup = make(replay=dict(ift_batch_size=4), training=dict(accumulate=micro), text=text)
+        way = setup.programs.way
+        assert way.kind == kind and setup.programs.optimise_spec.micro == micro
+        return setup, train_batch(setup, rows, way=way, **longer)
+
+    setup, batch = made()
     loss, means, decisions, gradients = evaluated(setup, params, batch)
-    turned = jax.tree.map(lambda x: np.roll(x[::-1], 3, axis=0), batch)
     variants = {
         "longer rows, more padded pairs": (setup, train_batch(setup, rows, size=12, longer=24)),
-        "another order": (setup, turned),
-        "two micro-batches": (two, batch),
-        "four micro-batches": (four, batch),
-        "four micro-batches, another order": (four, turned),
+        "two micro-batches": made(2),
+        "four micro-batches": made(4),
+        "one bin": made(1, "bins"),
+        "bins": made(1, "bins", 96),
+        "bins of two micro-batches": made(2, "bins", 96),
+        "few lengths": made(1, "lengths"),
+        "few lengths of four micro-batches": made(4, "lengths"),
     }
     assert (batch.pairs.weight > 0).tolist() == [True] * 5 + [False] * 3
+    shapes = {name: [ids.shape for ids in other.rows.ids] for name, (_, other) in variants.items()}
+    assert shapes["one bin"][0][0] == 1 < shapes["bins"][0][0] and shapes["bins"][0][1] == 96
+    assert len(shapes["few lengths"]) > 1
     for name, (other, other_batch) in variants.items():
         loss_, means_, decisions_, gradients_ = evaluated(other, params, other_batch)
         assert loss_ == pytest.approx(loss, rel=1e-5), name
@@ -313,6 +327,29 @@ def test_padding_order_and_accumulation_change_nothing(make, reference, params):
         for key, value in decisions.items():
             np.testing.assert_allclose(np.float64(decisions_[key]), np.float64(value), atol=1e-5, err_msg=name)
         assert_same_gradients(gradients_, gradients, 1e-5)
+
+
+def test_no_row_of_a_bin_sees_another(make, reference, params):
+    """Another answer of one pair changes no bit of what is read off the others."""
+    setup = make((STANDALONE, CONTINUATION), text=dict(packing="bins"), replay=NO_REPLAY)
+    programs, rows = setup.programs, file_rows(reference, 2)
+
+    def found(rows):
+        batch = train_batch(setup, rows, way=programs.way)
+        assert len(batch.rows.ids) == 1 and len(np.unique(batch.rows.segments[0])) > 4 * len(rows), "one bin holds all"
+        logps, verdicts, _ = outputs(setup, params, batch, segmented=True)
+        order = np.argsort(batch.pairs.index)[-len(rows) :]
+        return logps[order], verdicts[order]
+
+    number = max(range(len(rows)), key=lambda i: len(rows[i]["response_b_ids"]))
+    changed = with_answers(rows[number], "a", "b")
+    for key in ("response_b_ids", "quote_b_ids"):
+        changed[key] = [changed[key][1], changed[key][0], *changed[key][2:]]
+    assert changed["response_b_ids"] != rows[number]["response_b_ids"]
+    others = [i for i in range(len(rows)) if i != number]
+    for before, after in zip(found(rows), found([*rows[:number], changed, *rows[number + 1 :]]), strict=True):
+        assert (before[number] != after[number]).any()
+        assert before[others].tobytes() == after[others].tobytes()
 
 
 def test_first_step_and_skipped_steps(make, reference, params):

@@ -31,7 +31,7 @@ def programs(world_dir, tiny_config):
 @pytest.fixture
 def only_the_scir_step(monkeypatch):
     """Leaves one program of a run, which is quicker to compile than all."""
-    monkeypatch.setattr(Programs, "all", lambda programs: [programs.optimise_program])
+    monkeypatch.setattr(Programs, "all", lambda programs: [programs.optimise_program()])
 
 
 def checked(programs: Programs) -> dict[str, memory.Memory]:

@@ -24,7 +24,7 @@ def train(config, directory):
     from scir_jax.run.training import train_stage
 
     encoder, inputs, programs, parameters = prepare(config)
-    program = programs.optimise_program
+    program = programs.optimise_program()
     table = memory.whole(program.known, program.compile(programs.mesh), "cpu").total
     cached = {f"{role}_logps": (-3.0, -4.0) for role in ("start", "implicit", "preference")}
     pairs = [dataclasses.replace(pair, cached=cached) for pair in inputs.heldout_pairs]
@@ -32,13 +32,13 @@ def train(config, directory):
     spec = programs.optimise_spec
     dataset = pair_batches(
         spec, encoder, pairs, inputs.targets, epochs=1, seed=0, seeds={"ift": 0, "eft": 1}, share=np.arange
-    )
+    ).dataset
     assert len(dataset) == STEPS
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train_stage(
         config,
         programs.optimise,
-        program,
+        "optimise",
         RunDirectory(Path(directory)),
         NoMetrics(),
         console.Stopper(),

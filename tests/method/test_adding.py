@@ -12,6 +12,7 @@ from scir_jax.engine.mesh import put_batch
 from scir_jax.method import consistency, rewards, selection
 from scir_jax.method.objective import needs
 from scir_jax.run.setup import prepare
+from tests.data.small_data import step_of
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -41,7 +42,7 @@ def test_entries_of_tables_are_all_that_is_needed(added, world_dir, tiny_config)
     encoder, inputs, programs, parameters = prepare(config)
     cached = {f"{role}_logps": (-3.0, -4.0) for role in ("start", "implicit", "preference")}
     pairs = [dataclasses.replace(pair, cached=cached) for pair in inputs.heldout_pairs]
-    batch = programs.optimise_spec.arrays(list(enumerate(pairs)), {}, encoder)
+    batch = step_of(programs.optimise_spec, list(enumerate(pairs)), encoder)
     trainer = programs.optimise
     state = trainer.init(parameters.of_directory(Path(config.model.path)))
     before = jax.tree.map(np.asarray, state.params)

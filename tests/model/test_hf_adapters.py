@@ -14,7 +14,6 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from scir_jax.config.schema import LoraConfig
-from scir_jax.data.batches import Targets, TrainBatch
 from scir_jax.engine import forward
 from scir_jax.errors import InputError
 from scir_jax.model import decoder, lora
@@ -22,6 +21,7 @@ from scir_jax.model.architecture import LINEARS
 from scir_jax.model.hf import adapters, weights
 from scir_jax.run.models import adapters_of
 from tests.processes import quick_jit
+from tests.training import supervised_step
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SMALL = dict(
@@ -268,7 +268,7 @@ def test_gradients_are_those_of_autograd(family, adapted):
     expected_loss.backward()
 
     def loss(trained, frozen):
-        batch = TrainBatch(None, {"ift": Targets(ids, mask)})
+        batch = supervised_step(ids, mask)
         return forward.outputs(found.model, lora.join(trained, frozen), batch).sft["ift"][0]
 
     value, grads = quick_jit(jax.value_and_grad(loss))(found.trained, found.base.params)

@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 from scir_jax.config.schema import MeshConfig, TrainingConfig
-from scir_jax.data.batches import Targets, TrainBatch
 from scir_jax.engine import losses
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.checkpoint import ModelStore
@@ -25,6 +24,7 @@ from scir_jax.run import sampling, scoring
 from scir_jax.run.setup import prepare
 from tests.processes import quick_jit
 from tests.training import (
+    supervised_step,
     ADAPTERS,
     assert_same_bytes,
     batch_of,
@@ -260,13 +260,13 @@ def test_a_frozen_head_has_no_gradient_in_memory(tied):
     """The gradient of the head is made beside that of the hidden states; where nobody asks for it, it must not be."""
     arch = Architecture("llama", 65536, 64, 64, 4, 2, 16, layers=(Layer(),), tie_embeddings=tied, final_cap=30.0)
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)  # so few that their logits are small beside the head
-    targets = Targets(ids, jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    batch = jax.eval_shape(lambda ids: supervised_step(ids, np.ones((1, 4))), ids)
     temporary = {}
     for settings in (None, lora.Lora(2, 4.0, ("q_proj",))):
         model = decoder.define(arch, lora=settings)
         trainer = Trainer(TrainingConfig(), losses.supervised(model), model, meshes.make_mesh(MeshConfig()))
         frozen = lora.split(model.abstract(), settings)[1]
-        lowered = trainer.step.lower(trainer.abstract_state(), frozen, TrainBatch(None, {"ift": targets}), RATE, None)
+        lowered = trainer.step.lower(trainer.abstract_state(), frozen, batch, RATE, None)
         temporary[settings is None] = lowered.compile().memory_analysis().temp_size_in_bytes
     head = 4 * arch.vocab_size * arch.hidden_size
     assert temporary[False] < 0.75 * head < head < temporary[True]

@@ -211,7 +211,7 @@ def test_programs_do_not_grow_with_depth(world_dir, tiny_config):
 
     def instructions(layers):
         arch = dataclasses.replace(run.arch, layers=run.arch.layers[:1] * layers)
-        text = planned(run.config, arch, run.mesh).optimise_program.compile(run.mesh).as_text()
+        text = planned(run.config, arch, run.mesh).optimise_program().compile(run.mesh).as_text()
         return sum(" = " in line for line in text.splitlines())
 
     # But for a fusion here or there, about which the compiler decides by size.

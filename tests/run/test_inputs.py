@@ -275,7 +275,7 @@ def test_conversations_end_with_the_models_context(make, tmp_path):
     content = checked(setup)
     (row,) = setup.inputs.targets["ift"]
     (whole,) = setup.encoder.conversation_rows(messages)
-    assert len(whole.ids) > 300 and row == (whole.ids[:256], whole.marks[:256])
+    assert len(whole.ids) > 300 and row == (whole.ids[:256], whole.marks[:256], f"{path}:1")
     ift = content["files"]["ift"]
     assert ift["left_out"] == {"no answer begins within the model's context of 256": 1} and ift["answers_cut"] == 1.0
     assert ift["answer_tokens"]["max"] == 303 and ift["row_tokens"] == 256

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scir_jax.engine.cost.chips import CHIPS
+from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.trainer import learning_rates
 from scir_jax.errors import InputError, Interrupted
@@ -60,7 +61,9 @@ def test_a_stage(setup, uninterrupted):
         assert rows[2 + i]["loss"] == pytest.approx(float(output.metrics["loss"]), rel=1e-6)
         assert rows[2 + i]["learning_rate"] == rates[i]
         selected = [row["selected"] for row in decisions if row["step"] == i + 1]
-        assert selected == np.asarray(output.decisions["selected"]).tolist()
+        order = np.argsort(np.asarray(output.decisions["pair"]), kind="stable")
+        expected = np.asarray(output.decisions["selected"])[order][np.asarray(output.decisions["pair"])[order] >= 0]
+        assert selected == expected.tolist()
     assert_same_bytes(state.params, uninterrupted.params())
 
 
@@ -113,10 +116,11 @@ def test_a_stage_ends_after_steps_that_are_not_finite(setup, tmp_path):
 
 
 def test_speed_is_of_a_device_and_mfu_of_its_peak():
-    found = Speed(2e12, 1000, CHIPS["v5e"]).of(0.5)
+    work = Work(tokens=1000, seen=7, learned=0, scored=5, verdicts=0)
+    found = Speed(lambda asked: 4e12 if asked == work else 0, 2, CHIPS["v5e"]).of(work, 0.5)
     assert found == {"seconds": 0.5, "tokens_per_second": 2000, "teraflops": 4, "mfu": 4 / 197}
     assert tuple(found) == TIMINGS
-    assert "mfu" not in Speed(2e12, 1000, None).of(0.5)
+    assert "mfu" not in Speed(lambda _: 1, 2, None).of(work, 0.5)
 
 
 # --- adapters with dropout --------------------------------------------------------------------------------------------

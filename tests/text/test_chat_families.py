@@ -279,7 +279,7 @@ def test_supervised_rows_of_many_turns(kind, template):
     answers = [c.answer("Blue, of course!"), c.answer("I am fine.")]
     assert list(prompts[1]) == reference(c, messages[:3])
     assert rows[-1][0] == prompts[1] + answers[1]
-    learned = [tuple(i for i, mark in zip(*row, strict=True) if mark) for row in rows]
+    learned = [tuple(i for i, mark in zip(row.ids, row.marks, strict=True) if mark) for row in rows]
     assert sum(learned, ()) == answers[0] + answers[1]
     together = prompts[1][: len(prompts[0] + answers[0])] == prompts[0] + answers[0]
     assert len(rows) == (1 if together else 2)

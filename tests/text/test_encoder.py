@@ -111,7 +111,7 @@ def test_conversation_rows_mark_the_assistants_tokens(name):
     )
     messages = turns(*contents)
     c = chat(name)
-    ((ids, marks),) = encoder(name).conversation_rows(messages)
+    ((ids, marks, _),) = encoder(name).conversation_rows(messages)
     whole = reference(name, messages, False)
     assert list(ids) == whole[: len(ids)] and not control(name, whole[len(ids) :])
     first = len(c.prompt(messages[:1]))
@@ -134,7 +134,7 @@ def test_verdict_rows(layout):
     e, j = encoder("chatml", layout, max_response_tokens=16), judge("chatml", layout)
     for label, better in ((1.0, 0), (0.0, 1)):
         comparison = Comparison(turns("Name a colour."), "Blue", "fine", label)
-        (first, first_marks), (swapped, swapped_marks) = e.verdict_rows(j, e.pair(comparison))
+        (first, first_marks, _), (swapped, swapped_marks, _) = e.verdict_rows(j, e.pair(comparison))
         assert first[-1] == j.verdict_ids[better] and swapped[-1] == j.verdict_ids[1 - better]
         for ids, marks in ((first, first_marks), (swapped, swapped_marks)):
             assert len(ids) == len(marks) and sum(marks) == 1 and marks[-1]

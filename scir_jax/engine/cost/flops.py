@@ -2,8 +2,8 @@
 
 Two figures each, over all devices. *Model* FLOPs are those that the mathematics asks for, the numerator of MFU as in
 PaLM (arXiv 2204.02311, appendix B): 2 per weight and position forward and 4 backward (2 where the weight is frozen), of
-attention the query-key pairs that are visible, of the head the positions that are scored, padding included as the rows
-are padded. *Hardware* FLOPs are those that the programs of scir_jax.engine execute: besides, what rematerialisation and
+attention the query-key pairs that are visible, of the head the positions that are scored; padding is included where rows
+are given by a length that they are padded to (`inference`, `training`), and not in `of_step`. *Hardware* FLOPs are those that the programs of scir_jax.engine execute: besides, what rematerialisation and
 micro-batches compute again, pairs that are masked, log-probabilities' second pass over the vocabulary, the probability
 mass of the verdicts.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from scir_jax.data.batches import RowGroup
 from scir_jax.model import logprobs
@@ -59,11 +60,43 @@ class SamplerFlops:
     total: Flops
 
 
+class Work(NamedTuple):
+    """What the rows of a training step ask for, over all devices; numbers or scalar arrays.
+
+    Attributes:
+      tokens: of the rows.
+      seen: query-key pairs that are visible, over all layers.
+      learned: tokens that supervised parts learn.
+      scored: tokens of answers.
+      verdicts: that are read.
+    """
+
+    tokens: Any
+    seen: Any
+    learned: Any
+    scored: Any
+    verdicts: Any
+
+
+def of_step(arch: Architecture, work: Work, *, lora: Lora | None = None, heads: int = 1) -> int:
+    """Counts the model FLOPs of a training step over all devices.
+
+    Args:
+      heads: how often the logits are taken at an answer's token.
+    """
+    tokens, seen, learned, scored, verdicts = (int(value) for value in work)
+    sides = 1 if lora else 2
+    linears = 2 * tokens * arch.num_layers * (_weights(arch) * (1 + sides) + 3 * _adapters(arch, lora))
+    attention = 3 * 4 * arch.num_heads * arch.head_dim * seen
+    logits = (learned + heads * scored) * arch.vocab_size + 2 * verdicts
+    return linears + attention + (1 + sides) * 2 * arch.hidden_size * logits
+
+
 def inference(
     arch: Architecture, passes: Iterable[RowGroup], *, lora: Lora | None = None, flash: Flash = never
 ) -> Flops:
     """Counts the FLOPs of forward passes: scoring, judging."""
-    return sum((_forward(arch, part, lora, flash) for part in passes), Flops())
+    return sum((_forward(arch, part, lora, flash, part.rows * part.scored) for part in passes), Flops())
 
 
 def training(
@@ -83,14 +116,16 @@ def training(
       accumulate: micro-batches of the step.
     """
     total = Flops()
-    for whole in passes:
-        part = whole._replace(leading=(whole.leading[0] // accumulate, *whole.leading[1:]))
-        forward = _forward(arch, part, lora, flash)
+    parts = [part._replace(leading=(part.leading[0] // accumulate, *part.leading[1:])) for part in passes]
+    # All scored positions of a micro-batch are taken together.
+    places = sum(part.rows * part.scored for part in parts)
+    for part in parts:
+        forward = _forward(arch, part, lora, flash, places)
         again = _rematerialised(arch, part, lora, flash, remat)
         if accumulate > 1:
             # Each micro-batch is computed again before its backward pass, but for what is only measured.
             again += forward.hardware - _mass(arch, part)
-        step = forward + _backward(arch, part, lora, flash)
+        step = forward + _backward(arch, part, lora, flash, places)
         total += Flops(step.model, step.hardware + again) * accumulate
     return total
 
@@ -167,21 +202,21 @@ def cache_bytes(
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash) -> Flops:
+def _forward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, places: int) -> Flops:
     readout = 4 * part.rows * arch.hidden_size * part.verdict
     return (
         _layers(arch, part.rows, part.tokens, lora, flash)
-        + Flops(*_head(arch, part))
+        + Flops(*_head(arch, part, places))
         + Flops(readout, readout + _mass(arch, part))
     )
 
 
-def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash) -> Flops:
+def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, places: int) -> Flops:
     positions, layers = part.rows * part.tokens, arch.num_layers
     # Gradients with respect to inputs, and to weights where they are trained.
     linears = 2 * positions * layers * (_weights(arch) * (1 if lora else 2) + 2 * _adapters(arch, lora))
     model, hardware = _attention(arch, part.rows, part.tokens, flash)
-    head, chunked = _head(arch, part)
+    head, chunked = _head(arch, part, places)
     readout = 4 * part.rows * arch.hidden_size * part.verdict
     # Without saved weights of the pairs the scores are a fifth product beside the four.
     attention = Flops(2 * model, hardware * 5 // 2 if flash(part.tokens) else 2 * hardware)
@@ -223,10 +258,14 @@ def _visible(tokens: int, window: int | None) -> int:
     return within * (within + 1) // 2 + (tokens - within) * within
 
 
-def _head(arch: Architecture, part: RowGroup) -> tuple[int, int]:
-    """Counts the logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps."""
+def _head(arch: Architecture, part: RowGroup, places: int) -> tuple[int, int]:
+    """Counts the logits of the scored positions: model FLOPs, and hardware FLOPs, in which the last chunk overlaps.
+
+    Args:
+      places: positions whose logits are taken together.
+    """
     row = 2 * part.rows * part.scored * part.heads * arch.hidden_size
-    chunk = logprobs.chunk_size(part.rows * part.scored, arch.vocab_size)
+    chunk = logprobs.chunk_size(places, arch.vocab_size)
     return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
 
 

@@ -1,0 +1,126 @@
+"""Where rows lie: nothing lost, nothing twice, few shapes, the least that brute force finds, little padding."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from scir_jax.data.packing import LENGTHS, SHAPES, Item, Packing, Shape, best_fit, coarse, deal, rungs
+
+
+def items_of(rng, count):
+    """Pairs of log-normal prompts and answers, each with its answers' rows and a judge's."""
+
+    def tokens(mean, sigma, most):
+        return int(np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma), 8, most))
+
+    found = []
+    for _ in range(count):
+        x, a, b = tokens(180, 0.7, 1536), tokens(300, 0.75, 1024), tokens(300, 0.75, 1024)
+        rows = ((0, x + a), (0, x + b), (1, x + a + b + 60), (1, x + a + b + 60))
+        found.append(Item(rows, a + b))
+    return found
+
+
+def test_items_are_dealt_out_evenly():
+    rng = np.random.default_rng(0)
+    pairs, rows = items_of(rng, 32), [Item(item.rows[:1], 1) for item in items_of(rng, 10)]
+    for cells in (1, 2, 8, 16):
+        first, second = deal(pairs, rows, cells)
+        assert [len(numbers) for numbers in first] == [32 // cells] * cells
+        assert sorted(sum(first, [])) == list(range(32)) and sorted(sum(second, [])) == list(range(10))
+        loads = [
+            sum(pairs[i].tokens for i in a) + sum(rows[i].tokens for i in b) for a, b in zip(first, second, strict=True)
+        ]
+        largest = max(item.tokens for item in pairs)
+        assert max(loads) <= max(1.15 * np.mean(loads), largest), "no cell has much more than another"
+    assert deal([Item()] * 4, [], 2) == ([[0, 1], [2, 3]], [[], []])
+
+
+def test_best_fit():
+    assert best_fit([3, 5, 2, 5], 8) == [(0, 5), (0, 0), (1, 5), (1, 0)]
+    assert best_fit([], 8) == []
+    with pytest.raises(ValueError, match="a row of 9 tokens does not fit into a bin of 8"):
+        best_fit([1, 9], 8)
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        tokens = rng.integers(1, 100, rng.integers(1, 40)).tolist()
+        taken = np.zeros((len(tokens), 100), int)
+        for length, (number, offset) in zip(tokens, best_fit(tokens, 100), strict=True):
+            assert offset + length <= 100
+            taken[number, offset : offset + length] += 1
+        assert taken.max() == 1 and taken.sum() == sum(tokens)
+        used = int(taken.any(axis=1).sum())
+        assert used <= 1.23 * max(sum(tokens) / 100, 1) + 1, "best fit decreasing needs at most 11/9 of the bins"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rungs_are_the_best(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 60, rng.integers(1, 9)).tolist()
+
+    def cost(chosen):
+        return sum(min(rung for rung in chosen if rung >= size) for size in sizes)
+
+    for most in (1, 2, 3):
+        found = rungs(sizes, most)
+        assert len(found) <= most and found == sorted(set(found)) and found[-1] == max(sizes)
+        values = sorted(set(sizes))[:-1]
+        subsets = (c for n in range(most) for c in itertools.combinations(values, n))
+        assert cost(found) == min(cost([*subset, max(sizes)]) for subset in subsets)
+
+
+def test_coarse_sizes():
+    assert [coarse(n) for n in (1, 8, 9, 256, 257, 4096, 4097, 10_000)] == [8, 8, 16, 256, 384, 4096, 4224, 10_240]
+    sizes = np.arange(300, 100_000, 37)
+    assert max(coarse(int(n)) / n for n in sizes if n > 4096) < 1.035
+
+
+def placed(packing, shape, items):
+    """Asserts that no two rows lie on each other -> the tokens that lie there."""
+    taken = [np.zeros(group, int) for group in shape.groups]
+    for item, places in zip(items, packing.places(shape, items), strict=True):
+        for (_, tokens), place in zip(item.rows, places, strict=True):
+            taken[place.group][place.bin, place.offset : place.offset + tokens] += 1
+            assert place.offset + tokens <= shape.groups[place.group][1]
+            assert packing.kind == "bins" or place.offset == 0
+    assert max(part.max() for part in taken) <= 1
+    return sum(part.sum() for part in taken)
+
+
+KINDS = {"one bin": ("bins", 2**20), "bins": ("bins", 4096), "lengths": ("lengths", 0)}
+LEAST = {"one bin": 0.92, "bins": 0.85, "lengths": 0.6}
+
+
+@pytest.mark.parametrize("cells", [1, 8])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stage_fits_into_few_shapes(name, cells):
+    """And little of them is padding: 32 rows a cell and more, of lengths as real data have them."""
+    rng, (kind, size) = np.random.default_rng(2), KINDS[name]
+    steps = []
+    for _ in range(40):
+        pairs = items_of(rng, 8 * cells)
+        steps.append([[pairs[i] for i in numbers] for numbers in deal(pairs, [], cells)[0]])
+    steps.append([[*cell[:4], *[Item()] * 4] for cell in steps[0]])
+    packing = Packing.of(kind, steps, Shape((), 1), size)
+    assert len(packing.shapes) <= SHAPES
+    real = computed = 0
+    for step in steps:
+        shape = packing.shape(step)
+        assert shape in packing.shapes and (kind == "bins" or len(shape.groups) <= LENGTHS)
+        for cell in step:
+            assert placed(packing, shape, cell) == sum(item.tokens for item in cell)
+            assert sum(item.scored for item in cell) <= shape.scored
+            real += sum(item.tokens for item in cell)
+        computed += cells * shape.tokens
+    assert real / computed > LEAST[name]
+
+
+def test_unpacked_rows_lie_with_their_kind():
+    shape = Shape(((2, 10), (2, 20)), 8)
+    packing = Packing.of("off", [], shape)
+    items = [Item(((0, 3), (0, 4), (1, 5), (1, 20)), 7)]
+    assert packing.shapes == (shape,) and packing.shape([items]) == shape and not packing.segmented
+    assert [tuple(place) for place in packing.places(shape, items)[0]] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+    with pytest.raises(ValueError, match="a row of 11 tokens does not fit"):
+        packing.places(shape, [Item(((0, 11),))])
