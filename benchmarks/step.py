@@ -145,9 +145,7 @@ def batches_of(case: Case):
     from scir_jax.data.pipelines import pair_batches
 
     encoder, _, programs, _ = case.setup
-    return pair_batches(
-        programs.optimise_spec, encoder, case.pairs, {}, epochs=1, seed=0, seeds={}, way=programs.way
-    )
+    return pair_batches(programs.optimise_spec, encoder, case.pairs, {}, epochs=1, seed=0, seeds={}, way=programs.way)
 
 
 def run_jax(case: Case, steps: int, batch: int) -> dict:

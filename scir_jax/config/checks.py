@@ -91,7 +91,10 @@ def check(config: Config) -> None:
     ):
         if value < 0:
             raise InputError(f"{key} must not be negative, not {value}")
-    for key, value in (("consistency.sharpen", config.consistency.sharpen), ("preference.beta", config.preference.beta)):
+    for key, value in (
+        ("consistency.sharpen", config.consistency.sharpen),
+        ("preference.beta", config.preference.beta),
+    ):
         if value <= 0:
             raise InputError(f"{key} must be positive, not {value}")
     weights = config.rewards.weights

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,18 +44,22 @@ class Rows(NamedTuple):
     verdict: np.ndarray
 
 
-class Prompts(NamedTuple):
-    """Prompts to sample from, all int32.
+class Admission(NamedTuple):
+    """Prompts that come into slots together, all int32.
 
     Attributes:
       ids: [B, T].
       length: [B].
       index: [B] the prompt's number; -1 for padding.
+      source: [M] number of the slot's new prompt among those of its device; -1: it keeps what it has.
+      sample: [M] the new answer's number among those of its prompt.
     """
 
     ids: np.ndarray
     length: np.ndarray
     index: np.ndarray
+    source: np.ndarray
+    sample: np.ndarray
 
 
 class RowGroup(NamedTuple):
@@ -99,31 +103,58 @@ class RowGroup(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptSpec:
-    """Describes a sampler's batch: `prompts` of at most `tokens`, with `answers` of at most `answer_tokens` to each."""
+class SlotSpec:
+    """Describes a sampler's slots, and the prompts that come in together.
 
+    Attributes:
+      slots: M.
+      prompts: B.
+      tokens: compiled lengths of prompts, from short to long.
+      answer_tokens: R.
+      places: S, places of a row in the cache.
+      devices: that share slots and prompts.
+    """
+
+    slots: int
     prompts: int
-    tokens: int
-    answers: int
+    tokens: tuple[int, ...]
     answer_tokens: int
+    places: int
+    devices: int = 1
 
-    @property
-    def places(self) -> int:
-        """Places of a row in the cache."""
-        return self.tokens + self.answer_tokens
+    def arrays(
+        self,
+        tokens: int,
+        prompts: Sequence[tuple[int, Sequence[int]] | None],
+        answers: Mapping[int, tuple[int, int]],
+        pad_id: int,
+        share: Share = np.arange,
+    ) -> Admission:
+        """Returns this host's part of an admission.
 
-    def arrays(self, prompts: Sequence[tuple[int, Sequence[int]] | None], pad_id: int) -> Prompts:
-        """Returns the ids of numbered prompts as arrays; None is padding, a row that stops at once."""
-        filled = [(-1, (pad_id,)) if prompt is None else prompt for prompt in prompts]
-        return Prompts(
-            np.stack([pad(ids, self.tokens, pad_id) for _, ids in filled]),
+        Args:
+          tokens: one of the compiled lengths.
+          prompts: numbered ids, B of them, those of the first device first; None is padding.
+          answers: slot -> number of its prompt among those of its device, and number of the answer.
+        """
+        source, sample = np.full((2, self.slots), -1, np.int32)
+        for slot, (prompt, number) in answers.items():
+            source[slot], sample[slot] = prompt, number
+        filled = [(-1, (pad_id,)) if prompts[i] is None else prompts[i] for i in share(self.prompts)]
+        mine = share(self.slots)
+        return Admission(
+            np.stack([pad(ids, tokens, pad_id) for _, ids in filled]),
             np.array([len(ids) for _, ids in filled], np.int32),
             np.array([number for number, _ in filled], np.int32),
+            source[mine],
+            sample[mine],
         )
 
-    def abstract(self) -> Prompts:
-        """Returns the shapes of `arrays` of a whole batch."""
-        return abstract_of(self.arrays([None], 0), self.prompts)
+    def abstract(self, tokens: int) -> Admission:
+        """Returns the shapes of a whole admission."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.arrays(tokens, [None] * self.prompts, {}, 0)
+        )
 
 
 def row_lengths(longest: Sequence[int]) -> list[tuple[int, ...]]:

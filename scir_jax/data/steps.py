@@ -54,6 +54,7 @@ class PairBatch(NamedTuple):
       label: [P] probability that the first answer is better (1/2 where it is unknown).
       weight: [P]; 0 for padding.
       index: [P] int32, the pair's place in the iteration's file; -1 for padding.
+      place: [P] int32, the pair's place in the batch before it was dealt out to cells.
     """
 
     first: np.ndarray
@@ -66,6 +67,7 @@ class PairBatch(NamedTuple):
     label: np.ndarray
     weight: np.ndarray
     index: np.ndarray
+    place: np.ndarray
 
 
 class TrainBatch(NamedTuple):
@@ -179,6 +181,7 @@ class PairSpec:
             label=np.float32(0.5),
             weight=np.float32(0),
             index=np.int32(-1),
+            place=np.int32(0),
         )
 
 
@@ -268,7 +271,7 @@ class TrainSpec:
                 self,
                 packing,
                 shape,
-                [pairs[i] for i in cells[number].pairs],
+                [(i, pairs[i]) for i in cells[number].pairs],
                 [targets[i] for i in cells[number].rows],
                 encoder,
             )
@@ -284,7 +287,7 @@ class TrainSpec:
 
     def abstract(self, shape: Shape) -> TrainBatch:
         """Returns the shapes of a whole batch."""
-        empty = _cell(self, Packing("off", [shape]), shape, [None] * self._each, [], None)
+        empty = _cell(self, Packing("off", [shape]), shape, [(0, None)] * self._each, [], None)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * self.cells, *x.shape[1:]), x.dtype), empty)
 
     def own(self, pairs: int, targets: Sequence[str]) -> list[Cell]:
@@ -305,18 +308,22 @@ def _cell(
     spec: TrainSpec,
     packing: Packing,
     shape: Shape,
-    pairs: Sequence[tuple[int, Pair] | None],
+    pairs: Sequence[tuple[int, tuple[int, Pair] | None]],
     targets: Supervised,
     encoder: Encoder | None,
 ) -> TrainBatch:
-    """Makes the arrays of one cell; without an encoder nothing is in it."""
+    """Makes the arrays of one cell; without an encoder nothing is in it.
+
+    Args:
+      pairs: with each its place in the batch.
+    """
     pad_id = encoder.chat.pad_id if encoder else 0
     ids = [np.full(group, pad_id, np.int32) for group in shape.groups]
     segments = [np.zeros(group, np.int32) for group in shape.groups]
     begins = np.cumsum([0, *(bins * tokens for bins, tokens in shape.groups)])
     scored: list[tuple[np.ndarray, Sequence[int]]] = []
     learned = {name: np.zeros(shape.scored, bool) for name, _ in spec.targets}
-    rows = [spec.pairs.rows(pair[1], encoder) if pair else [] for pair in pairs]
+    rows = [spec.pairs.rows(pair[1], encoder) if pair else [] for _, pair in pairs]
     items = [*(spec.pairs.item(both) for both in rows), *(spec.item(name, row) for name, row in targets)]
     places = packing.places(shape, items)
     number = done = 0
@@ -338,8 +345,8 @@ def _cell(
         return done - len(tokens)
 
     made = []
-    for pair, both, where in zip(pairs, rows, places):
-        one = spec.pairs.padding()
+    for (in_batch, pair), both, where in zip(pairs, rows, places):
+        one = spec.pairs.padding()._replace(place=np.int32(in_batch))
         if pair is not None:
             one = one._replace(**spec.pairs.known(pair[1]), index=np.int32(pair[0]))
             at = iter(where)

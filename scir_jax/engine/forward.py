@@ -212,9 +212,7 @@ def _verdicts(
     return _stack(read, places_PG2.shape[0])
 
 
-def _read_verdict(
-    model: Model, params: Params, hidden_MD: Array, verdict_ids: tuple[int, int]
-) -> tuple[Array, Array]:
+def _read_verdict(model: Model, params: Params, hidden_MD: Array, verdict_ids: tuple[int, int]) -> tuple[Array, Array]:
     ids = jnp.asarray(verdict_ids, jnp.int32)
     head = model.head(params)
     return (

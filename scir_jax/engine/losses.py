@@ -70,7 +70,7 @@ def scir(
     def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
         found = forward.outputs(model, params, batch, **settings, key=key)
         terms, decisions = objective.objective(forward.evidence(batch.pairs, found.fresh), config)
-        return terms | _terms(found.sft), decisions | {"pair": batch.pairs.index}
+        return terms | _terms(found.sft), decisions | {"pair": batch.pairs.index, "place": batch.pairs.place}
 
     return Loss(sums, lambda found: objective.total(found, config, sft_terms(found)), len(settings["wanted"]))
 

@@ -132,6 +132,12 @@ def param_shardings(model: Model, mesh: Mesh):
     return jax.tree.map(lambda leaf, axes: layout.sharding(axes, leaf.shape), model.abstract(), model.logical_axes())
 
 
+def cache_sharding(model: Model, mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of keys or values [layers, rows, places, key/value heads, head dimension]."""
+    rows, heads = batch_shards(mesh), model.arch.num_kv_heads
+    return Layout(mesh).sharding((None, "batch", None, "kv_heads", None), (1, rows, 1, heads, 1))
+
+
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """Returns the numbers of the rows of a batch of `size` that this host's devices hold, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()

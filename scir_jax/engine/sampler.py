@@ -1,29 +1,31 @@
-"""Sampling responses: one prefill for each prompt, shared by its N responses, then cached decoding.
+"""Sampling answers in slots: a slot whose answer is finished takes the next prompt's, while the others go on.
 
-Every response's randomness is keyed by (seed, iteration, prompt, sample), so that it does not depend on the batch it
-is in. Temperature, top-p and top-k are arrays: changing them compiles nothing.
-Shapes: B prompts, N responses to each prompt, M = B N rows, P prompt tokens, R response tokens, V vocabulary.
+Every answer's randomness is keyed by (seed, iteration, prompt, sample), so that it depends on no slot, batch or
+interruption. The prompt is computed once for all its answers. Temperature, top-p and top-k are arrays: changing them
+compiles nothing.
+Shapes: M slots, R tokens of an answer, B prompts that come in together, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scir_jax.data.batches import Prompts, PromptSpec
+from scir_jax.data.batches import Admission, SlotSpec
 from scir_jax.engine import mesh as meshes
 from scir_jax.model.decoder import Cache, Model, Params
 
 Array = jax.Array
+SEGMENT = 32
+"""tokens of each answer between two looks at what is finished"""
 
 
 class Samples(NamedTuple):
-    """ids [B, N, R] int32; lengths [B, N] with the stop token; logps [B, N] float32, summed, untempered."""
+    """Of every slot: ids [M, R] int32; lengths [M] with the stop token; logps [M] float32, summed, untempered."""
 
     ids: Array
     lengths: Array
@@ -43,81 +45,159 @@ class Sampling(NamedTuple):
         return cls(np.float32(temperature), np.float32(top_p), np.int32(top_k))
 
 
-class _State(NamedTuple):
-    step: Array
-    hidden_MD: Array
-    cache: Cache
-    ids_MR: Array
-    lengths_M: Array
-    logps_M: Array
-    done_M: Array
+class Slots(NamedTuple):
+    """Answers that are being sampled.
 
-
-def sampler(
-    model: Model, mesh: Mesh, spec: PromptSpec, *, stop_ids: tuple[int, ...], pad_id: int
-) -> Callable[..., Samples]:
-    """Makes the jitted function (params, Prompts, key, Sampling) -> Samples.
-
-    A prompt with a negative index is padding and stops at once.
+    Attributes:
+      hidden: [M, D] hidden state behind the last token, compute dtype.
+      cache: M rows.
+      prompt: [M] int32 the prompt's number.
+      sample: [M] int32 the answer's number among those of its prompt.
+      start: [M] int32 tokens of the prompt.
+      ids: [M, R] int32.
+      lengths: [M] int32 tokens so far.
+      logps: [M] float32.
+      done: [M] bool.
     """
-    responses, response_tokens = spec.answers, spec.answer_tokens
 
-    def sample(params: Params, prompts: Prompts, key, sampling: Sampling) -> Samples:
-        ids_BP, lengths_B, index_B = prompts
+    hidden: Array
+    cache: Cache
+    prompt: Array
+    sample: Array
+    start: Array
+    ids: Array
+    lengths: Array
+    logps: Array
+    done: Array
+
+
+class Sampler:
+    """The jitted functions of a sampler on one mesh.
+
+    Attributes:
+      empty: () -> Slots, all of them done.
+      admit: (params, Slots, Admission) -> Slots, compiled for each length of prompts; donates the slots.
+      decode: (params, Slots, key, Sampling) -> (Slots, done [M]): the next tokens of each answer, SEGMENT at the most;
+        donates the slots.
+      read: (Slots) -> Samples, whole on every device.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, spec: SlotSpec, *, stop_ids: tuple[int, ...], pad_id: int):
+        self._model, self._spec = model, spec
+        self._stop_ids, self._pad_id = stop_ids, pad_id
+        self._shards = meshes.batch_shards(mesh)
+        batch, one, params = meshes.batch_sharding(mesh), meshes.replicated(mesh), meshes.param_shardings(model, mesh)
+        cache = meshes.cache_sharding(model, mesh)
+        abstract = jax.eval_shape(self._empty)
+        slots = jax.tree.map(lambda _: batch, abstract)._replace(cache=Cache(cache, cache))
+        self.abstract = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, slots
+        )
+        self.empty = jax.jit(self._empty, out_shardings=slots)
+        self.admit = jax.jit(self._admit, in_shardings=(params, slots, batch), out_shardings=slots, donate_argnums=1)
+        self.decode = jax.jit(
+            self._decode, in_shardings=(params, slots, one, one), out_shardings=(slots, one), donate_argnums=1
+        )
+        self.read = jax.jit(self._read, in_shardings=(slots,), out_shardings=one)
+
+    def _empty(self) -> Slots:
+        model, rows = self._model, self._spec.slots
+        arch, dtype = model.arch, model.compute_dtype
+        shape = (arch.num_layers, rows, self._spec.places, arch.num_kv_heads, arch.head_dim)
+        zeros = lambda *tail: jnp.zeros((rows, *tail), jnp.int32)  # noqa: E731
+        return Slots(
+            jnp.zeros((rows, arch.hidden_size), dtype),
+            Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            prompt=zeros(),
+            sample=zeros(),
+            start=zeros(),
+            ids=zeros(self._spec.answer_tokens),
+            lengths=zeros(),
+            logps=jnp.zeros(rows, jnp.float32),
+            done=jnp.ones(rows, bool),
+        )
+
+    def _admit(self, params: Params, slots: Slots, coming: Admission) -> Slots:
+        model, shards = self._model, self._shards
+        params = self._cast(params)
+        tokens = coming.ids.shape[1]
+        hidden_BTD, (k, v) = model.prefill(params, coming.ids, tokens)
+        last_BD = jnp.take_along_axis(hidden_BTD, (coming.length - 1)[:, None, None], axis=1)[:, 0]
+        new_M = coming.source >= 0
+        # A slot's prompt is one of its own device.
+        source_DM = jnp.maximum(coming.source, 0).reshape(shards, -1)
+
+        def of_source(x_B: Array) -> Array:
+            x_DB = x_B.reshape(shards, -1, *x_B.shape[1:])
+            at = source_DM.reshape(*source_DM.shape, *[1] * (x_B.ndim - 1))
+            return jnp.take_along_axis(x_DB, at, axis=1).reshape(-1, *x_B.shape[1:])
+
+        def put(new: Array, old: Array) -> Array:
+            return jnp.where(new_M.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        def layer(cache: Cache, index: Array) -> tuple[Cache, None]:
+            def insert(all_LMSKd: Array, new_LBTKd: Array) -> Array:
+                old_MTKd = all_LMSKd[index, :, :tokens]
+                return all_LMSKd.at[index, :, :tokens].set(put(of_source(new_LBTKd[index]), old_MTKd))
+
+            return Cache(insert(cache.k, k), insert(cache.v, v)), None
+
+        # Layer by layer: the answers' copies of a prompt's keys are never there for all layers.
+        cache, _ = jax.lax.scan(layer, slots.cache, jnp.arange(model.arch.num_layers))
+        return Slots(
+            put(of_source(last_BD), slots.hidden),
+            cache,
+            prompt=put(of_source(coming.index), slots.prompt),
+            sample=put(coming.sample, slots.sample),
+            start=put(of_source(coming.length), slots.start),
+            ids=put(jnp.int32(self._pad_id), slots.ids),
+            lengths=put(jnp.int32(0), slots.lengths),
+            logps=put(jnp.float32(0), slots.logps),
+            done=put(jnp.bool_(False), slots.done),
+        )
+
+    def _decode(self, params: Params, slots: Slots, key: Array, sampling: Sampling) -> tuple[Slots, Array]:
+        model = self._model
         # Cast once: decoding would otherwise read and cast the float32 weights for every token.
-        params = jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
-        hidden_BPD, cache = model.prefill(params, ids_BP, ids_BP.shape[1] + response_tokens)
-        last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        repeat = lambda x, axis: jnp.repeat(x, responses, axis=axis)
-        keys_M = jax.vmap(
-            lambda prompt: jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(
-                jnp.arange(responses)
-            )
-        )(index_B).reshape(-1)
-        starts_M = repeat(lengths_B, 0)
-        rows = starts_M.shape[0]
-        stops = jnp.asarray(stop_ids, jnp.int32)
+        params = self._cast(params)
+        stops = jnp.asarray(self._stop_ids, jnp.int32)
+        rows_M = jnp.arange(slots.done.shape[0])
 
-        def body(state: _State) -> _State:
-            logits_MV = model.logits(params, state.hidden_MD)
-            step_keys_M = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_M, state.step)
-            token_M = choose(logits_MV, step_keys_M, sampling)
+        def noise_key(prompt: Array, sample: Array, step: Array) -> Array:
+            return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, prompt), sample), step)
+
+        def body(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+            step, s = carry
+            logits_MV = model.logits(params, s.hidden)
+            token_M = choose(logits_MV, jax.vmap(noise_key)(s.prompt, s.sample, s.lengths), sampling)
             logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0] - jax.nn.logsumexp(
                 logits_MV, axis=1
             )
-            running_M = ~state.done_M
-            ids_MR = state.ids_MR.at[:, state.step].set(jnp.where(running_M, token_M, pad_id))
-            done_M = state.done_M | (token_M[:, None] == stops).any(axis=1)
-            hidden_MD, cache = model.decode(params, token_M, starts_M + state.step, state.cache)
-            return _State(
-                state.step + 1,
-                hidden_MD,
-                cache,
-                ids_MR,
-                state.lengths_M + running_M,
-                state.logps_M + jnp.where(running_M, logp_M, 0),
-                done_M,
+            running_M = ~s.done
+            # What is done stands at place 0, so that it does not decide how much of the cache is looked at.
+            position_M = jnp.where(running_M, s.start + s.lengths, 0)
+            hidden_MD, cache = model.decode(params, token_M, position_M, s.cache)
+            at_M = jnp.where(running_M, s.lengths, self._spec.answer_tokens)
+            lengths_M = s.lengths + running_M
+            ended_M = (token_M[:, None] == stops).any(axis=1) | (lengths_M >= self._spec.answer_tokens)
+            return step + 1, s._replace(
+                hidden=hidden_MD,
+                cache=cache,
+                ids=s.ids.at[rows_M, at_M].set(token_M, mode="drop"),
+                lengths=lengths_M,
+                logps=s.logps + jnp.where(running_M, logp_M, 0),
+                done=s.done | ended_M,
             )
 
-        start = _State(
-            jnp.zeros((), jnp.int32),
-            repeat(last_BD, 0),
-            jax.tree.map(lambda x: repeat(x, 1), cache),
-            jnp.full((rows, response_tokens), pad_id, jnp.int32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, jnp.float32),
-            repeat(index_B, 0) < 0,
-        )
-        end = jax.lax.while_loop(lambda s: (s.step < response_tokens) & ~s.done_M.all(), body, start)
-        shape = (ids_BP.shape[0], responses)
-        return Samples(end.ids_MR.reshape(*shape, -1), end.lengths_M.reshape(shape), end.logps_M.reshape(shape))
+        start = (jnp.zeros((), jnp.int32), slots)
+        _, end = jax.lax.while_loop(lambda carry: (carry[0] < SEGMENT) & ~carry[1].done.all(), body, start)
+        return end, end.done
 
-    batch, one = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-    return jax.jit(
-        sample,
-        in_shardings=(meshes.param_shardings(model, mesh), batch, one, one),
-        out_shardings=one,
-    )
+    def _read(self, slots: Slots) -> Samples:
+        return Samples(slots.ids, slots.lengths, slots.logps)
+
+    def _cast(self, params: Params) -> Any:
+        return jax.tree.map(lambda p: p.astype(self._model.compute_dtype), params)
 
 
 def choose(logits_MV: Array, keys_M: Array, sampling: Sampling) -> Array:

@@ -211,7 +211,9 @@ class Trainer:
             sum(seen[layer.window] for layer in self.model.arch.layers),
             learned,
             jnp.zeros((), jnp.int32) if pairs is None else pairs.length.sum(),
-            jnp.zeros((), jnp.int32) if pairs is None else (pairs.index >= 0).sum() * math.prod(pairs.verdict.shape[1:]),
+            jnp.zeros((), jnp.int32)
+            if pairs is None
+            else (pairs.index >= 0).sum() * math.prod(pairs.verdict.shape[1:]),
         )
 
     def _opt_shardings(self, params):

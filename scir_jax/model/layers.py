@@ -22,6 +22,7 @@ from flax import nnx
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import attention
 from scir_jax.model.blocks import ends
+from scir_jax.model.cached import BLOCK, over_cache
 from scir_jax.model.lora import Lora
 from scir_jax.model.sharding import Layout
 
@@ -178,6 +179,22 @@ class Attention(nnx.Module):
             return attend(q, k, v, window=windows[0])
         return jax.lax.switch(kind, [functools.partial(attend, window=w) for w in windows], q, k, v)
 
+    def look_back(
+        self, q_B1Hd: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array, positions_B: jax.Array
+    ) -> jax.Array:
+        """Mixes the values of a layer's cache that the query of each row sees, [B, 1, H, d]."""
+        places = cache.k.shape[2]
+        if places <= BLOCK:
+            return self.mix(q_B1Hd, cache.k[layer], cache.v[layer], kind, positions_B)
+        scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
+        attend = functools.partial(over_cache, scale=scale, cap=self.arch.attention_cap)
+        windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
+        operands = (q_B1Hd[:, 0], *cache, layer, positions_B)
+        if len(set(windows)) == 1:
+            return attend(*operands, window=windows[0])[:, None]
+        branches = [functools.partial(attend, window=window) for window in windows]
+        return jax.lax.switch(kind, branches, *operands)[:, None]
+
 
 class FeedForward(nnx.Module):
     """Gated feed-forward layer."""
@@ -246,8 +263,7 @@ class Block(nnx.Module):
             cache.k.at[layer, rows_B, positions_B].set(k[:, 0]),
             cache.v.at[layer, rows_B, positions_B].set(v[:, 0]),
         )
-        mixed = self.attention.mix(q, cache.k[layer], cache.v[layer], kind, positions_B)
-        return self._finish(x_B1D, mixed, kept), cache
+        return self._finish(x_B1D, self.attention.look_back(q, cache, layer, kind, positions_B), kept), cache
 
     def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array, kept: Sequence[Kept | None]) -> jax.Array:
         update = self.attention.o(mixed_BTHd, kept[3])

@@ -17,7 +17,7 @@ SECANTS = 6
 """compilations after which the search halves its interval: memory was no line"""
 KEYS = {
     "optimise.batch_size": ("optimise",),
-    "sample.batch_size": ("sample",),
+    "sample.batch_size": ("prefill", "decode"),
     "evaluate.batch_size": ("score", "judge"),
 }
 

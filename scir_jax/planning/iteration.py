@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from scir_jax.config.schema import Config
 from scir_jax.data.files import read_rows
 from scir_jax.engine.cost.chips import Chip
-from scir_jax.engine.programs import sample_name
+from scir_jax.engine.descriptions import ADMISSIONS
+from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
 from scir_jax.method.objective import needs
 from scir_jax.method.pairing import PAIRING
@@ -69,22 +70,22 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
     answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
+    sample, answer = config.sample, config.text.max_response_tokens
+    admitted = sample.batch_size if answer <= SEGMENT else math.ceil(sample.batch_size / ADMISSIONS)
     found = [
-        ("sample", "sample", math.ceil(prompts / config.sample.batch_size)),
+        ("sample", "prefill", math.ceil(prompts / admitted)),
+        ("sample", "decode", math.ceil(prompts / sample.batch_size) * math.ceil(answer / SEGMENT)),
         ("score", "score", len(models) * math.ceil(answers / size)),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
     if needs(config).judged:
-        found.insert(2, ("score", "judge", math.ceil(candidates / config.evaluate.batch_size)))
-    return found[1:] if config.data.pairs else found
+        found.insert(3, ("score", "judge", math.ceil(candidates / config.evaluate.batch_size)))
+    return found[2:] if config.data.pairs else found
 
 
 def costs(config: Config, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int) -> list[Cost]:
     """Returns the cost of every stage of an iteration whose program fits."""
-    sampler = sample_name(config.sample.responses)
-    fitting = {
-        stage.kind: stage for stage in stages if stage.fits and (stage.kind != "sample" or stage.name == sampler)
-    }
+    fitting = {stage.kind: stage for stage in stages if stage.fits}
     return [
         Cost(stage, kind, fitting[kind].name, count, count * max(fitting[kind].least(chip, devices).values()))
         for stage, kind, count in calls(config, prompts)

@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.pairs import Prompt
-from scir_jax.engine.programs import Facts, Programs
+from scir_jax.engine.descriptions import Facts
+from scir_jax.engine.programs import Programs
 from scir_jax.model.architecture import Architecture
 from scir_jax.run.models import adapters_of
 from scir_jax.text.judge import Field, Judge, Template, load_template, split_fields

@@ -13,7 +13,8 @@ from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.chips import Chip
 from scir_jax.engine.cost.flops import Flops
 from scir_jax.engine.cost.memory import Memory
-from scir_jax.engine.programs import Program, Programs
+from scir_jax.engine.program import Program
+from scir_jax.engine.programs import Programs
 from scir_jax.planning.collectives import Collective, collectives
 
 SKIPPED = "not compiled, since another one does not fit"

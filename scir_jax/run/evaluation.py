@@ -17,7 +17,7 @@ import numpy as np
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.files import read_rows
-from scir_jax.data.jsonl import batched, write_json, write_rows
+from scir_jax.data.jsonl import write_json, write_rows
 from scir_jax.data.pairs import Pair, Prompt
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
@@ -30,7 +30,7 @@ from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models, roles
-from scir_jax.run.sampling import sample_rows, settings_of
+from scir_jax.run.sampling import sample, settings_of
 
 Grader = Callable[[str, str], dict[str, float]]
 
@@ -159,13 +159,14 @@ def sample_heldout(
     advance: scoring.Advance,
 ) -> list[dict[str, Any]]:
     """Samples responses to the held-out prompts, with the same noise for every model: less chance in a comparison."""
-    key = stream_key(config.run.seed, "evaluation", 0)
-    rows = []
-    params = model() if prompts else None
-    for part in batched(list(enumerate(prompts)), config.sample.batch_size):
-        rows += sample_rows(encoder, programs, params, part, responses=responses, sampling=sampling, key=key)
-        advance(len(part) * responses)
-    return rows
+    if not prompts:
+        return []
+    key, rows = stream_key(config.run.seed, "evaluation", 0), []
+    numbered = list(enumerate(prompts))
+    for found in sample(encoder, programs, model(), numbered, responses=responses, sampling=sampling, key=key):
+        rows += found.rows
+        advance(found.answers)
+    return sorted(rows, key=lambda row: (row["prompt_number"], row["sample"]))
 
 
 def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Sequence[dict] | None) -> dict[str, float]:

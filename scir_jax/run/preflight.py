@@ -18,7 +18,8 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.memory import GIB, Memory
 from scir_jax.engine.hosts import hosts
-from scir_jax.engine.programs import Program, Programs
+from scir_jax.engine.program import Program
+from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import console
 from scir_jax.run.directory import RunDirectory

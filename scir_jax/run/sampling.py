@@ -1,26 +1,46 @@
-"""The sampling stage: N responses to each prompt, written as they come, the same whatever batch or interruption."""
+"""Sampling answers: slots are kept full, and every answer is the same whatever slot, company or interruption."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from scir_jax.config.schema import Config, SampleConfig
 from scir_jax.data.encode import Encoder
-from scir_jax.data.jsonl import AppendOnly, batched
+from scir_jax.data.jsonl import AppendOnly
 from scir_jax.data.pairs import Prompt, answer_row
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import owned_rows, put_batch
 from scir_jax.engine.programs import Programs
-from scir_jax.engine.sampler import Sampling, stream_key
+from scir_jax.engine.sampler import Sampling, Slots, stream_key
 from scir_jax.run import console
 from scir_jax.run.scoring import check_finite
 
 Numbered = tuple[int, Prompt]
+
+
+class Task(NamedTuple):
+    """Answers to a prompt that come into slots together: those from number `first` on."""
+
+    number: int
+    prompt: Prompt
+    first: int
+    answers: int
+
+
+class Finished(NamedTuple):
+    """What came to an end at a look: how many answers with how many tokens, and their rows."""
+
+    answers: int
+    tokens: int
+    rows: list[dict[str, Any]]
 
 
 def settings_of(config: SampleConfig) -> Sampling:
@@ -28,7 +48,7 @@ def settings_of(config: SampleConfig) -> Sampling:
     return Sampling.of(config.temperature, config.top_p, config.top_k)
 
 
-def sample_rows(
+def sample(
     encoder: Encoder,
     programs: Programs,
     params: Any,
@@ -38,8 +58,8 @@ def sample_rows(
     sampling: Sampling,
     key: Any,
     owned: bool = False,
-) -> list[dict[str, Any]]:
-    """Samples responses to one batch of numbered prompts, at most sample.batch_size; one row per response.
+) -> Iterator[Finished]:
+    """Samples responses to numbered prompts, and yields them as they are finished.
 
     Args:
       key: of the stream of randomness, see engine.sampler.stream_key.
@@ -48,31 +68,114 @@ def sample_rows(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    spec, mesh = programs.prompt_spec(responses), programs.mesh
-    numbered = [(number, prompt.ids) for number, prompt in prompts]
-    mine = [numbered[i] if i < len(numbered) else None for i in programs.local_rows(spec.prompts)]
-    batch = put_batch(spec.arrays(mine, encoder.chat.pad_id), mesh)
-    samples = programs.sampler(responses)(params, batch, key, sampling)
-    tokens, counts, logps = (np.asarray(x) for x in samples)
-    check_finite(logps[: len(prompts)], "log-probabilities")
+    spec, sampler = programs.slot_spec, programs.sampler
+    desk = _Desk(encoder, programs, prompts, responses)
+    mine = set(owned_rows(programs.mesh, spec.slots).tolist()) if owned else set(range(spec.slots))
+    slots = sampler.empty()
+    while desk.waiting or desk.running:
+        while coming := desk.admission():
+            slots = sampler.admit(params, slots, put_batch(coming, programs.mesh))
+        slots, done = sampler.decode(params, slots, key, sampling)
+        finished = [slot for slot, ended in enumerate(np.asarray(done)) if ended and slot in desk.running]
+        if finished:
+            yield finished_rows(encoder, programs, slots, desk.leave(finished), mine)
+
+
+def finished_rows(
+    encoder: Encoder, programs: Programs, slots: Slots, left: dict[int, tuple[Task, int]], mine: set[int]
+) -> Finished:
+    """Takes finished answers out of their slots.
+
+    Args:
+      left: slot -> whose answer it holds, and the answer's number.
+      mine: slots whose answers this host makes rows of.
+    """
+    ids, lengths, logps = (np.asarray(values) for values in programs.sampler.read(slots))
+    check_finite(logps[list(left)], "log-probabilities")
     rows = []
-    for i in owned_rows(mesh, spec.prompts) if owned else range(spec.prompts):
-        if i >= len(prompts):
-            break
-        number, prompt = prompts[i]
-        for n in range(responses):
-            answer = encoder.sampled(tokens[i, n, : counts[i, n]].tolist())
+    for slot, (task, number) in left.items():
+        if slot in mine:
+            answer = encoder.sampled(ids[slot, : lengths[slot]].tolist())
             ended = bool(answer.ids) and answer.ids[-1] in encoder.chat.stop_ids
             rows.append(
                 {
-                    "prompt_number": number,
-                    "sample": n,
-                    **answer_row(prompt, answer),
+                    "prompt_number": task.number,
+                    "sample": number,
+                    **answer_row(task.prompt, answer),
                     "stop": "eos" if ended else "length",
-                    "logprob": float(logps[i, n]),
+                    "logprob": float(logps[slot]),
                 }
             )
-    return rows
+    return Finished(len(left), int(lengths[list(left)].sum()), rows)
+
+
+def sample_rows(
+    encoder: Encoder, programs: Programs, params: Any, prompts: Sequence[Numbered], **settings: Any
+) -> list[dict[str, Any]]:
+    """Samples responses to all prompts; one row per response, in order.
+
+    Args:
+      settings: those of `sample`.
+    """
+    place = {number: i for i, (number, _) in enumerate(prompts)}
+    rows = [row for found in sample(encoder, programs, params, prompts, **settings) for row in found.rows]
+    return sorted(rows, key=lambda row: (place[row["prompt_number"]], row["sample"]))
+
+
+class _Desk:
+    """Gives free slots to waiting prompts; all hosts decide alike."""
+
+    def __init__(self, encoder: Encoder, programs: Programs, prompts: Sequence[Numbered], responses: int):
+        self._spec, self._pad_id, self._share = programs.slot_spec, encoder.chat.pad_id, programs.local_rows
+        self._each = self._spec.slots // self._spec.devices
+        self._free = [list(range(d * self._each, (d + 1) * self._each)) for d in range(self._spec.devices)]
+        self.running: dict[int, tuple[Task, int]] = {}
+        tasks = [
+            Task(number, prompt, first, min(responses - first, self._each))
+            for number, prompt in prompts
+            for first in range(0, responses, self._each)
+        ]
+        # Prompts of one compiled length come in together: the length depends on the prompt alone.
+        self._waiting: dict[int, deque[Task]] = {tokens: deque() for tokens in self._spec.tokens}
+        for task in tasks:
+            self._waiting[next(tokens for tokens in self._spec.tokens if tokens >= len(task.prompt.ids))].append(task)
+
+    @property
+    def waiting(self) -> bool:
+        return any(self._waiting.values())
+
+    def admission(self):
+        """Takes prompts in -> what the sampler is told; None where there is no room for all that a call could take."""
+        spec, together = self._spec, self._spec.prompts // self._spec.devices
+        tokens = max(self._waiting, key=lambda tokens: len(self._waiting[tokens]))
+        queue, coming, room = self._waiting[tokens], [], [len(free) for free in self._free]
+        counts = [0] * spec.devices
+        for task in islice(queue, spec.prompts):
+            devices = [d for d in range(spec.devices) if counts[d] < together and room[d] >= task.answers]
+            if not devices:
+                break
+            device = max(devices, key=lambda d: room[d])
+            coming.append((device, counts[device], task))
+            counts[device] += 1
+            room[device] -= task.answers
+        if not coming or (len(coming) < min(spec.prompts, len(queue)) and self.running):
+            return None
+        prompts: list[tuple[int, Sequence[int]] | None] = [None] * spec.prompts
+        answers = {}
+        for device, place, task in coming:
+            queue.popleft()
+            prompts[device * together + place] = (task.number, task.prompt.ids)
+            for number in range(task.first, task.first + task.answers):
+                slot = self._free[device].pop()
+                answers[slot] = (place, number)
+                self.running[slot] = (task, number)
+        return spec.arrays(tokens, prompts, answers, self._pad_id, self._share)
+
+    def leave(self, slots: Sequence[int]) -> dict[int, tuple[Task, int]]:
+        """Frees slots -> whose answers they hold."""
+        for slot in slots:
+            self._free[slot // self._each].append(slot)
+        return {slot: self.running.pop(slot) for slot in slots}
 
 
 def sample_file(
@@ -89,31 +192,32 @@ def sample_file(
     stopper: console.Stopper,
     resumable: bool = True,
 ) -> None:
-    """Writes responses to `path`, every host its share. An interrupted file goes on after its last whole batch.
+    """Writes responses to `path`, every host its share. An interrupted file goes on with the prompts that are not done.
 
     Args:
       resumable: what Ctrl-C says: whether the same command goes on or starts again.
     """
-    size = programs.prompt_spec(responses).prompts
     place = {number: i for i, (number, _) in enumerate(prompts)}
-    done = hosts.decide(lambda: _gather_parts(path, place, size, responses))
+    done = set(hosts.decide(lambda: _gather_parts(path, place, responses)))
     partial = AppendOnly(_part(path, hosts.index()))
-    batches = list(batched(prompts, size))
-    with console.stage(title, len(batches), done) as bar:
-        for batch in batches[done:]:
-            stopper.check(title, resumable=resumable)
-            rows = sample_rows(
-                encoder, programs, params, batch, responses=responses, sampling=sampling, key=key, owned=True
-            )
-            for row in rows:
+    left = [(number, prompt) for number, prompt in prompts if number not in done]
+    started, tokens, answers = time.monotonic(), 0, 0
+    with console.stage(title, len(prompts) * responses, len(done) * responses) as bar:
+        stopper.check(title, resumable=resumable)
+        for found in sample(
+            encoder, programs, params, left, responses=responses, sampling=sampling, key=key, owned=True
+        ):
+            for row in found.rows:
                 partial.write(row)
             partial.sync()
-            tokens = sum(len(row["response_ids"]) for row in rows)
-            bar.advance(f"{tokens / max(len(rows), 1):.0f} tokens per response")
+            tokens, answers = tokens + found.tokens, answers + found.answers
+            rate = tokens / (time.monotonic() - started)
+            bar.advance(f"{rate:,.0f} tokens/s, {tokens / answers:.0f} per answer", by=found.answers)
+            stopper.check(title, resumable=resumable)
     partial.close()
     hosts.barrier(f"sampled {path}")
     if hosts.first():
-        _gather_parts(path, place, size, responses)
+        _gather_parts(path, place, responses)
         _part(path, 0).replace(path)
     hosts.barrier(f"wrote {path}")
 
@@ -129,29 +233,25 @@ def _part(path: Path, host: int) -> Path:
     return path.with_name(f"{path.name}.partial" + (f"-{host}" if host else ""))
 
 
-def _gather_parts(path: Path, place: dict[int, int], size: int, responses: int) -> int:
-    """Puts what hosts wrote, perhaps others than now, into the first one's part, in order.
+def _gather_parts(path: Path, place: dict[int, int], responses: int) -> list[int]:
+    """Puts what hosts wrote of whole prompts, perhaps others than now, into the first one's part, in order.
 
     Returns:
-      The number of whole batches.
+      The numbers of the prompts all of whose answers are there.
     """
     first = AppendOnly(_part(path, 0))
     parts_found = parts(path)
     found = [row for part in parts_found for row in AppendOnly(part).rows() if row["prompt_number"] in place]
     # A process that ended between writing the first part and removing the others left the same rows in both.
     by_place = {(place[row["prompt_number"]], row["sample"]): row for row in found}
-    rows = [by_place[key] for key in sorted(by_place)]
-    done = 0
-    while chunk := rows[done * size * responses : (done + 1) * size * responses]:
-        last = min((done + 1) * size, len(place))
-        if len(chunk) < (last - done * size) * responses or place[chunk[-1]["prompt_number"]] >= last:
-            break
-        done += 1
-    first.rewrite(rows[: done * size * responses])
+    counts = Counter(prompt for prompt, _ in by_place)
+    whole = [key for key in sorted(by_place) if counts[key[0]] == responses]
+    first.rewrite([by_place[key] for key in whole])
     for part in parts_found:
         if part != first.path:
             part.unlink()
-    return done
+    numbers = {i: number for number, i in place.items()}
+    return [numbers[i] for i in dict.fromkeys(prompt for prompt, _ in whole)]
 
 
 def iteration_prompts(config: Config, prompts: Sequence[Prompt], shares: int, iteration: int) -> list[Numbered]:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder, Lengths
 from scir_jax.engine import mesh as meshes
-from scir_jax.engine.programs import Facts, Programs
+from scir_jax.engine.descriptions import Facts
+from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.model import families
 from scir_jax.model.architecture import Architecture

@@ -311,9 +311,9 @@ class _Writer:
                 self._decisions.sync()
 
     def _write_decisions(self, step: int, decided: dict[str, np.ndarray]) -> None:
-        # Where a pair lies in a batch depends on the mesh.
+        # In the order of the batch, whatever the mesh.
         pairs = decided.pop("pair")
-        for i in np.argsort(pairs, kind="stable"):
+        for i in np.argsort(decided.pop("place"), kind="stable"):
             if (pair := pairs[i]) >= 0:
                 row = {name: values[i].tolist() for name, values in decided.items()}
                 self._decisions.write({"step": step, "pair": int(pair), **row})

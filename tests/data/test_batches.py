@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from tests.data.small_data import fits
 
 from scir_jax.data.batches import PromptSpec, RowGroup, pad
 from scir_jax.data.encode import Row
-
+from tests.data.small_data import fits
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 

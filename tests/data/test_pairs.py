@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.chat_templates import chat, turns
-from tests.data.small_data import CHAT, make_encoder, make_pairs, rows_of, same, step_of
 
 from scir_jax.config.schema import TextConfig
 from scir_jax.data.batches import RowGroup
@@ -21,6 +19,8 @@ from scir_jax.errors import InputError
 from scir_jax.run import scoring
 from scir_jax.run.pairing import given_pairs, sampled_answers
 from scir_jax.text.judge import compile_judge, load_template
+from tests.chat_templates import chat, turns
+from tests.data.small_data import CHAT, make_encoder, make_pairs, rows_of, step_of
 
 WHERE = "run/pairs.jsonl:3"
 NUMBERS = dict(

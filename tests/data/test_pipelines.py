@@ -6,13 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, rows_of, same, step_of
 
 from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Marked
 from scir_jax.data.pipelines import Way, iterator, pair_batches, supervised_batches
 from scir_jax.data.steps import TrainSpec
 from scir_jax.errors import InputError
+from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, rows_of, same, step_of
 
 REPLAYED = {"ift": marked_rows(), "eft": marked_rows()}
 
@@ -53,7 +53,9 @@ def supervised(steps, seed=0, rows=None, tokens=4, sizes=dict(ift=3)):
 
 def learned(batch, name="ift"):
     """The last tokens of the rows that a part learns, which tell them apart."""
-    return [int(ids[-1]) for where, ids in rows_of(batch)[0] if where[-1] - 1 in batch.rows.places[batch.rows.learned[name]]]
+    return [
+        int(ids[-1]) for where, ids in rows_of(batch)[0] if where[-1] - 1 in batch.rows.places[batch.rows.learned[name]]
+    ]
 
 
 def index(batch):

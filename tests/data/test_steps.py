@@ -5,13 +5,23 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tests.data.small_data import LAYOUTS, fits, make_encoder, make_pairs, make_spec, marked_rows, rows_of, same, step_of
 
 from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Lengths, Marked
 from scir_jax.data.packing import Shape
 from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.errors import InputError
+from tests.data.small_data import (
+    LAYOUTS,
+    fits,
+    make_encoder,
+    make_pairs,
+    make_spec,
+    marked_rows,
+    rows_of,
+    same,
+    step_of,
+)
 
 FROZEN = (("generative", 2), ("implicit", 1))
 

@@ -207,14 +207,28 @@ def test_micro_batches_compute_the_forward_pass_again():
     assert micro.hardware - whole.hardware == pytest.approx(flops.inference(MISTRAL, passes).hardware, rel=0.02)
 
 
-def test_sampling_is_a_prefill_and_its_steps():
-    found = flops.sampling(MISTRAL, 2, 4, prompt_tokens=16, response_tokens=10)
-    assert found.prefill == flops.inference(MISTRAL, [RowGroup((2,), 16)])
-    assert found.total.model == pytest.approx(found.prefill.model + 10 * found.step.model, rel=1e-6)
-    # 8 rows, one token each, every weight once; and the places of the cache.
+def test_decoding_multiplies_every_weight_once_a_token():
+    # 8 rows, ten tokens each, every weight once; and the places of the cache.
     weights = MISTRAL.parameter_count() - MISTRAL.vocab_size * MISTRAL.hidden_size - 65 * MISTRAL.hidden_size
-    assert found.step.hardware == 2 * 8 * weights + 4 * 8 * 32 * 32 * 128 * 26
-    assert found.step.model == 2 * 8 * weights + 4 * 8 * 32 * 32 * 128 * sum(range(17, 27)) // 10
+    found = flops.decoding(MISTRAL, 8, 10, seen=20, places=26)
+    assert found.hardware == 80 * (2 * weights + 4 * 32 * 32 * 128 * 26)
+    assert found.model == 80 * (2 * weights + 4 * 32 * 32 * 128 * 20)
+    # Of a large cache those blocks that are seen; a window bounds what the mathematics asks for.
+    blocks = flops.decoding(MISTRAL, 1, 1, seen=5000, places=8192)
+    assert blocks.hardware - 2 * weights == 4 * 32 * 32 * 128 * 5120
+    assert blocks.model - 2 * weights == 4 * 32 * 32 * 128 * 4096
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS["some"]], ids=["full", "adapters"])
+def test_the_work_of_a_step_is_that_of_its_rows(lora):
+    """Rows without padding ask for what a padded step of their lengths counts."""
+    groups = [RowGroup((6,), 20, 7, heads=2), RowGroup((4,), 31, verdict=True), RowGroup((3,), 11, 5)]
+    seen = sum(
+        group.rows * sum(flops._visible(group.tokens, layer.window) for layer in ARCH.layers) for group in groups
+    )
+    tokens = sum(group.rows * group.tokens for group in groups)
+    work = flops.Work(tokens, seen, learned=15, scored=42, verdicts=4)
+    assert flops.of_step(ARCH, work, lora=lora, heads=2) == flops.training(ARCH, groups, lora=lora).model
 
 
 def test_bytes_of_a_decoding_step():

@@ -9,7 +9,8 @@ import pytest
 from scir_jax import train
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
-from scir_jax.engine.programs import Program, Programs
+from scir_jax.engine.program import Program
+from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.report import page
 from scir_jax.run import console, iteration
@@ -46,8 +47,8 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(programs, wor
     arch, lengths, found = programs.arch, programs.facts.lengths, known(programs)
     count = arch.parameter_count()
     assert set(found) == {
-        "sample 1 per prompt",
-        "sample 2 per prompt",
+        f"prefill, {lengths.prompt} tokens",
+        "decode, 16 slots",
         f"score, {lengths.scored} tokens",
         f"judge, {lengths.judges[0]} tokens",
         "SFT step",
@@ -63,7 +64,7 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(programs, wor
     )
     places = lengths.prompt + lengths.answer
     cache = 2 * arch.num_layers * 8 * 2 * places * arch.num_kv_heads * arch.head_dim * 4
-    assert found["sample 2 per prompt"] == memory.Memory(weights=4 * count, cache=cache)
+    assert found["decode, 16 slots"] == memory.Memory(weights=4 * count, cache=cache)
 
     model = dict(path=programs.config.model.path, dtype="bfloat16")
     lora = prepare(tiny_config(world_dir, lora=dict(rank=2), model=model)).programs
@@ -105,7 +106,7 @@ def test_programs_ahead_are_the_programs_of_the_run(world_dir, tiny_config, tmp_
     directory.close()
     assert models.store.numbers() == [0, 1, 2]
     assert "jit(probe)" in compiled  # the test does listen
-    assert {"jit(_step)", "jit(sample)"}.isdisjoint(compiled)
+    assert {"jit(_step)", "jit(_decode)", "jit(_admit)"}.isdisjoint(compiled)
     # The states that SFT and SCIR training begin with, and neither the scorer nor the judge.
     assert compiled.count("jit(<lambda>)") == 2
 

@@ -49,21 +49,39 @@ def calls(setup, directory, monkeypatch):
 
         return call
 
-    def sampler(answers):
-        spec = programs.prompt_spec(answers)
-        shape = (spec.prompts, answers)
-        empty = Samples(np.zeros((*shape, spec.answer_tokens), np.int32), np.zeros(shape, int), np.zeros(shape))
-        return recorded(f"sample {answers} per prompt", lambda _: empty)
+    spec, prefill, decode = programs.slot_spec, programs.prefill_programs[0].name, programs.decode_program.name
+    read = Samples(
+        np.zeros((spec.slots, spec.answer_tokens), np.int32), np.zeros(spec.slots, int), np.zeros(spec.slots)
+    )
+
+    sampler = programs.sampler
+
+    class Recorded:
+        def empty(self):
+            return sampler.abstract
+
+        def admit(self, params, slots, coming):
+            found[prefill].append((params, slots, coming))
+            return slots
+
+        def decode(self, params, slots, key, settings):
+            found[decode].append((params, slots, key, settings))
+            return slots, np.ones(spec.slots, bool)
+
+        def read(self, slots):
+            return read
 
     def judged(rows):
         count, templates = rows[0].start.shape[0], len(rows)
         return Judged(np.zeros((count, templates, 2, 2)), np.zeros((count, templates, 2)))
 
-    def trained(config, trainer, program, *_, iteration, dataset, peak, **__):
+    def trained(config, trainer, stage, *_, iteration, dataset, peak, **__):
         key, rates = trainer.dropout_key(0, iteration, 1), training.learning_rates(config.training, peak, len(dataset))
-        found[program.name] += [(dataset[step], rates[step], key) for step in range(len(dataset))]
+        found[{"sft": "SFT step", "optimise": "SCIR step"}[stage]] += [
+            (dataset[step], rates[step], key) for step in range(len(dataset))
+        ]
 
-    programs.sampler = sampler
+    programs.sampler = Recorded()
     programs.scorer = recorded(programs.score_programs[0].name, lambda rows: {"logps": np.zeros(rows.start.shape)})
     programs.judge = recorded(programs.judge_programs[0].name, judged)
     monkeypatch.setattr(training, "train_stage", trained)
@@ -95,20 +113,24 @@ def leaves(tree):
 @pytest.mark.parametrize("name", ["plain", "two templates", "adapters", "frozen logits", "no judge"])
 def test_abstract_arguments_are_those_of_a_runs_calls(world_dir, tiny_config, tmp_path, monkeypatch, name):
     setup = prepare(tiny_config(world_dir, **configurations(world_dir)[name]))
-    programs = setup.programs.all()
+    programs, spec = setup.programs.all(), setup.programs.slot_spec
+    sampler, spec_tokens = setup.programs.sampler, spec.slots * spec.answer_tokens
     found = calls(setup, tmp_path / "run", monkeypatch)
     assert [program.name for program in programs] == list(found) and len(found) == 6 and all(found.values())
     for program in programs:
         described = leaves(program.arguments[2 if program.stage in ("sft", "optimise") else 0 :])
         for arguments in found[program.name]:
             assert leaves(arguments) == described, program.name
-        assert program.tokens == sum(math.prod(shape) for place, (shape, _) in described.items() if ".ids" in place)
+        places = sum(math.prod(shape) for place, (shape, _) in described.items() if ".ids" in place)
+        if program.stage == "prefill":
+            places -= math.prod(sampler.abstract.ids.shape)
+        assert program.tokens == (spec_tokens if program.stage == "decode" else places)
     # The configurations differ in what a step takes.
-    pairs, targets = found["SCIR step"][-1][0]
-    assert bool(pairs.judges) == (name != "no judge")
-    assert (pairs.answers.verdict.max() > 0) == (name in ("two templates", "frozen logits"))
+    rows, pairs = found["SCIR step"][-1][0]
+    asked = {"no judge": 0, "two templates": 2, "frozen logits": 2}.get(name, 1)
+    assert pairs.verdict.shape[1] == asked
     assert {name: values.shape[1] for name, values in pairs.frozen.items()} == {
         "frozen logits": {"generative": 2, "implicit": 1, "likelihood": 1},
         "no judge": {"generative": 1, "implicit": 1},
     }.get(name, {})
-    assert set(targets) == {"two templates": {"ift", "eft"}, "no judge": set()}.get(name, {"eft"})
+    assert set(rows.learned) == {"two templates": {"ift", "eft"}, "no judge": set()}.get(name, {"eft"})

@@ -9,15 +9,16 @@ import torch
 import transformers
 
 from scir_jax.config.schema import MeshConfig
-from scir_jax.data.batches import Prompts, PromptSpec, Rows
+from scir_jax.data.batches import Rows, SlotSpec
 from scir_jax.data.jsonl import AppendOnly
 from scir_jax.engine import forward
 from scir_jax.engine import mesh as meshes
-from scir_jax.engine.sampler import Sampling, choose, limit, sampler, stream_key
+from scir_jax.engine import sampler as engine_sampler
+from scir_jax.engine.sampler import Sampler, Sampling, choose, limit, stream_key
 from scir_jax.errors import Interrupted
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
-from scir_jax.run import console, sampling
+from scir_jax.run import console, sampling, scoring
 from scir_jax.run.setup import prepare
 from tests.processes import quick_jit
 
@@ -49,18 +50,26 @@ class Small:
         self.lengths = np.array(LENGTHS, np.int32)
         self.index = np.array([3, 0, 11, 5], np.int32)
 
-    def sampler(self, stop_ids=STOPS):
-        if stop_ids not in self.samplers:
-            spec = PromptSpec(len(LENGTHS), PROMPT, N, RESPONSE)
-            self.samplers[stop_ids] = sampler(self.model, self.mesh, spec, stop_ids=stop_ids, pad_id=PAD)
-        return self.samplers[stop_ids]
+    def sampler(self, stop_ids=STOPS, prompts=len(LENGTHS), slots=len(LENGTHS) * N):
+        if (stop_ids, prompts, slots) not in self.samplers:
+            spec = SlotSpec(slots, prompts, (PROMPT,), RESPONSE, PROMPT + RESPONSE)
+            made = Sampler(self.model, self.mesh, spec, stop_ids=stop_ids, pad_id=PAD)
+            self.samplers[stop_ids, prompts, slots] = made, spec
+        return self.samplers[stop_ids, prompts, slots]
 
     def __call__(self, *, ids=None, lengths=None, index=None, key=None, sampling=ONE, stop_ids=STOPS):
         """(ids [B, N, R], lengths [B, N], logps [B, N]) as NumPy; the four prompts unless others are given."""
         given = (ids, lengths, index)
-        values = [a if a is not None else b for a, b in zip(given, (self.ids, self.lengths, self.index))]
+        ids, lengths, index = [a if a is not None else b for a, b in zip(given, (self.ids, self.lengths, self.index))]
         key = stream_key(0, "responses", 1) if key is None else key
-        return tuple(np.asarray(x) for x in self.sampler(stop_ids)(self.params, Prompts(*values), key, sampling))
+        sampler, spec = self.sampler(stop_ids, len(ids), len(ids) * N)
+        prompts = [(int(number), row[:length]) for number, row, length in zip(index, ids, lengths)]
+        answers = {N * i + n: (i, n) for i, number in enumerate(index) if number >= 0 for n in range(N)}
+        coming = spec.arrays(ids.shape[1], prompts, answers, PAD)
+        slots, done = sampler.decode(self.params, sampler.admit(self.params, sampler.empty(), coming), key, sampling)
+        assert np.asarray(done).all(), "no answer is longer than a segment"
+        tokens, counts, logps = (np.asarray(x) for x in sampler.read(slots))
+        return tokens.reshape(-1, N, RESPONSE), counts.reshape(-1, N), logps.reshape(-1, N)
 
     def logprobs(self, prompt, response):
         """log-probabilities [R, V] at the places of a response, from whole rows."""
@@ -115,7 +124,7 @@ def test_a_row_is_the_same_in_any_batch(small):
         np.testing.assert_allclose(other[2][here], logps[there], rtol=0, atol=1e-5)
     assert not np.array_equal(other[0][3], tokens[3])
     # A padding row has no tokens.
-    assert (other[1][1] == 0).all() and (other[0][1] == PAD).all() and (other[2][1] == 0).all()
+    assert (other[1][1] == 0).all() and (other[2][1] == 0).all()
 
 
 def test_a_row_is_the_same_in_batches_of_other_shapes(small):
@@ -158,7 +167,7 @@ def test_the_same_key_gives_the_same_samples(small):
 
 
 def test_no_setting_compiles_again(small):
-    compiled = small.sampler()._cache_size
+    compiled = small.sampler()[0].decode._cache_size
     small(sampling=ONE)
     before = compiled()
     assert before > 0
@@ -318,79 +327,157 @@ class StopsAfter(console.Stopper):
         super().check(*arguments, **named)
 
 
-@pytest.fixture(scope="module")
-def stage(world_dir, tiny_config):
-    """write(path, stopper) runs the stage over 20 prompts in batches of 8 and returns the number of batches sampled."""
-    encoder, inputs, programs, parameters = prepare(tiny_config(world_dir))
-    params = parameters.configured()
-    prompts = list(enumerate(inputs.prompts))[:20]
-    compiled = programs.sampler(2)
-    calls = []
+class SampleStage:
+    """stage(path, stopper) samples 2 answers to each of 20 prompts in `slots` slots, with a look every few tokens."""
 
-    def counting(*arguments):
-        calls.append(1)
-        return compiled(*arguments)
+    def __init__(self, config, prompts=20, looks=4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_sampler, "SEGMENT", looks)
+            self.encoder, inputs, self.programs, parameters = prepare(config)
+            self.prompts = inputs.prompts[:prompts]
+            self.params = parameters.configured()
+            # Compiled while the look is what it is.
+            for _ in sampling.sample(
+                self.encoder,
+                self.programs,
+                self.params,
+                self.numbered[:1],
+                responses=2,
+                sampling=ONE,
+                key=self.key,
+            ):
+                pass
+        self.slots = self.programs.slot_spec.slots
+        self.asked = []
 
-    programs.sampler = lambda answers: counting
+    key = stream_key(0, "responses", 1)
 
-    def write(path, stopper):
-        calls.clear()
-        try:
+    @property
+    def numbered(self):
+        return list(enumerate(self.prompts))
+
+    def __call__(self, path, stopper):
+        given, self.asked = sampling.sample, []
+
+        def sample(encoder, programs, params, prompts, **settings):
+            self.asked = [number for number, _ in prompts]
+            return given(encoder, programs, params, prompts, **settings)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "sample", sample)
             sampling.sample_file(
-                encoder,
-                programs,
-                params,
-                prompts,
+                self.encoder,
+                self.programs,
+                self.params,
+                self.numbered,
                 path,
                 responses=2,
                 sampling=ONE,
-                key=stream_key(0, "responses", 1),
+                key=self.key,
                 title="sample",
                 stopper=stopper,
             )
-        finally:
-            write.batches = len(calls)
-
-    write.prompts = [prompt for _, prompt in prompts]
-    return write
 
 
-def test_the_stage_file(stage, tmp_path):
-    path = tmp_path / "responses.jsonl"
+@pytest.fixture(scope="module")
+def stage(world_dir, tiny_config):
+    return SampleStage(tiny_config(world_dir, sample=dict(batch_size=2)))
+
+
+@pytest.fixture(scope="module")
+def whole(stage, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "responses.jsonl"
     stage(path, console.Stopper())
-    rows = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert stage.batches == 3
+    return path
+
+
+def rows_in(path):
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_the_stage_file(stage, whole):
+    rows = rows_in(whole)
+    assert stage.slots < len(rows) / 4, "every slot is used again and again"
     assert [(row["prompt_number"], row["sample"]) for row in rows] == [(i, n) for i in range(20) for n in range(2)]
     for row in rows:
         assert tuple(row["prompt_ids"]) == stage.prompts[row["prompt_number"]].ids
         assert 1 <= len(row["response_ids"]) <= 12
-    assert list(tmp_path.iterdir()) == [path]
+        assert row["stop"] == ("eos" if row["response_ids"][-1] in stage.encoder.chat.stop_ids else "length")
+    assert len({len(row["response_ids"]) for row in rows}) > 2, "they end at different times"
+    assert list(whole.parent.iterdir()) == [whole]
 
 
-@pytest.mark.parametrize("damage", ["between batches", "torn line", "within a batch", "nothing left"])
-def test_an_interrupted_stage_goes_on_to_the_same_file(stage, tmp_path, damage):
-    whole, path = tmp_path / "whole.jsonl", tmp_path / "responses.jsonl"
+def test_answers_depend_on_no_slot_and_have_the_scorers_logprobs(stage, whole, world_dir, tiny_config):
+    rows = rows_in(whole)
+    other = SampleStage(tiny_config(world_dir, sample=dict(batch_size=16)), looks=12)
+    assert other.slots == 8 * stage.slots
+    found = sampling.sample_rows(
+        other.encoder,
+        other.programs,
+        other.params,
+        other.numbered[::-1],
+        responses=2,
+        sampling=ONE,
+        key=other.key,
+    )
+    found = sorted(found, key=lambda row: (row["prompt_number"], row["sample"]))
+    assert [row["response_ids"] for row in found] == [row["response_ids"] for row in rows]
+    np.testing.assert_allclose([r["logprob"] for r in found], [r["logprob"] for r in rows], rtol=0, atol=5e-5)
+    items = [(stage.prompts[row["prompt_number"]], stage.encoder.sampled(row["response_ids"])) for row in rows]
+    scored = scoring.score_answers(stage.encoder, stage.programs, stage.params, items)["logps"]
+    np.testing.assert_allclose([row["logprob"] for row in rows], scored, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("looks", [1, 4, 7])
+@pytest.mark.parametrize("damage", ["none", "torn line", "half a prompt"])
+def test_an_interrupted_stage_goes_on_to_the_same_file(stage, whole, tmp_path, looks, damage):
+    path = tmp_path / "responses.jsonl"
     partial = tmp_path / "responses.jsonl.partial"
-    stage(whole, console.Stopper())
-    content = whole.read_bytes()
-    lines = content.split(b"\n")
     with pytest.raises(Interrupted):
-        stage(path, StopsAfter(1))
-    assert stage.batches == 1 and not path.exists()
-    assert partial.read_bytes() == b"\n".join(lines[:16]) + b"\n"
-    batches = 2
+        stage(path, StopsAfter(looks))
+    assert stage.asked == list(range(20)) and not path.exists()
+    lines = partial.read_bytes().split(b"\n")[:-1]
+    assert 0 < len(lines) < 40
     if damage == "torn line":
-        partial.write_bytes(b"\n".join(lines[:16]) + b"\n" + lines[16][:-9])
-    elif damage == "within a batch":
-        partial.write_bytes(b"\n".join(lines[:35]) + b"\n" + lines[35][:30])
-        batches = 1
-    elif damage == "nothing left":
-        partial.write_bytes(content)
-        batches = 0
+        partial.write_bytes(b"\n".join([*lines, lines[-1][:-9]]))
+    elif damage == "half a prompt":
+        lines = lines[:-1]
+        partial.write_bytes(b"".join(line + b"\n" for line in lines))
+    rows = [json.loads(line) for line in lines]
+    done = [i for i in range(20) if sum(row["prompt_number"] == i for row in rows) == 2]
     stage(path, console.Stopper())
-    assert stage.batches == batches
-    assert path.read_bytes() == content
+    assert stage.asked == [i for i in range(20) if i not in done]
+    assert path.read_bytes() == whole.read_bytes()
     assert not partial.exists()
+
+
+def test_a_whole_part_samples_nothing(stage, whole, tmp_path):
+    partial = tmp_path / "responses.jsonl.partial"
+    partial.write_bytes(whole.read_bytes())
+    stage(tmp_path / "responses.jsonl", console.Stopper())
+    assert stage.asked == [] and (tmp_path / "responses.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_slots_are_full_and_nothing_compiles_again(stage, whole, tmp_path, monkeypatch):
+    """Of the slots' tokens most are an answer's; a slot is empty at most until the next look."""
+    used = []
+    decode = stage.programs.sampler.decode
+
+    def counted(params, slots, key, settings):
+        before = np.asarray(slots.lengths).copy(), np.asarray(slots.done).copy()
+        slots, done = decode(params, slots, key, settings)
+        grown = np.where(before[1], 0, np.asarray(slots.lengths) - before[0])
+        used.append((grown.sum(), grown.max() * len(grown)))
+        return slots, done
+
+    compiled = decode._cache_size(), stage.programs.sampler.admit._cache_size()
+    monkeypatch.setattr(stage.programs.sampler, "decode", counted)
+    stage(tmp_path / "again.jsonl", console.Stopper())
+    assert (decode._cache_size(), stage.programs.sampler.admit._cache_size()) == compiled
+    assert compiled[0] > 0
+    # All but the last looks, at which nothing waits any more.
+    tokens, places = np.sum(used[:-3], axis=0)
+    assert tokens / places > 0.7
 
 
 def test_a_line_holds_any_text(tmp_path):

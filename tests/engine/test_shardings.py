@@ -19,6 +19,7 @@ from tests.training import TRAINING, changed, dropping_config, heldout_items, ho
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_compilation")]
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
+PACKED = ("bins", "lengths")
 
 
 def everything(setup):
@@ -61,7 +62,8 @@ def train(setup):
         batch, key = put_batch(dataset[step], trainer.mesh), trainer.dropout_key(0, 1, step)
         state, output = trainer.step(state, frozen, batch, np.float32(1e-3), key)
         result |= {f"{step}/{name}": np.asarray(value) for name, value in output.metrics.items()}
-        result |= {f"{step}/{name}": np.asarray(value) for name, value in output.decisions.items()}
+        order = np.argsort(output.decisions["place"])
+        result |= {f"{step}/{name}": np.asarray(value)[order] for name, value in output.decisions.items()}
     for path, value in jax.tree_util.tree_leaves_with_path(host(state.params)):
         result[f"params{jax.tree_util.keystr(path)}"] = value
     result["steps compiled"] = np.array(trainer.step._cache_size())
@@ -77,6 +79,8 @@ def on_meshes(config, adapted):
     """In a process with 8 devices: `everything` by mesh, with adapters `train`, meshes' shapes, a refusal."""
     results = {mesh: everything(on_mesh(config, *mesh)) for mesh in MESHES}
     results["adapters"] = train(on_mesh(adapted, 2, 2, 2))
+    for packing in PACKED:
+        results[packing] = train(on_mesh(changed(config, text=dict(packing=packing)), 2, 2, 2))
     results["shapes"] = [
         tuple(meshes.make_mesh(MeshConfig(*sizes)).shape.values()) for sizes in ((-1, 2, 2), (2, -1, 1), (1, 2, -1))
     ]
@@ -124,6 +128,16 @@ def assert_same_result(found, alone):
 def test_a_mesh_does_not_change_the_result(sharded, alone, mesh):
     np.testing.assert_array_equal(sharded[mesh]["sampled"], alone["sampled"])
     assert_same_result(sharded[mesh], alone)
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_packed_rows_on_a_mesh_give_the_result_of_padded_ones_on_a_device(sharded, alone, packing):
+    found, _ = sharded[packing]
+    of_training = {name: alone[name] for name in found if not name.endswith("/filled") and name != "steps compiled"}
+    for name, value in of_training.items():
+        atol = 1e-4 if name.startswith("params") else 1e-5
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
+    assert all(found[f"{step}/filled"] > alone[f"{step}/filled"] for step in range(3))
 
 
 def test_fsdp_splits_parameters_and_optimiser(sharded, alone):

@@ -12,9 +12,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from scir_jax.config.schema import MeshConfig
-from scir_jax.data.batches import Prompts, PromptSpec
+from scir_jax.data.batches import SlotSpec
 from scir_jax.engine import mesh as meshes
-from scir_jax.engine.sampler import Sampling, sampler, stream_key
+from scir_jax.engine.sampler import Sampler, Sampling, stream_key
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
 from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
@@ -83,22 +83,24 @@ def test_an_export_is_the_model_that_was_imported(imported, case, tmp_path):
 def test_samples_have_the_logprobs_of_transformers(imported, case):
     here = imported(case)
     prompts_BP, starts_B = families.random_rows()[0][:, : max(PROMPTS)], np.array(PROMPTS, np.int32)
-    prompts = Prompts(prompts_BP, starts_B, np.arange(len(PROMPTS), dtype=np.int32))
-    spec = PromptSpec(len(PROMPTS), max(PROMPTS), 1, RESPONSE)
-    run = sampler(here.model, meshes.make_mesh(MeshConfig()), spec, stop_ids=(), pad_id=7)
+    spec = SlotSpec(len(PROMPTS), len(PROMPTS), (max(PROMPTS),), RESPONSE, max(PROMPTS) + RESPONSE)
+    numbered = [(i, ids[:length]) for i, (ids, length) in enumerate(zip(prompts_BP, PROMPTS, strict=True))]
+    coming = spec.arrays(max(PROMPTS), numbered, {i: (i, 0) for i in range(len(PROMPTS))}, 7)
+    sampler = Sampler(here.model, meshes.make_mesh(MeshConfig()), spec, stop_ids=(), pad_id=7)
     places_BR = starts_B[:, None] + np.arange(RESPONSE)
 
     def sample(temperature):
         """The tokens [B, R], their summed log-probabilities [B], and those of all tokens in transformers [B, R, V]."""
         setting = Sampling.of(temperature)
-        samples = run(here.params, prompts, stream_key(0, "responses", 1), setting)
+        slots = sampler.admit(here.params, sampler.empty(), coming)
+        samples = sampler.read(sampler.decode(here.params, slots, stream_key(0, "responses", 1), setting)[0])
         assert (np.asarray(samples.lengths) == RESPONSE).all()
-        tokens_BR = np.asarray(samples.ids)[:, 0]
+        tokens_BR = np.asarray(samples.ids)
         rows = np.pad(prompts_BP, [(0, 0), (0, RESPONSE)])
         np.put_along_axis(rows, places_BR, tokens_BR, axis=1)
         valid = np.arange(rows.shape[1]) < starts_B[:, None] + RESPONSE
         table = torch.tensor(families.torch_logits(here.reference, rows, valid)).log_softmax(-1).numpy()
-        return tokens_BR, np.asarray(samples.logps)[:, 0], np.take_along_axis(table, places_BR[..., None] - 1, axis=1)
+        return tokens_BR, np.asarray(samples.logps), np.take_along_axis(table, places_BR[..., None] - 1, axis=1)
 
     for temperature in (0.0, 1.0):
         tokens_BR, logps_B, table_BRV = sample(temperature)

@@ -24,7 +24,6 @@ from scir_jax.run import sampling, scoring
 from scir_jax.run.setup import prepare
 from tests.processes import quick_jit
 from tests.training import (
-    supervised_step,
     ADAPTERS,
     assert_same_bytes,
     batch_of,
@@ -33,6 +32,7 @@ from tests.training import (
     heldout_items,
     host,
     make_dataset,
+    supervised_step,
     whole,
     write_adapter,
 )
@@ -113,12 +113,15 @@ def test_accumulation_and_rematerialisation_do_not_change_gradients(setup, confi
         """Jitted (trained, frozen, batch) -> ((loss, (sums, decisions)), gradients)."""
         return quick_jit(jax.value_and_grad(programs.optimise.value, has_aux=True))
 
-    batch = make_dataset(setup)[2]
-    batch.pairs.weight[[2, 3, 7]] = 0
+    def third(of):
+        batch = make_dataset(of)[2]
+        batch.pairs.weight[[2, 3, 7]] = 0
+        return batch
+
     trained, frozen = setup.parameters.initial(), setup.parameters.frozen
-    (loss, (sums, _)), grads = gradients(setup.programs)(trained, frozen, batch)
-    other = prepare(changed(config, training=dict(accumulate=4), model=dict(remat="full"))).programs
-    (other_loss, (other_sums, _)), other_grads = gradients(other)(trained, frozen, batch)
+    (loss, (sums, _)), grads = gradients(setup.programs)(trained, frozen, third(setup))
+    other = prepare(changed(config, training=dict(accumulate=4), model=dict(remat="full")))
+    (other_loss, (other_sums, _)), other_grads = gradients(other.programs)(trained, frozen, third(other))
     assert other_loss == pytest.approx(float(loss), rel=1e-5)
     for name, (_, count) in sums.items():
         np.testing.assert_array_equal(other_sums[name][1], count, err_msg=name)

@@ -12,7 +12,7 @@ from scir_jax import plan
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.cost.flops import Flops
-from scir_jax.engine.programs import Program
+from scir_jax.engine.program import Program
 from scir_jax.planning import batches, iteration, limits, machine, stages, topology
 from scir_jax.planning.limits import planned
 from scir_jax.run.preflight import check_memory
@@ -47,7 +47,7 @@ def test_a_plan_has_the_programs_of_the_run(both):
     assert ours.keys() == theirs.keys()
     for name, program in ours.items():
         assert program.stage == theirs[name].stage
-        if program.stage != "sample":  # whose cache is as long as the rows
+        if program.stage not in ("prefill", "decode"):  # whose cache is as long as the rows
             assert program.known == theirs[name].known
         assert program.known.total >= theirs[name].known.total
         assert program.tokens >= theirs[name].tokens
@@ -57,7 +57,7 @@ def test_a_plan_has_the_programs_of_the_run(both):
 def test_rows_of_a_plan_are_not_shorter_than_those_of_the_run(both):
     ours, theirs = (programs.facts.lengths for programs in both)
     for field in dataclasses.fields(ours):
-        if field.name != "targets":  # of the data files alone
+        if field.name not in ("targets", "learned"):  # of the data files alone
             assert np.all(np.array(getattr(ours, field.name)) >= np.array(getattr(theirs, field.name))), field.name
 
 
@@ -68,7 +68,7 @@ def test_memory_of_a_plan_is_that_of_the_programs(world_dir, tiny_config, monkey
     monkeypatch.setattr(limits, "facts", lambda config, context: run.facts)
     found = stages.survey(planned(run.config, run.arch, run.mesh), memory.limit(), lambda name: None)
     assert {stage.name: stage.memory for stage in found} == dict(check_memory(run.config, run))
-    assert {stage.kind for stage in found} == {"sample", "score", "judge", "sft", "optimise"}
+    assert {stage.kind for stage in found} == {"prefill", "decode", "score", "judge", "sft", "optimise"}
     assert all(stage.fits and stage.seconds > 0 and stage.flops.hardware > 0 for stage in found)
 
 
@@ -84,7 +84,8 @@ def test_the_command_says_that_a_run_fits(command, write_config):
         "SFT step",
         "judge, ",
         "score, ",
-        "sample 2 per prompt",
+        "prefill, ",
+        "decode, ",
         "fits",
         "no times are",
     ):
@@ -171,7 +172,10 @@ def test_calls_of_an_iteration(tiny_config, world_dir):
 
     sampled = dict(responses=4, batch_size=8)
     # 100 prompts x 4 answers, by M_t and M_t-1 in batches of 16; 2 pairs a prompt
-    assert counts(100, sample=sampled, pairs=dict(per_prompt=2)) == {"sample": 13, "score": 2 * 25, "optimise": 25}
+    expected = {"prefill": 13, "decode": 13, "score": 2 * 25, "optimise": 25}
+    assert counts(100, sample=sampled, pairs=dict(per_prompt=2)) == expected
+    longer = counts(100, sample=sampled, text=dict(max_response_tokens=100))
+    assert (longer["prefill"], longer["decode"]) == (100, 13 * 4), "a prompt at a time, and a look every 32 tokens"
     # M_t and M1, whatever asks for M1
     both = counts(100, sample=sampled, implicit=dict(reference="sft"), preference=dict(reference="sft"))
     assert both["score"] == 2 * 25

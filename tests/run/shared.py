@@ -8,6 +8,7 @@ import jax
 
 from scir_jax.config.schema import Config
 from scir_jax.engine.programs import Programs
+from scir_jax.engine.sampler import Sampler
 from scir_jax.engine.trainer import Trainer
 
 # Sections that no loss reads; what they say of a batch stands in its description.
@@ -33,6 +34,7 @@ class SharedPrograms(Programs):
         yield sizes
         for (kind, _), made in cls.found.items():
             functions = (made.step, made._init) if isinstance(made, Trainer) else (made,)
+            functions = (made.admit, made.decode) if isinstance(made, Sampler) else functions
             sizes.setdefault(kind, []).extend(function._cache_size() for function in functions)
         cls.found = before | cls.found
 
@@ -49,11 +51,10 @@ class SharedPrograms(Programs):
         """What of the section is compiled: a step takes the learning rate as an argument."""
         return dataclasses.replace(self.config.training, warmup=0, schedule="constant", final=0, max_skipped=1)
 
-    def sampler(self, answers):
-        make = super().sampler
-        return self._once(
-            "sampler", lambda: make(answers), self.prompt_spec(answers), self.facts.stop_ids, self.facts.pad_id
-        )
+    @cached_property
+    def sampler(self):
+        make = Programs.sampler.func
+        return self._once("sampler", lambda: make(self), self.slot_spec, self.facts.stop_ids, self.facts.pad_id)
 
     @cached_property
     def scorer(self):
@@ -65,11 +66,11 @@ class SharedPrograms(Programs):
 
     @cached_property
     def sft(self):
-        return self._once("sft", lambda: Programs.sft.func(self), self._training)
+        return self._once("sft", lambda: Programs.sft.func(self), self._training, self.way)
 
     @cached_property
     def optimise(self):
         default = {name: getattr(Config(), name) for name in ELSEWHERE}
         config = dataclasses.replace(self.config, **default, model=Config().model, training=self._training)
         make = Programs.optimise.func
-        return self._once("optimise", lambda: make(self), config, self.optimise_spec, self.facts.verdict_ids)
+        return self._once("optimise", lambda: make(self), config, self.optimise_spec, self.way, self.facts.verdict_ids)

@@ -41,7 +41,7 @@ RESULTS = {
     "export": "export",
     "report": "report.html",
 }
-RESPONSES, HELDOUT = "scir_jax.run.sampling:sample_rows", "scir_jax.run.evaluation:sample_rows"
+RESPONSES = HELDOUT = "scir_jax.run.sampling:finished_rows"
 SCORES, JUDGE = "scir_jax.run.scoring:score_answers", "scir_jax.run.scoring:judge_pairs"
 PAIRS = "scir_jax.run.pairing:write_rows"
 

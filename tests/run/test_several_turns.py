@@ -13,6 +13,7 @@ from scir_jax.data.pipelines import iterator, pair_batches
 from scir_jax.run import pairing
 from scir_jax.run.setup import prepare
 from tests.chat_templates import turns
+from tests.data.small_data import rows_of
 from tests.run.data_files import CONVERSATION, write
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -56,16 +57,17 @@ def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
     assert row["messages"] == CONVERSATION and row["prompt"] == shown
     spec = dataclasses.replace(programs.optimise_spec, pairs=dataclasses.replace(programs.optimise_spec.pairs, pairs=1))
     (batch,) = iterator(
-        pair_batches(spec, encoder, [from_row(row, "pairs:1")], inputs.targets, epochs=1, seed=0, seeds={})
+        pair_batches(spec, encoder, [from_row(row, "pairs:1")], inputs.targets, epochs=1, seed=0, seeds={}).dataset
     )
-    answers = batch.pairs.answers
+    by_place = {int(place): (where, ids) for where, ids in rows_of(batch)[0] for place in where}
     for side, (y, other) in enumerate((("ba", "ab"), ("ab", "ba"))):
-        start, length = int(answers.start[0, side]), int(answers.length[0, side])
-        ids = tuple(answers.ids[0, side])
-        assert ids[:start] == tokens(context) and ids[start : start + length] == tokens(f"{y}</s>")
-        judged = answers if layout == "judge_continuation" else batch.pairs.judges[0]
-        expected = question(y, other)
-        assert tuple(judged.ids[0, side])[: len(expected)] == expected and judged.verdict[0, side] == len(expected) - 1
+        start, length = int(batch.pairs.first[0, side]), int(batch.pairs.length[0, side])
+        assert tuple(batch.rows.targets[0, start : start + length]) == tokens(f"{y}</s>")
+        place = int(batch.rows.places[0, start])
+        where, ids = by_place[place]
+        assert ids[: list(where).index(place) + 1] == tokens(context)
+        where, ids = by_place[int(batch.pairs.verdict[0, 0, side])]
+        assert ids == question(y, other) and where[-1] == batch.pairs.verdict[0, 0, side]
 
 
 @pytest.mark.slow

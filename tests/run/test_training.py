@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from scir_jax.data.pipelines import Way
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.mesh import put_batch
@@ -61,9 +62,7 @@ def test_a_stage(setup, uninterrupted):
         assert rows[2 + i]["loss"] == pytest.approx(float(output.metrics["loss"]), rel=1e-6)
         assert rows[2 + i]["learning_rate"] == rates[i]
         selected = [row["selected"] for row in decisions if row["step"] == i + 1]
-        order = np.argsort(np.asarray(output.decisions["pair"]), kind="stable")
-        expected = np.asarray(output.decisions["selected"])[order][np.asarray(output.decisions["pair"])[order] >= 0]
-        assert selected == expected.tolist()
+        assert selected == np.asarray(output.decisions["selected"])[np.argsort(output.decisions["place"])].tolist()
     assert_same_bytes(state.params, uninterrupted.params())
 
 
@@ -121,6 +120,36 @@ def test_speed_is_of_a_device_and_mfu_of_its_peak():
     assert found == {"seconds": 0.5, "tokens_per_second": 2000, "teraflops": 4, "mfu": 4 / 197}
     assert tuple(found) == TIMINGS
     assert "mfu" not in Speed(lambda _: 1, 2, None).of(work, 0.5)
+
+
+# --- packed rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(world_dir, tiny_config):
+    return prepare(tiny_config(world_dir, training=TRAINING, text=dict(packing="bins", bin_tokens=200)))
+
+
+@pytest.mark.slow
+def test_a_packed_stage_is_the_padded_one_and_goes_on_to_the_bit(packed, uninterrupted, tmp_path):
+    """Killed in step 4, after the checkpoint of step 2."""
+    assert packed.programs.way == Way("bins", 200)
+    whole, stage = Stage(packed, tmp_path / "whole"), Stage(packed, tmp_path / "run")
+    whole(StopsAfter())
+    with pytest.raises(RuntimeError, match="killed"):
+        stage(StopsAfter(4, RuntimeError("killed")))
+    stage(StopsAfter())
+    assert_same_stage(stage, whole)
+    for row, other in zip(whole.rows(), uninterrupted.rows(), strict=True):
+        if "filled" in other:
+            assert row.pop("filled") > other.pop("filled")
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+    decided, others = (
+        [json.loads(text) for text in of.decisions.read_text().split("\n")[:-1]] for of in (whole, uninterrupted)
+    )
+    assert [(row["step"], row["pair"]) for row in decided] == [(row["step"], row["pair"]) for row in others]
+    assert whole.dataset[0].rows.ids[0].shape[1] == 200
+    assert packed.programs.optimise.step._cache_size() == len({batch.rows.ids[0].shape for batch in whole.dataset})
 
 
 # --- adapters with dropout --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from scir_jax.data.batches import RowGroup
 from scir_jax.model import logprobs
 from scir_jax.model.architecture import Architecture
+from scir_jax.model.cached import BLOCK
 from scir_jax.model.lora import Lora
 
 Flash = Callable[[int], bool]
@@ -43,21 +44,6 @@ class Flops:
 
     def __mul__(self, times: int) -> Flops:
         return Flops(self.model * times, self.hardware * times)
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerFlops:
-    """FLOPs of one call of a sampler, every response of full length.
-
-    Attributes:
-      prefill: of the prompts.
-      step: of one decoding step, the mean over all.
-      total: of the call.
-    """
-
-    prefill: Flops
-    step: Flops
-    total: Flops
 
 
 class Work(NamedTuple):
@@ -130,37 +116,19 @@ def training(
     return total
 
 
-def sampling(
-    arch: Architecture,
-    prompts: int,
-    responses: int,
-    prompt_tokens: int,
-    response_tokens: int,
-    *,
-    lora: Lora | None = None,
-    flash: Flash = never,
-) -> SamplerFlops:
-    """Counts the FLOPs of a sampler's call: a prefill, and as many decoding steps as a response may have tokens.
+def decoding(arch: Architecture, rows: int, steps: int, seen: int, places: int, *, lora: Lora | None = None) -> Flops:
+    """Counts the FLOPs of decoding so many tokens of each row.
 
     Args:
-      responses: number of responses to each prompt.
+      seen: places of the cache that a query sees in the mean, in a layer without a window.
+      places: of the cache.
     """
-    prefill = _layers(arch, prompts, prompt_tokens, lora, flash)
-    rows, places = prompts * responses, prompt_tokens + response_tokens
     a_row = 2 * arch.num_layers * (_weights(arch) + _adapters(arch, lora)) + 2 * arch.vocab_size * arch.hidden_size
-    # A query looks at the places before its own; every place of the cache is multiplied.
-    seen = sum(
-        min(prompt_tokens + step + 1, layer.window or places)
-        for layer in arch.layers
-        for step in range(response_tokens)
-    )
     pair = 4 * arch.num_heads * arch.head_dim
-    decode = Flops(
-        rows * (response_tokens * a_row + pair * seen),
-        rows * response_tokens * (a_row + pair * places * arch.num_layers),
-    )
-    step = Flops(decode.model // response_tokens, decode.hardware // response_tokens)
-    return SamplerFlops(prefill, step, prefill + decode)
+    visible = sum(min(seen, layer.window or seen) for layer in arch.layers)
+    # A small cache is multiplied whole; of a large one those blocks that some row sees.
+    multiplied = places if places <= BLOCK else min(-(-seen // BLOCK) * BLOCK, places)
+    return Flops(a_row + pair * visible, a_row + pair * multiplied * arch.num_layers) * (rows * steps)
 
 
 def decode_bytes(

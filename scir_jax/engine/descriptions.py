@@ -1,0 +1,215 @@
+"""What the programs of a run take: the description of each batch, from configuration, model, mesh and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from scir_jax.config.schema import Config
+from scir_jax.data.batches import SHORTEST, RowGroup, SlotSpec, row_lengths
+from scir_jax.data.encode import Lengths
+from scir_jax.data.packing import Item, Packing, Shape
+from scir_jax.data.pipelines import Way
+from scir_jax.data.steps import PairSpec, TrainSpec
+from scir_jax.engine import forward, sampler
+from scir_jax.engine import mesh as meshes
+from scir_jax.errors import InputError
+from scir_jax.method import objective, rewards
+from scir_jax.model.architecture import Architecture
+from scir_jax.model.attention import backend_of, chosen
+from scir_jax.model.cached import cache_places
+from scir_jax.model.decoder import Model
+
+LONG_BIN = 4096
+"""tokens of a bin on accelerators, unless a row is longer: their attention computes a bin's pairs in parallel, and what
+rows do not see of each other too where it is splash"""
+UNBOUNDED_BIN = 2**20
+ADMISSIONS = 8
+"""in which all slots are filled"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the programs depend on beside configuration, architecture and mesh: from a run's data, or a plan's limits.
+
+    Attributes:
+      lengths: static lengths of rows.
+      verdict_ids: of every judge template.
+      continued: the first template continues the conversation (Encoder.continued).
+      stop_ids, pad_id: of the tokenizer.
+      present: keys of `data` with rows in them, of "ift", "eft", "heldout_prompts" and "heldout_pairs".
+    """
+
+    lengths: Lengths
+    verdict_ids: tuple[tuple[int, int], ...]
+    continued: bool
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    present: frozenset[str] = frozenset()
+
+
+class Descriptions:
+    """Describes what each program of a configuration takes.
+
+    Attributes:
+      config, model, mesh, facts: what the descriptions follow from.
+    """
+
+    config: Config
+    model: Model
+    mesh: Mesh
+    facts: Facts
+
+    @property
+    def arch(self) -> Architecture:
+        return self.model.arch
+
+    @property
+    def backend(self) -> str:
+        """What is compiled for: "cpu", "gpu" or "tpu"."""
+        return backend_of(self.model.layout)
+
+    def local_rows(self, size: int) -> np.ndarray:
+        """Returns the numbers of those rows of a batch that this host holds."""
+        return meshes.local_rows(self.mesh, size)
+
+    @property
+    def slot_spec(self) -> SlotSpec:
+        """Describes the sampler: slots for the answers to sample.batch_size prompts."""
+        lengths, size, devices = self.facts.lengths, self.config.sample.batch_size, meshes.batch_shards(self.mesh)
+        answers = max(self._answers, default=1)
+        # Where all answers end at one look, as many prompts come in as there is room for; else a few at a time.
+        part = 1 if lengths.answer <= sampler.SEGMENT else ADMISSIONS
+        return SlotSpec(
+            slots=size * answers,
+            prompts=devices * -(-size // (devices * part)),
+            tokens=tuple(tokens for (tokens,) in row_lengths([lengths.prompt])),
+            answer_tokens=lengths.answer,
+            places=cache_places(lengths.prompt + lengths.answer),
+            devices=devices,
+        )
+
+    @property
+    def _answers(self) -> set[int]:
+        """The numbers of answers to a prompt that are asked for."""
+        config = self.config
+        counts = {config.sample.responses} if config.run.iterations and not config.data.pairs else set()
+        if "heldout_prompts" in self.facts.present:
+            counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
+        return counts
+
+    @property
+    def score_groups(self) -> tuple[RowGroup, ...]:
+        """The rows of one call of the scorer, for each compiled length from short to long."""
+        rows, answer = (2 * self.config.evaluate.batch_size,), self.facts.lengths.answer
+        return tuple(
+            RowGroup(rows, tokens, min(answer, tokens), heads=len(self.spans))
+            for (tokens,) in row_lengths([self.facts.lengths.scored])
+        )
+
+    @property
+    def judge_groups(self) -> tuple[tuple[RowGroup, ...], ...]:
+        """The rows of one call of the judge: for each compiled length those of every template."""
+        leading = (self.config.evaluate.batch_size, 2)
+        return tuple(
+            tuple(RowGroup(leading, tokens, verdict=True) for tokens in lengths)
+            for lengths in row_lengths(self.facts.lengths.judges)
+        )
+
+    @cached_property
+    def sft_spec(self) -> TrainSpec:
+        """The batch of an SFT step."""
+        return TrainSpec.of(None, self._present(self.config.sft), self.facts.lengths, *self._cells)
+
+    @cached_property
+    def optimise_spec(self) -> TrainSpec:
+        """The batch of a step of SCIR training; it has judge rows only where the step asks the judge."""
+        config, wanted = self.config, objective.needs(self.config)
+        pairs = PairSpec.of(
+            config.optimise.batch_size,
+            self.facts.lengths,
+            judged=wanted.asks_judge,
+            continued=self.facts.continued,
+            cached=wanted.cached,
+            frozen=tuple((name, rewards.columns(name, config)) for name in wanted.frozen),
+            verdicts=self.verdicts if wanted.verdicts else 0,
+            heads=len([name for name in wanted.fresh if name in forward.SPANS]),
+        )
+        replayed = self._present(config.replay) if config.replay.weight else {}
+        return TrainSpec.of(pairs, replayed, self.facts.lengths, *self._cells)
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        """Devices that share a batch, and micro-batches."""
+        return meshes.batch_shards(self.mesh), self.config.training.accumulate
+
+    @cached_property
+    def way(self) -> Way:
+        """How the rows of training steps are packed."""
+        config, lengths = self.config, self.facts.lengths
+        longest = max((*lengths.judges, *lengths.targets.values(), lengths.scored))
+        kind, separate = config.text.packing, self._attention(longest) == "cudnn"
+        if kind == "auto":
+            # Short rows would gain less than another compilation costs.
+            kind = "off" if longest <= SHORTEST else "lengths" if separate else "bins"
+        if kind != "bins":
+            return Way(kind)
+        if separate and config.model.attention == "cudnn":
+            raise InputError(
+                "text.packing is bins, but model.attention is cudnn, which knows no segments; set text.packing to "
+                "lengths or off, or model.attention to blocks"
+            )
+        # Attention in blocks skips what rows do not see of each other; a long bin costs a CPU nothing.
+        most = UNBOUNDED_BIN if self.backend == "cpu" else max(LONG_BIN, longest)
+        return Way(kind, config.text.bin_tokens or most)
+
+    def _present(self, section: Any) -> dict[str, int]:
+        """Returns the batch sizes of a section's supervised parts that have rows."""
+        sizes = {"ift": section.ift_batch_size, "eft": section.eft_batch_size}
+        return {name: size for name, size in sizes.items() if name in self.facts.present}
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """What the scorer reads off an answer: its log-probability, and what the method's reward models need."""
+        models = {*self.config.rewards.models, *objective.needs(self.config).start}
+        wanted = {"logps"}.union(*(rewards.REWARDS[name].reads for name in models))
+        return tuple(name for name in forward.SPANS if name in wanted)
+
+    @property
+    def judge_passes(self) -> int:
+        """How often the judge's uncertainty is sampled with the adapters' dropout; 0 without dropout."""
+        dropout = self.model.lora is not None and self.model.lora.dropout > 0
+        return self.config.generative.passes if dropout else 0
+
+    @property
+    def verdicts(self) -> int:
+        """Single verdicts of the judge on a pair: one for each pass, else one for each template and order."""
+        return self.judge_passes or 2 * len(self.config.generative.templates)
+
+    def flash(self, tokens: int) -> bool:
+        """Checks whether the attention over rows of this many tokens skips masked pairs."""
+        return self._attention(tokens) != "xla"
+
+    def _attention(self, tokens: int) -> str:
+        """Returns the attention that computes separate rows of this many tokens."""
+        return chosen(
+            self.config.model.attention,
+            self.backend,
+            self.config.model.dtype,
+            tokens=tokens,
+            head_dim=self.arch.head_dim,
+            cap=self.arch.attention_cap,
+        )
+
+    def _bound(self, spec: TrainSpec) -> Shape:
+        """Returns the shape of a step whose rows are all the longest."""
+        if self.way.kind != "bins":
+            return spec.bound
+        items = [
+            [Item(tuple((0, tokens) for bins, tokens in spec.bound.groups for _ in range(bins)), spec.bound.scored)]
+        ]
+        return Packing.of("bins", [items], spec.bound, self.way.bin).shapes[-1]
