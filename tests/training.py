@@ -93,7 +93,8 @@ def supervised_step(ids, mask) -> TrainBatch:
     targets = jnp.asarray(ids).reshape(-1)[places + 1]
     segments = np.broadcast_to(np.arange(1, rows + 1, dtype=np.int32)[:, None], ids.shape)
     learned = {"ift": np.ones((1, len(places)), bool)}
-    return TrainBatch(BinRows((ids,), (segments,), places[None], targets[None], learned), None)
+    none = np.zeros((1, 0), np.int32)
+    return TrainBatch(BinRows((ids,), (segments,), places[None], targets[None], learned, none, none, none), None)
 
 
 def batch_of(setup: Setup, number: int = 0, change=None):

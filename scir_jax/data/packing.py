@@ -14,24 +14,35 @@ import numpy as np
 
 SHAPES = 4
 """compiled shapes of a stage's step at the most"""
+SPARE = 0.03
+"""share of a stage's tokens that must be saved for another shape to be compiled"""
 LENGTHS = 4
 """lengths of rows in a step at the most, where the attention knows no segments"""
 
 
-class Item(NamedTuple):
-    """Rows that stay in one cell: those of a pair, or a supervised one.
+class RowSize(NamedTuple):
+    """What is known of a row where it is laid out.
 
     Attributes:
-      rows: kind and tokens of each row. Rows of one kind go through the model together where nothing is packed.
-      scored: places at which the vocabulary's logits are taken.
+      kind: rows of one kind go through the model together where nothing is packed.
+      tokens: its length.
+      scored: its places at which the vocabulary's logits are taken.
+      answer: it holds an answer of a pair, which is scored.
+      verdict: a verdict is read off it.
     """
 
-    rows: tuple[tuple[int, int], ...] = ()
+    kind: int
+    tokens: int
     scored: int = 0
+    answer: bool = False
+    verdict: bool = False
 
-    @property
-    def tokens(self) -> int:
-        return sum(tokens for _, tokens in self.rows)
+
+Rows = Sequence[RowSize]
+Item = tuple[RowSize, ...]
+"""rows that stay in one micro-batch: those of a pair, or a supervised one"""
+Number = tuple[int, int]
+"""number of an item in its step, and of a row in it"""
 
 
 class Shape(NamedTuple):
@@ -40,10 +51,14 @@ class Shape(NamedTuple):
     Attributes:
       groups: (bins, tokens of a bin) of each group of bins.
       scored: places at which the vocabulary's logits are taken.
+      answers: rows with an answer.
+      verdicts: rows off which a verdict is read.
     """
 
     groups: tuple[tuple[int, int], ...]
     scored: int
+    answers: int = 0
+    verdicts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -58,47 +73,67 @@ class Place(NamedTuple):
     offset: int
 
 
-def deal(pairs: Sequence[Item], rows: Sequence[Item], cells: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Deals items out to cells, the largest first, each to the cell that has least; then pairs are exchanged.
+class Dealt(NamedTuple):
+    """What lies where in a step.
+
+    Attributes:
+      pairs: numbers of the pairs of each micro-batch, as many in each.
+      cells: rows of each cell; cell number device times micro-batches + micro-batch.
+    """
+
+    pairs: list[list[int]]
+    cells: list[list[Number]]
+
+
+def deal(items: Sequence[Item], pairs: int, devices: int, micro: int) -> Dealt:
+    """Deals a step out: pairs and supervised rows to micro-batches, the rows of each to devices.
+
+    The largest come first, each to the one that has least, and pairs are exchanged then. The rows of a pair may lie on
+    several devices.
 
     Args:
-      pairs: as many of them come to each cell.
-      rows: of them there may be more in one cell than in another.
-
-    Returns:
-      The numbers of the pairs of each cell, and of the rows, in rising order.
+      pairs: so many of the first items are pairs.
     """
-    sizes = [item.tokens for item in pairs]
-    load = [0] * cells
-    dealt: tuple[list[list[int]], list[list[int]]] = tuple([[] for _ in range(cells)] for _ in range(2))
-    for items, taken, most in ((pairs, dealt[0], len(pairs) // cells), (rows, dealt[1], len(rows))):
-        for number in sorted(range(len(items)), key=lambda i: -items[i].tokens):
-            cell = min((c for c in range(cells) if len(taken[c]) < most), key=lambda c: load[c])
-            taken[cell].append(number)
-            load[cell] += items[number].tokens
-        if items is pairs:
-            _exchange(dealt[0], load, sizes)
-    return tuple([sorted(numbers) for numbers in taken] for taken in dealt)
+    sizes = [sum(row.tokens for row in item) for item in items]
+    load = [0] * micro
+    parts: list[list[int]] = [[] for _ in range(micro)]
+    for first, end, most in ((0, pairs, pairs // micro), (pairs, len(items), len(items))):
+        for number in sorted(range(first, end), key=lambda i: -sizes[i]):
+            part = min((m for m in range(micro) if len(parts[m]) < most), key=lambda m: load[m])
+            parts[part].append(number)
+            load[part] += sizes[number]
+        if not first:
+            _exchange(parts, load, sizes)
+            dealt = [sorted(part) for part in parts]
+    cells: list[list[Number]] = [[] for _ in range(devices * micro)]
+    for m, part in enumerate(parts):
+        rows = [(i, r, row.tokens) for i in sorted(part) for r, row in enumerate(items[i])]
+        load = [0] * devices
+        for i, r, tokens in sorted(rows, key=lambda row: -row[2]):
+            device = min(range(devices), key=lambda d: load[d])
+            cells[device * micro + m].append((i, r))
+            load[device] += tokens
+    return Dealt(dealt, [sorted(cell) for cell in cells])
 
 
-def _exchange(taken: list[list[int]], load: list[int], sizes: Sequence[int]) -> None:
-    """Exchanges items between the cell that has most and others while that makes the most less."""
-    for _ in range(2 * len(taken)):
-        most = max(range(len(taken)), key=lambda c: load[c])
+def _exchange(parts: list[list[int]], load: list[int], sizes: Sequence[int]) -> None:
+    """Exchanges items between the part that has most and others while that makes the most less."""
+    for _ in range(2 * len(parts)):
+        most = max(range(len(parts)), key=lambda m: load[m])
         found = None
         least = load[most]
-        for other in range(len(taken)):
+        for other in range(len(parts)):
             if other == most:
                 continue
-            for i, a in enumerate(taken[most]):
-                for j, b in enumerate(taken[other]):
+            for i, a in enumerate(parts[most]):
+                for j, b in enumerate(parts[other]):
                     less = sizes[a] - sizes[b]
                     if less > 0 and (higher := max(load[most] - less, load[other] + less)) < least:
                         least, found = higher, (other, i, j, less)
         if found is None:
             return
         other, i, j, less = found
-        taken[most][i], taken[other][j] = taken[other][j], taken[most][i]
+        parts[most][i], parts[other][j] = parts[other][j], parts[most][i]
         load[most], load[other] = load[most] - less, load[other] + less
 
 
@@ -128,8 +163,11 @@ def best_fit(tokens: Sequence[int], size: int) -> list[tuple[int, int]]:
     return places
 
 
-def rungs(sizes: Iterable[int], most: int) -> list[int]:
+def rungs(sizes: Iterable[int], most: int, spare: float = 0.0) -> list[int]:
     """Chooses at most so many of the sizes that all, each raised to the next chosen one, sum to least.
+
+    Args:
+      spare: fewer are chosen where the sum is greater by this share of it at most.
 
     Returns:
       The chosen sizes, rising; the last is the largest of all.
@@ -146,7 +184,9 @@ def rungs(sizes: Iterable[int], most: int) -> list[int]:
             sums = best[k - 1, :j] + values[j - 1] * (before[j] - before[:j])
             came[k, j] = int(np.argmin(sums))
             best[k, j] = sums[came[k, j]]
-    k, j = int(np.argmin(best[:, number])), number
+    if not number:
+        return []
+    k, j = int(np.flatnonzero(best[:, number] <= (1 + spare) * best[:, number].min())[0]), number
     chosen = []
     while j:
         chosen.append(int(values[j - 1]))
@@ -181,28 +221,29 @@ class Packing:
         self.bin = bin
 
     @classmethod
-    def of(cls, kind: str, steps: Iterable[Sequence[Sequence[Item]]], bound: Shape, bin: int = 0) -> Packing:
+    def of(cls, kind: str, steps: Iterable[Sequence[Rows]], bound: Shape, bin: int = 0) -> Packing:
         """Finds the shapes of a stage.
 
         Args:
-          steps: the items of every cell of every step.
+          steps: the rows of every cell of every step.
           bound: what holds the longest rows; the shape where nothing is packed.
         """
         if kind == "off":
             return cls(kind, [bound])
         steps = list(steps)
         sizes = [_size(kind, step, bin) for step in steps]
-        found = rungs(sizes, SHAPES)
+        found = rungs(sizes, SHAPES, SPARE)
         at = [next(i for i, rung in enumerate(found) if rung >= size) for size in sizes]
         shapes = []
         for number, rung in enumerate(found):
             cells = [cell for step, i in zip(steps, at, strict=True) if i == number for cell in step]
-            scored = coarse(max(max(sum(item.scored for item in cell) for cell in cells), 1))
+            scored = coarse(max(max(sum(row.scored for row in cell) for cell in cells), 1))
+            answers, verdicts = (max(sum(row[i] for row in cell) for cell in cells) for i in (3, 4))
             if kind == "lengths":
                 groups = _lengths(cells)
             else:
                 groups = ((1, rung),) if rung <= bin else ((rung // bin, bin),)
-            shapes.append(Shape(groups, scored))
+            shapes.append(Shape(groups, scored, answers, verdicts))
         return cls(kind, shapes, found, bin)
 
     @property
@@ -210,34 +251,30 @@ class Packing:
         """Whether several rows share a bin."""
         return self.kind == "bins"
 
-    def shape(self, cells: Sequence[Sequence[Item]]) -> Shape:
+    def shape(self, cells: Sequence[Rows]) -> Shape:
         """Returns the shape of a step of the stage."""
         if self.kind == "off":
             return self.shapes[0]
         size = _size(self.kind, cells, self.bin)
         return next(shape for shape, most in zip(self.shapes, self.sizes, strict=True) if most >= size)
 
-    def places(self, shape: Shape, items: Sequence[Item]) -> list[list[Place]]:
-        """Returns where each row of each item of a cell lies.
+    def places(self, shape: Shape, rows: Rows) -> list[Place]:
+        """Returns where each row of a cell lies.
 
         Raises:
           ValueError: a row does not fit.
         """
-        rows = [(kind, tokens) for item in items for kind, tokens in item.rows]
         if self.kind == "bins":
-            found = [Place(0, *place) for place in best_fit([tokens for _, tokens in rows], shape.groups[0][1])]
-        else:
-            found = self._separate(shape, rows)
-        each = iter(found)
-        return [[next(each) for _ in item.rows] for item in items]
+            return [Place(0, *place) for place in best_fit([row.tokens for row in rows], shape.groups[0][1])]
+        return self._separate(shape, rows)
 
-    def _separate(self, shape: Shape, rows: Sequence[tuple[int, int]]) -> list[Place]:
+    def _separate(self, shape: Shape, rows: Rows) -> list[Place]:
         """Gives each row a bin: of its own kind, or the shortest that holds it, the longest row first."""
         taken = [0] * len(shape.groups)
         places = [Place(0, 0, 0)] * len(rows)
         order = range(len(rows))
-        for number in order if self.kind == "off" else sorted(order, key=lambda i: -rows[i][1]):
-            kind, tokens = rows[number]
+        for number in order if self.kind == "off" else sorted(order, key=lambda i: -rows[i].tokens):
+            kind, tokens, *_ = rows[number]
             groups = [kind] if self.kind == "off" else range(len(shape.groups))
             fitting = [g for g in groups if shape.groups[g][1] >= tokens and taken[g] < shape.groups[g][0]]
             if not fitting:
@@ -247,23 +284,23 @@ class Packing:
         return places
 
 
-def _size(kind: str, cells: Sequence[Sequence[Item]], bin: int) -> int:
+def _size(kind: str, cells: Sequence[Rows], bin: int) -> int:
     """Returns the tokens of a step's largest cell; of its bins: one as long as it must be, or several full ones."""
 
-    def size(items: Sequence[Item]) -> int:
-        tokens = sum(item.tokens for item in items)
+    def size(rows: Rows) -> int:
+        tokens = sum(row.tokens for row in rows)
         if kind == "lengths" or tokens <= bin:
             return min(coarse(max(tokens, 8)), bin or tokens)
-        placed = best_fit([length for item in items for _, length in item.rows], bin)
+        placed = best_fit([row.tokens for row in rows], bin)
         return (max(number for number, _ in placed) + 1) * bin
 
     return max(map(size, cells))
 
 
-def _lengths(cells: Sequence[Sequence[Item]]) -> tuple[tuple[int, int], ...]:
+def _lengths(cells: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
     """Finds few lengths of rows, and how many of each suffice for every one of these cells."""
-    rows = [[coarse(tokens) for item in cell for _, tokens in item.rows] for cell in cells]
-    lengths = rungs((tokens for cell in rows for tokens in cell), LENGTHS) or [8]
+    rows = [[coarse(row.tokens) for row in cell] for cell in cells]
+    lengths = rungs((tokens for cell in rows for tokens in cell), LENGTHS, SPARE) or [8]
     # So many rows are longer than each next shorter length, and need this one or a longer one.
     longer = [max(sum(tokens > length for tokens in cell) for cell in rows) for length in [0, *lengths]]
     longer[0] = max(longer[0], 1)

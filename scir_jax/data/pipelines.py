@@ -13,9 +13,9 @@ import numpy as np
 
 from scir_jax.data.batches import Share
 from scir_jax.data.encode import Encoder, Marked
-from scir_jax.data.packing import Item, Packing, Shape, deal
+from scir_jax.data.packing import Dealt, Item, Packing, RowSize, Shape, deal
 from scir_jax.data.pairs import Pair
-from scir_jax.data.steps import Cell, TrainSpec
+from scir_jax.data.steps import TrainSpec
 from scir_jax.errors import InputError
 
 
@@ -143,24 +143,21 @@ def _batches(
             for place in range(number * group.rows, (number + 1) * group.rows)
         ]
 
-    def dealt(number: int) -> tuple[list[Cell], list[list[Item]]]:
-        """Returns what lies in each cell of a step, and the lengths of its rows."""
-        first = [Item() if i is None else pair_items[i] for i in taken(number)]
-        beside = supervised(number)
-        second = [row_items[name][i] for name, i in beside]
-        if way.kind == "off":
-            cells = spec.own(len(first), [name for name, _ in beside])
-        else:
-            cells = [Cell(*both) for both in zip(*deal(first, second, spec.cells), strict=True)]
-        return cells, [[*(first[i] for i in cell.pairs), *(second[i] for i in cell.rows)] for cell in cells]
+    def dealt(number: int) -> tuple[Dealt, list[list[RowSize]]]:
+        """Returns what lies in each cell of a step, and the sizes of its rows."""
+        items = [() if i is None else pair_items[i] for i in taken(number)]
+        pairs_ = len(items)
+        items += [row_items[name][i] for name, i in supervised(number)]
+        found = spec.own(items) if way.kind == "off" else deal(items, pairs_, spec.devices, spec.micro)
+        return found, [[items[i][r] for i, r in cell] for cell in found.cells]
 
     packing = Packing.of(way.kind, (dealt(number)[1] for number in range(steps)), spec.bound, way.bin)
 
     def batch(number: int):
-        cells, items = dealt(number)
+        found, sizes = dealt(number)
         numbered = [None if i is None else (i, pairs[i]) for i in taken(number)]
         beside = [(name, rows[name][i]) for name, i in supervised(number)]
-        return spec.batch(packing, packing.shape(items), cells, numbered, beside, encoder, share)
+        return spec.batch(packing, packing.shape(sizes), found, numbered, beside, encoder, share)
 
     return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes)
 
@@ -168,7 +165,7 @@ def _batches(
 def _check(way: Way, items: Sequence[tuple[Item, str]]) -> None:
     """Raises InputError about the first row that is longer than a bin."""
     for item, where in items:
-        longest = max(tokens for _, tokens in item.rows)
+        longest = max(row.tokens for row in item)
         if longest > way.bin:
             raise InputError(
                 f"{where or 'a row'}: has a row of {longest} tokens, which does not fit into a bin of text.bin_tokens "

@@ -1,8 +1,8 @@
 """What a training step takes: pairs and supervised rows, laid out in the bins of scir_jax.data.packing.
 
-Axes: C cells (one for each device and micro-batch), T tokens of a bin, A scored places of a cell, P pairs, 2 the answers
-of a pair (or the orders in which a judge is shown them), G templates that are asked, R columns of a reward model, S
-single verdicts. A place of a cell counts its bins' tokens, group by group.
+Axes: C cells (one for each device and micro-batch), T tokens of a bin, A scored places, K answers and V verdicts of a
+cell, P pairs, 2 the answers of a pair (or the orders in which a judge is shown them), G templates that are asked, R
+columns of a reward model, S single verdicts. A place of a cell counts its bins' tokens, group by group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from scir_jax.data.batches import RowGroup, Share
 from scir_jax.data.encode import Encoder, Lengths, Marked, Row
-from scir_jax.data.packing import Item, Packing, Shape
+from scir_jax.data.packing import Dealt, Item, Number, Packing, RowSize, Shape
 from scir_jax.data.pairs import Pair
 from scir_jax.errors import InputError
 
@@ -30,6 +30,9 @@ class BinRows(NamedTuple):
       places: [C, A] int32, places of the hidden states that predict the scored tokens.
       targets: [C, A] int32, the scored tokens.
       learned: supervised part -> [C, A] bool, which of them it learns.
+      first: [C, K] int32, number of each answer's first token among the scored places.
+      length: [C, K] int32, tokens of each answer; 0: none.
+      verdict: [C, V] int32, places whose hidden states predict verdicts.
     """
 
     ids: tuple[np.ndarray, ...]
@@ -37,16 +40,18 @@ class BinRows(NamedTuple):
     places: np.ndarray
     targets: np.ndarray
     learned: dict[str, np.ndarray]
+    first: np.ndarray
+    length: np.ndarray
+    verdict: np.ndarray
 
 
 class PairBatch(NamedTuple):
     """Pairs of a training step; float32 unless said otherwise.
 
     Attributes:
-      first: [P, 2] int32, number of each answer's first token among the scored places of its cell.
+      answer: [P, 2] int32, number of each answer among those of all devices' cells of its micro-batch.
+      verdict: [P, G, 2] int32, likewise of each verdict, with the first or the second answer shown as A.
       length: [P, 2] int32, tokens of each answer.
-      verdict: [P, G, 2] int32, places whose hidden states predict the verdicts, with the first or the second answer
-        shown as A.
       cached: ROLE_READING -> [P, 2], see data.pairs.Pair.
       frozen: reward model -> [P, R] logits at the start of the iteration.
       verdicts: [P, S] the judge's single verdicts at the start.
@@ -57,9 +62,9 @@ class PairBatch(NamedTuple):
       place: [P] int32, the pair's place in the batch before it was dealt out to cells.
     """
 
-    first: np.ndarray
-    length: np.ndarray
+    answer: np.ndarray
     verdict: np.ndarray
+    length: np.ndarray
     cached: dict[str, np.ndarray]
     frozen: dict[str, np.ndarray]
     verdicts: np.ndarray
@@ -75,13 +80,6 @@ class TrainBatch(NamedTuple):
 
     rows: BinRows
     pairs: PairBatch | None
-
-
-class Cell(NamedTuple):
-    """What lies in one cell: numbers of pairs, and of supervised rows, in the step's batch."""
-
-    pairs: list[int]
-    rows: list[int]
 
 
 Supervised = list[tuple[str, Marked]]
@@ -144,10 +142,11 @@ class PairSpec:
         return [answers, *(encoder.judge_rows(judge, pair) for judge in judges)]
 
     def item(self, rows: Sequence[Sequence[Row]]) -> Item:
-        """Returns the lengths of a pair's `rows`; padding has none."""
-        return Item(
-            tuple((kind, len(row.ids)) for kind, both in enumerate(rows) for row in both),
-            sum(row.length for both in rows[:1] for row in both),
+        """Returns the sizes of a pair's `rows`."""
+        return tuple(
+            RowSize(kind, len(row.ids), 0 if kind else row.length, not kind, row.judged)
+            for kind, both in enumerate(rows)
+            for row in both
         )
 
     def known(self, pair: Pair) -> dict[str, Any]:
@@ -160,6 +159,7 @@ class PairSpec:
         if len(pair.verdicts) < self.verdicts:
             raise InputError(f"{where}: verdicts: holds {len(pair.verdicts)} numbers, {self.verdicts} are needed")
         return {
+            "length": np.array(pair.lengths, np.int32),
             "cached": {name: _values(pair.cached, name, 2, f"{where}: cached") for name in self.cached},
             "frozen": {name: _values(pair.frozen, name, size, f"{where}: frozen_logits") for name, size in self.frozen},
             "verdicts": np.array(pair.verdicts[: self.verdicts], np.float32),
@@ -171,9 +171,9 @@ class PairSpec:
     def padding(self) -> PairBatch:
         """Returns a pair that counts for nothing."""
         return PairBatch(
-            first=np.zeros(2, np.int32),
-            length=np.zeros(2, np.int32),
+            answer=np.zeros(2, np.int32),
             verdict=np.zeros((self.asked, 2), np.int32),
+            length=np.zeros(2, np.int32),
             cached={name: np.zeros(2, np.float32) for name in self.cached},
             frozen={name: np.zeros(size, np.float32) for name, size in self.frozen},
             verdicts=np.zeros(self.verdicts, np.float32),
@@ -233,12 +233,26 @@ class TrainSpec:
     def bound(self) -> Shape:
         """The shape that holds the longest rows, each kind in bins of its own."""
         groups = tuple((group.rows // self.cells, group.tokens) for group in self.groups)
-        return Shape(groups, max(sum(group.rows * group.scored for group in self.groups) // self.cells, 1))
+        scored = sum(group.rows * group.scored for group in self.groups) // self.cells
+        answers = 2 * self._each
+        return Shape(groups, max(scored, 1), answers, answers * (self.pairs.asked if self.pairs else 0))
+
+    @property
+    def longest(self) -> list[Item]:
+        """The sizes of a step's rows that are all the longest, as those of items."""
+        found = []
+        for _ in range(self.pairs.pairs if self.pairs else 0):
+            rows = enumerate(self.pairs.groups)
+            found.append(tuple(RowSize(k, g.tokens, g.scored, not k, g.verdict) for k, g in rows for _ in range(2)))
+        first = len(self.pairs.groups) if self.pairs else 0
+        for kind, (_, group) in enumerate(self.targets, first):
+            found += [(RowSize(kind, group.tokens, group.scored),)] * group.rows
+        return found
 
     def item(self, name: str, row: Marked) -> Item:
-        """Returns the lengths of a supervised row."""
+        """Returns the size of a supervised row."""
         kind = len(self.pairs.groups if self.pairs else ()) + [name for name, _ in self.targets].index(name)
-        return Item(((kind, len(row.ids)),), sum(row.marks[1:]))
+        return (RowSize(kind, len(row.ids), sum(row.marks[1:])),)
 
     def numbers(self, each: int) -> np.ndarray:
         """Returns where the rows of cells stand in an array that has `each` rows of a cell, [C, each]."""
@@ -249,7 +263,7 @@ class TrainSpec:
         self,
         packing: Packing,
         shape: Shape,
-        cells: Sequence[Cell],
+        dealt: Dealt,
         pairs: Sequence[tuple[int, Pair] | None],
         targets: Supervised,
         encoder: Encoder,
@@ -258,7 +272,7 @@ class TrainSpec:
         """Returns this host's part of a batch.
 
         Args:
-          cells: what lies in each.
+          dealt: what lies where; items are the pairs, and the supervised rows behind them.
           pairs: numbered pairs of the whole batch, None where it is not full.
           targets: supervised rows of the whole batch.
           share: says which rows of an array are this host's.
@@ -266,117 +280,138 @@ class TrainSpec:
         Raises:
           InputError: a pair lacks a cached value, a frozen logit or a verdict.
         """
-        made = {
-            number: _cell(
-                self,
-                packing,
-                shape,
-                [(i, pairs[i]) for i in cells[number].pairs],
-                [targets[i] for i in cells[number].rows],
-                encoder,
-            )
-            for number in map(int, share(self.cells))
-        }
+        mine = list(map(int, share(self.cells)))
+        made = [self._cell(packing, shape, dealt.cells[cell], pairs, targets, encoder) for cell in mine]
+        if self.pairs is None:
+            return TrainBatch(self._laid(mine, made), None)
+        answers, verdicts = self._readings(shape, dealt, pairs, encoder)
+        parts = []
+        for cell in mine:
+            device, part = divmod(cell, self.micro)
+            numbers = dealt.pairs[part][device * self._each : (device + 1) * self._each]
+            parts.append(_stack([self._pair(number, pairs[number], answers, verdicts) for number in numbers]))
+        return TrainBatch(self._laid(mine, made), self._laid(mine, parts))
 
-        def lay(*parts: np.ndarray) -> np.ndarray:
-            """Puts the rows of this host's cells where they stand."""
-            rows = np.concatenate(parts)
-            return rows[np.argsort(self.numbers(len(parts[0]))[list(made)].reshape(-1))]
+    def _laid(self, cells: Sequence[int], parts: Sequence[Any]) -> Any:
+        """Puts the rows of this host's cells where they stand."""
 
-        return jax.tree.map(lay, *made.values())
+        def lay(*arrays: np.ndarray) -> np.ndarray:
+            return np.concatenate(arrays)[np.argsort(self.numbers(len(arrays[0]))[cells].reshape(-1))]
+
+        return jax.tree.map(lay, *parts)
+
+    def _readings(
+        self, shape: Shape, dealt: Dealt, pairs: Sequence[tuple[int, Pair] | None], encoder: Encoder
+    ) -> tuple[dict[Number, int], dict[Number, int]]:
+        """Returns the number of every answer, and of every verdict, among those of its micro-batch."""
+        answers: dict[Number, int] = {}
+        verdicts: dict[Number, int] = {}
+        for cell, rows in enumerate(dealt.cells):
+            device = cell // self.micro
+            # The first two rows of a pair hold its answers; its last ones are judged.
+            own = [(i, r) for i, r in rows if i < len(pairs)]
+            counted = [(i, r) for i, r in own if r < 2]
+            answers |= {number: device * shape.answers + k for k, number in enumerate(counted)}
+            judged = [(i, r) for i, r in own if r >= 2 * (len(self.pairs.groups) - self.pairs.asked)]
+            verdicts |= {number: device * shape.verdicts + k for k, number in enumerate(judged)}
+        return answers, verdicts
+
+    def _pair(
+        self,
+        number: int,
+        pair: tuple[int, Pair] | None,
+        answers: Mapping[Number, int],
+        verdicts: Mapping[Number, int],
+    ) -> PairBatch:
+        one = self.pairs.padding()._replace(place=np.int32(number))
+        if pair is None:
+            return one
+        one = one._replace(**self.pairs.known(pair[1]), index=np.int32(pair[0]))
+        one.answer[:] = [answers[number, side] for side in range(2)]
+        rows = 2 * len(self.pairs.groups)
+        asked = [verdicts[number, row] for row in range(rows - 2 * self.pairs.asked, rows)]
+        one.verdict[:] = np.reshape(asked, one.verdict.shape)
+        return one
+
+    def _cell(
+        self,
+        packing: Packing,
+        shape: Shape,
+        numbers: Sequence[Number],
+        pairs: Sequence[tuple[int, Pair] | None],
+        targets: Supervised,
+        encoder: Encoder | None,
+    ) -> BinRows:
+        """Makes the rows of one cell; without an encoder nothing is in it."""
+        pad_id = encoder.chat.pad_id if encoder else 0
+        ids = [np.full(group, pad_id, np.int32) for group in shape.groups]
+        segments = [np.zeros(group, np.int32) for group in shape.groups]
+        begins = np.cumsum([0, *(bins * tokens for bins, tokens in shape.groups)])
+        at_A, tokens_A = np.zeros((2, shape.scored), np.int32)
+        learned = {name: np.zeros(shape.scored, bool) for name, _ in self.targets}
+        first_K, length_K = np.zeros((2, shape.answers), np.int32)
+        verdict_V = np.zeros(shape.verdicts, np.int32)
+        made: dict[int, list[tuple[Row | Marked, RowSize]]] = {}
+        for i in dict(numbers):
+            if i < len(pairs):
+                both = self.pairs.rows(pairs[i][1], encoder)
+                made[i] = list(zip((row for two in both for row in two), self.pairs.item(both), strict=True))
+            else:
+                made[i] = [(targets[i - len(pairs)][1], *self.item(*targets[i - len(pairs)]))]
+        rows = [made[i][r][0] for i, r in numbers]
+        places = packing.places(shape, [made[i][r][1] for i, r in numbers])
+        done = answers = verdicts = 0
+        for segment, ((i, r), row, place) in enumerate(zip(numbers, rows, places, strict=True), start=1):
+            end = place.offset + len(row.ids)
+            ids[place.group][place.bin, place.offset : end] = row.ids
+            segments[place.group][place.bin, place.offset : end] = segment
+            begin = int(begins[place.group]) + place.bin * shape.groups[place.group][1] + place.offset
+            if i >= len(pairs):
+                # The first token of a row is behind none that could predict it.
+                scored = np.flatnonzero(row.marks[1:]) + 1
+                learned[targets[i - len(pairs)][0]][done : done + len(scored)] = True
+            else:
+                scored = row.start + np.arange(row.length) if r < 2 else np.arange(0)
+                if r < 2:
+                    first_K[answers], length_K[answers] = done, row.length
+                    answers += 1
+                if row.judged:
+                    verdict_V[verdicts] = begin + len(row.ids) - 1
+                    verdicts += 1
+            at_A[done : done + len(scored)] = begin + scored - 1
+            tokens_A[done : done + len(scored)] = [row.ids[place_] for place_ in scored]
+            done += len(scored)
+        one = (at_A[None], tokens_A[None], {name: x[None] for name, x in learned.items()})
+        return BinRows(tuple(ids), tuple(segments), *one, first_K[None], length_K[None], verdict_V[None])
 
     def abstract(self, shape: Shape) -> TrainBatch:
         """Returns the shapes of a whole batch."""
-        empty = _cell(self, Packing("off", [shape]), shape, [(0, None)] * self._each, [], None)
+        pairs = None if self.pairs is None else _stack([self.pairs.padding()] * self._each)
+        empty = TrainBatch(self._cell(Packing("off", [shape]), shape, [], [], [], None), pairs)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * self.cells, *x.shape[1:]), x.dtype), empty)
 
-    def own(self, pairs: int, targets: Sequence[str]) -> list[Cell]:
-        """Returns cells in which each kind of rows lies in its order, as many in each."""
-        cells = [Cell(numbers, []) for numbers in self.numbers(pairs // self.cells).tolist()]
-        for name, group in self.targets:
-            places = [i for i, other in enumerate(targets) if other == name]
-            for cell, numbers in zip(cells, self.numbers(group.rows // self.cells).tolist(), strict=True):
-                cell.rows.extend(places[i] for i in numbers)
-        return cells
+    def own(self, items: Sequence[Item]) -> Dealt:
+        """Deals a step out as it lies: the rows of each kind in their order, as many in each cell."""
+        pairs = self.pairs.pairs if self.pairs else 0
+        cells: list[list[Number]] = [[] for _ in range(self.cells)]
+        dealt: list[list[int]] = [[] for _ in range(self.micro)]
+        for cell, numbers in enumerate(self.numbers(self._each).tolist()):
+            cells[cell] += [(i, r) for i in numbers for r in range(len(items[i]))]
+            dealt[cell % self.micro] += numbers
+        first = pairs
+        for _, group in self.targets:
+            for cell, numbers in enumerate(self.numbers(group.rows // self.cells).tolist()):
+                cells[cell] += [(first + i, 0) for i in numbers]
+            first += group.rows
+        return Dealt(dealt, cells)
 
     @property
     def _each(self) -> int:
         return self.pairs.pairs // self.cells if self.pairs else 0
 
 
-def _cell(
-    spec: TrainSpec,
-    packing: Packing,
-    shape: Shape,
-    pairs: Sequence[tuple[int, tuple[int, Pair] | None]],
-    targets: Supervised,
-    encoder: Encoder | None,
-) -> TrainBatch:
-    """Makes the arrays of one cell; without an encoder nothing is in it.
-
-    Args:
-      pairs: with each its place in the batch.
-    """
-    pad_id = encoder.chat.pad_id if encoder else 0
-    ids = [np.full(group, pad_id, np.int32) for group in shape.groups]
-    segments = [np.zeros(group, np.int32) for group in shape.groups]
-    begins = np.cumsum([0, *(bins * tokens for bins, tokens in shape.groups)])
-    scored: list[tuple[np.ndarray, Sequence[int]]] = []
-    learned = {name: np.zeros(shape.scored, bool) for name, _ in spec.targets}
-    rows = [spec.pairs.rows(pair[1], encoder) if pair else [] for _, pair in pairs]
-    items = [*(spec.pairs.item(both) for both in rows), *(spec.item(name, row) for name, row in targets)]
-    places = packing.places(shape, items)
-    number = done = 0
-
-    def put(place, row_ids: Sequence[int]) -> int:
-        """Lays a row into its bin -> its first place in the cell."""
-        nonlocal number
-        number += 1
-        end = place.offset + len(row_ids)
-        ids[place.group][place.bin, place.offset : end] = row_ids
-        segments[place.group][place.bin, place.offset : end] = number
-        return int(begins[place.group]) + place.bin * shape.groups[place.group][1] + place.offset
-
-    def score(places_: np.ndarray, tokens: Sequence[int]) -> int:
-        """Notes scored tokens -> the number of the first of them."""
-        nonlocal done
-        scored.append((places_, tokens))
-        done += len(tokens)
-        return done - len(tokens)
-
-    made = []
-    for (in_batch, pair), both, where in zip(pairs, rows, places):
-        one = spec.pairs.padding()._replace(place=np.int32(in_batch))
-        if pair is not None:
-            one = one._replace(**spec.pairs.known(pair[1]), index=np.int32(pair[0]))
-            at = iter(where)
-            verdicts = []
-            for kind, two in enumerate(both):
-                for side, row in enumerate(two):
-                    begin = put(next(at), row.ids)
-                    if kind == 0:
-                        first = score(
-                            begin + row.start - 1 + np.arange(row.length), row.ids[row.start : row.start + row.length]
-                        )
-                        one.first[side], one.length[side] = first, row.length
-                    if row.judged:
-                        verdicts.append(begin + len(row.ids) - 1)
-            one.verdict[:] = np.reshape(verdicts, one.verdict.shape)
-        made.append(one)
-    for (name, row), (place,) in zip(targets, places[len(pairs) :], strict=True):
-        marked = np.flatnonzero(row.marks[1:])
-        first = score(put(place, row.ids) + marked, [row.ids[i + 1] for i in marked])
-        learned[name][first : first + len(marked)] = True
-    at_A, tokens_A = np.zeros((2, shape.scored), np.int32)
-    if scored:
-        at_A[:done] = np.concatenate([places_ for places_, _ in scored])
-        tokens_A[:done] = np.concatenate([tokens for _, tokens in scored])
-    return TrainBatch(
-        BinRows(
-            tuple(ids), tuple(segments), at_A[None], tokens_A[None], {name: x[None] for name, x in learned.items()}
-        ),
-        jax.tree.map(lambda *leaves: np.stack(leaves), *made) if spec.pairs else None,
-    )
+def _stack(items: Sequence[PairBatch]) -> PairBatch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
 def _values(values: Mapping[str, Sequence[float]], name: str, size: int, where: str) -> np.ndarray:

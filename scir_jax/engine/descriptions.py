@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import SHORTEST, RowGroup, SlotSpec, row_lengths
 from scir_jax.data.encode import Lengths
-from scir_jax.data.packing import Item, Packing, Shape
+from scir_jax.data.packing import Packing, Shape, deal
 from scir_jax.data.pipelines import Way
 from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine import forward, sampler
@@ -209,7 +209,7 @@ class Descriptions:
         """Returns the shape of a step whose rows are all the longest."""
         if self.way.kind != "bins":
             return spec.bound
-        items = [
-            [Item(tuple((0, tokens) for bins, tokens in spec.bound.groups for _ in range(bins)), spec.bound.scored)]
-        ]
-        return Packing.of("bins", [items], spec.bound, self.way.bin).shapes[-1]
+        items = spec.longest
+        cells = deal(items, spec.pairs.pairs if spec.pairs else 0, spec.devices, spec.micro).cells
+        sizes = [[items[i][r] for i, r in cell] for cell in cells]
+        return Packing.of("bins", [sizes], spec.bound, self.way.bin).shapes[-1]

@@ -15,7 +15,14 @@ from scir_jax.data.batches import Rows
 from scir_jax.data.steps import PairBatch, TrainBatch
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
-from scir_jax.model.logprobs import token_entropies, token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.logprobs import (
+    VERDICT_CHUNK,
+    log_normalizer,
+    token_entropies,
+    token_logprobs,
+    verdict_logits,
+    verdict_mass,
+)
 
 Array = jax.Array
 
@@ -157,17 +164,17 @@ def outputs(
 
     # The tokens of an answer lie behind one another among the scored places of its cell.
     offsets_R = jnp.arange(answer_tokens)
-    at_CMR = pairs.first.reshape(cells, -1)[..., None] + offsets_R
-    at_CN = jnp.minimum(at_CMR, rows.places.shape[1] - 1).reshape(cells, -1)
-    scored_MR = (offsets_R < pairs.length[..., None]).reshape(-1, answer_tokens)
+    at_CN = jnp.minimum(rows.first[..., None] + offsets_R, rows.places.shape[1] - 1).reshape(cells, -1)
+    scored_MR = (offsets_R < rows.length[..., None]).reshape(-1, answer_tokens)
 
     def spans(name: str) -> Array:
         values_MR = jnp.take_along_axis(read[name], at_CN, axis=1).reshape(-1, answer_tokens)
-        return _of_span(name, values_MR, scored_MR).reshape(-1, 2)
+        # An answer may lie on another device than its pair.
+        return _of_span(name, values_MR, scored_MR)[pairs.answer]
 
     fresh = {name: spans(name) for name in wanted}
     if verdict_ids:
-        judged = _verdicts(model, params, x_CND, pairs.verdict, verdict_ids)
+        judged = _verdicts(model, params, x_CND, rows.verdict, pairs.verdict, verdict_ids)
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return Outputs(fresh, sft)
 
@@ -193,32 +200,33 @@ def _flat(rows: Rows) -> Rows:
 def _verdict(
     model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: tuple[int, int]
 ) -> tuple[Array, Array]:
-    return _read_verdict(
-        model, params, jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0], verdict_ids
-    )
+    at_MD = jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0]
+    ids = jnp.asarray(verdict_ids, jnp.int32)
+    head = model.head(params)
+    return verdict_logits(at_MD, head, ids, cap=model.arch.final_cap), verdict_mass(at_MD, head, ids, **_head(model))
 
 
 def _verdicts(
-    model: Model, params: Params, x_CND: Array, places_PG2: Array, verdict_ids: Sequence[tuple[int, int]]
+    model: Model,
+    params: Params,
+    x_CND: Array,
+    places_CV: Array,
+    numbers_PG2: Array,
+    verdict_ids: Sequence[tuple[int, int]],
 ) -> Judged:
     """Reads the verdicts at places of cells."""
-    cells, asked = x_CND.shape[0], places_PG2.shape[1]
-    at_CMD = jnp.take_along_axis(x_CND, places_PG2.reshape(cells, -1, 1), axis=1)
-    at_PG2D = at_CMD.reshape(-1, asked, 2, at_CMD.shape[-1])
-    read = [
-        _read_verdict(model, params, at_PG2D[:, i].reshape(-1, at_CMD.shape[-1]), ids)
-        for i, ids in enumerate(verdict_ids)
-    ]
-    return _stack(read, places_PG2.shape[0])
-
-
-def _read_verdict(model: Model, params: Params, hidden_MD: Array, verdict_ids: tuple[int, int]) -> tuple[Array, Array]:
-    ids = jnp.asarray(verdict_ids, jnp.int32)
+    at_CVD = jnp.take_along_axis(x_CND, places_CV[..., None], axis=1)
+    at_MD = at_CVD.reshape(-1, at_CVD.shape[-1])
     head = model.head(params)
-    return (
-        verdict_logits(hidden_MD, head, ids, cap=model.arch.final_cap),
-        verdict_mass(hidden_MD, head, ids, **_head(model)),
-    )
+    logits, mass = [], []
+    for number, ids in enumerate(verdict_ids):
+        # Every place is read as every template's: two columns more, and the vocabulary once for all of them.
+        found_M2 = verdict_logits(at_MD, head, jnp.asarray(ids, jnp.int32), cap=model.arch.final_cap)
+        logits.append(found_M2[numbers_PG2[:, number]])
+        mass.append(jax.nn.logsumexp(jax.lax.stop_gradient(found_M2), axis=-1)[numbers_PG2[:, number]])
+    stopped = jax.lax.stop_gradient((at_MD, head))
+    normalizer_M = log_normalizer(*stopped, chunk=VERDICT_CHUNK, **_head(model))
+    return Judged(jnp.stack(logits, axis=1), jnp.exp(jnp.stack(mass, axis=1) - normalizer_M[numbers_PG2]))
 
 
 def _head(model: Model) -> dict[str, Any]:

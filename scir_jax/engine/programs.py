@@ -44,6 +44,7 @@ class Programs(Descriptions):
       abstract_trained: the trained parameters' shapes, float32.
       abstract_inference: the same in the dtype to compute with.
       abstract_frozen: shapes of the parameters that no training changes.
+      needs: memory of the steps that are compiled, by stage and shape.
     """
 
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh, adapters: lora.Lora | None, facts: Facts):
@@ -71,6 +72,7 @@ class Programs(Descriptions):
             layout=layout,
             lora=adapters,
         )
+        self.needs: dict[tuple[str, Shape], Memory] = {}
         self.abstract_trained, self.abstract_frozen = lora.split(abstract_params(self.model, mesh), adapters)
         # Computing does not need the float32 masters: every layer casts its weights anyway.
         self.abstract_inference = jax.tree.map(

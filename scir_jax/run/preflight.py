@@ -117,7 +117,9 @@ def check_shapes(
     with console.stage(f"{title}: compile", len(shapes)) as bar:
         for shape in shapes:
             made = program(shape)
-            result.append((made.name, _compiled(made, limit, config, programs, bar)))
+            if (made.stage, shape) not in programs.needs:
+                programs.needs[made.stage, shape] = _compiled(made, limit, config, programs, bar)
+            result.append((made.name, programs.needs[made.stage, shape]))
     _print(result, limit)
     _fits(result, limit, config, programs)
 

@@ -65,8 +65,29 @@ def make_spec(encoder, size, targets=None, *, judged=True, devices=1, micro=1, *
 def step_of(spec, pairs, encoder, targets=None, share=np.arange):
     """A step of numbered pairs and of supervised rows by name, nothing of it packed."""
     rows = [(name, row) for name, found in (targets or {}).items() for row in found]
-    cells = spec.own(len(pairs), [name for name, _ in rows])
-    return spec.batch(Packing("off", [spec.bound]), spec.bound, cells, pairs, rows, encoder, share)
+    items = [() if pair is None else spec.pairs.item(spec.pairs.rows(pair[1], encoder)) for pair in pairs]
+    dealt = spec.own([*items, *(spec.item(name, row) for name, row in rows)])
+    return spec.batch(Packing("off", [spec.bound]), spec.bound, dealt, pairs, rows, encoder, share)
+
+
+def read_of(batch, devices=1, micro=1):
+    """What each pair of a batch reads: (places, tokens) of both answers, place of each verdict [G, 2], and its cells."""
+    cells = np.arange(devices * micro).reshape(devices, micro)
+    size = len(batch.pairs.index) // devices
+    found = []
+    for i in range(len(batch.pairs.index)):
+        of_micro = cells[:, i % size % micro]
+        answers = []
+        for number in batch.pairs.answer[i]:
+            cell, k = of_micro[number // batch.rows.first.shape[1]], number % batch.rows.first.shape[1]
+            span = slice(batch.rows.first[cell, k], batch.rows.first[cell, k] + batch.rows.length[cell, k])
+            answers.append((int(cell), batch.rows.places[cell, span], tuple(batch.rows.targets[cell, span].tolist())))
+        verdicts = []
+        for numbers in batch.pairs.verdict[i]:
+            at = [(of_micro[n // batch.rows.verdict.shape[1]], n % batch.rows.verdict.shape[1]) for n in numbers]
+            verdicts.append([(int(cell), int(batch.rows.verdict[cell, v])) for cell, v in at])
+        found.append((answers, verdicts))
+    return found
 
 
 def rows_of(batch, devices=1, micro=1):

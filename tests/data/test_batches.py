@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scir_jax.data.batches import PromptSpec, RowGroup, pad
+from scir_jax.data.batches import RowGroup, SlotSpec, pad
 from scir_jax.data.encode import Row
 from tests.data.small_data import fits
 
@@ -31,21 +31,22 @@ def test_rows_of_pairs_stand_side_by_side():
     assert rows.verdict.tolist() == [[0, 0], [2, 0]]
 
 
-def test_prompts_and_places_without_one():
-    made = PromptSpec(4, 3, 2, 5).arrays([(7, (1, 2)), None, (0, (3, 4, 5))], pad_id=9)
-    assert made.ids.tolist() == [[1, 2, 9], [9, 9, 9], [3, 4, 5]]
-    assert made.length.tolist() == [2, 1, 3] and made.index.tolist() == [7, -1, 0]
+def test_prompts_come_into_slots():
+    spec = SlotSpec(slots=6, prompts=4, tokens=(3, 5), answer_tokens=5, places=10, devices=2)
+    prompts = [(7, (1, 2)), None, (0, (3, 4, 5)), None]
+    made = spec.arrays(3, prompts, {1: (0, 0), 4: (0, 1), 5: (0, 0)}, pad_id=9)
+    assert made.ids.tolist() == [[1, 2, 9], [9, 9, 9], [3, 4, 5], [9, 9, 9]]
+    assert made.length.tolist() == [2, 1, 3, 1] and made.index.tolist() == [7, -1, 0, -1]
+    assert made.source.tolist() == [-1, 0, -1, -1, 0, 0] and made.sample.tolist() == [-1, 0, -1, -1, 1, 0]
     assert all(part.dtype == np.int32 for part in made)
+    fits(spec.abstract(3), made)
+    half = spec.arrays(3, prompts, {1: (0, 0), 4: (0, 1)}, 9, lambda size: np.arange(size)[size // 2 :])
+    assert half.index.tolist() == [0, -1] and half.source.tolist() == [-1, 0, -1]
+    with pytest.raises(ValueError, match="a row of 3 tokens does not fit into 2"):
+        spec.arrays(2, prompts, {}, 9)
 
 
 @pytest.mark.parametrize("group", [RowGroup((5,), 8, 3), RowGroup((5, 2), 8, verdict=True), RowGroup((1,), 1)])
 def test_shapes_of_rows(group):
     rows = [Row((1,), 0, 1)] * group.rows
     fits(group.abstract(), group.arrays(rows, 0))
-
-
-@pytest.mark.parametrize("filled", [4, 1, 0])
-def test_shapes_of_prompts(filled):
-    spec = PromptSpec(4, 6, 3, 5)
-    fits(spec.abstract(), spec.arrays([*[(2, (1, 2, 3))] * filled, *[None] * (4 - filled)], 0))
-    assert spec.places == 11

@@ -20,7 +20,7 @@ from scir_jax.run import scoring
 from scir_jax.run.pairing import given_pairs, sampled_answers
 from scir_jax.text.judge import compile_judge, load_template
 from tests.chat_templates import chat, turns
-from tests.data.small_data import CHAT, make_encoder, make_pairs, rows_of, step_of
+from tests.data.small_data import CHAT, make_encoder, make_pairs, read_of, rows_of, step_of
 
 WHERE = "run/pairs.jsonl:3"
 NUMBERS = dict(
@@ -105,7 +105,7 @@ def same_everywhere(encoder, pairs, tmp_path, monkeypatch):
         for number, rows in enumerate(asked[0]):
             for i, side in np.ndindex(len(pairs), 2):
                 ids = tuple(rows.ids[i, side, : rows.verdict[i, side] + 1].tolist())
-                assert by_place[int(batch.pairs.verdict[i, number, side])] == ids
+                assert by_place[read_of(batch)[i][1][number][side][1]] == ids
         for pair in source:
             rows = spec.rows(pair, encoder)
             expected = [encoder.judge_rows(judge, pair) for judge in encoder.judges]

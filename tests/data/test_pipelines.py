@@ -12,7 +12,17 @@ from scir_jax.data.encode import Marked
 from scir_jax.data.pipelines import Way, iterator, pair_batches, supervised_batches
 from scir_jax.data.steps import TrainSpec
 from scir_jax.errors import InputError
-from tests.data.small_data import WORDS, make_encoder, make_pairs, make_spec, marked_rows, rows_of, same, step_of
+from tests.data.small_data import (
+    WORDS,
+    make_encoder,
+    make_pairs,
+    make_spec,
+    marked_rows,
+    read_of,
+    rows_of,
+    same,
+    step_of,
+)
 
 REPLAYED = {"ift": marked_rows(), "eft": marked_rows()}
 
@@ -72,7 +82,7 @@ def test_each_pair_once_an_epoch(size):
     dataset = batches_of(size)
     assert len(dataset) == -(-count // size)
     batches = list(iterator(dataset))
-    assert all(len(b.pairs.index) == size and len(b.pairs.first) == size for b in batches)
+    assert all(len(b.pairs.index) == size and len(b.pairs.answer) == size for b in batches)
     seen = [i for b in batches for i in index(b)]
     real = [i for i in seen if i >= 0]
     assert sorted(real) == list(range(count)) and real != sorted(real)
@@ -209,15 +219,16 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
         assert a.rows.ids[0].size < sum(ids.size for ids in b.rows.ids)
         for batch in (a, b):
             found = rows_of(batch, 2, micro)
-            # Row j of a device's micro-batch m stands at j micro + m of its part.
-            cell_of = np.arange(8) // 4 * micro + np.arange(8) % micro
-            for i, number in enumerate(index(batch)):
-                cell = cell_of[i]
-                answers = [ids for where, ids in found[cell] if batch.pairs.verdict[i, 0, 0] in where and number >= 0]
-                assert number < 0 or (len(answers) == 1 and answers[0] in rows)
-                first, length = batch.pairs.first[i, 0], batch.pairs.length[i, 0]
-                tokens = batch.rows.targets[cell, first : first + length].tolist()
-                assert number < 0 or make_pairs(make_encoder())[number].a.ids == tuple(tokens)
+            encoder = make_encoder(*parts["layouts"])
+            for number, (answers, verdicts) in zip(index(batch), read_of(batch, 2, micro), strict=True):
+                pair = make_pairs(encoder)[number]
+                for side in range(2) if number >= 0 else ():
+                    cell, places, tokens = answers[side]
+                    assert tokens == pair.answers[side].ids
+                    for judge, at in zip(encoder.judges, verdicts, strict=True):
+                        cell, place = at[side]
+                        (ids,) = [ids for where, ids in found[cell] if where[-1] == place]
+                        assert ids == encoder.judge_rows(judge, pair)[side].ids
 
 
 def test_a_row_that_is_longer_than_a_bin_is_named():

@@ -18,6 +18,7 @@ from tests.data.small_data import (
     make_pairs,
     make_spec,
     marked_rows,
+    read_of,
     rows_of,
     same,
     step_of,
@@ -55,18 +56,19 @@ def test_batches_hold_the_rows_of_their_pairs(layouts, judged):
         assert len(found) == 4 * 2 * (1 + len(spec.pairs.judges))
         for at, i in enumerate(p.index):
             pair = pairs[i]
+            answers, verdicts = read_of(batch)[at]
             for side, answer in enumerate(pair.answers):
-                start, length = p.first[at, side], p.length[at, side]
-                assert tuple(rows.targets[0, start : start + length]) == answer.ids, "scored as sampled"
-                places = rows.places[0, start : start + length]
+                _, places, tokens = answers[side]
+                assert tokens == answer.ids and p.length[at, side] == len(answer.ids), "scored as sampled"
                 where, ids = by_place[int(places[0])]
                 row = encoder.judge_rows(encoder.judges[0], pair)[side] if continued else None
                 row = row or encoder.answer_rows(pair)[side]
                 assert ids == row.ids, "behind its prompt"
                 np.testing.assert_array_equal(places, where[row.start - 1 : row.start - 1 + row.length])
                 for number, judge in enumerate(asked):
-                    where, ids = by_place[int(p.verdict[at, number, side])]
-                    assert ids == encoder.judge_rows(judge, pair)[side].ids and where[-1] == p.verdict[at, number, side]
+                    place = verdicts[number][side][1]
+                    where, ids = by_place[place]
+                    assert ids == encoder.judge_rows(judge, pair)[side].ids and where[-1] == place
             assert {name: tuple(values[at]) for name, values in p.cached.items()} == pair.cached
             assert p.length_penalty[at].tolist() == [0.25 * len(y.ids) for y in pair.answers]
             assert p.frozen["generative"][at].tolist() == [0.5, -0.5] and p.verdicts[at].tolist() == [1.0, -2.0, 3.0]
@@ -150,7 +152,7 @@ def test_a_place_that_is_not_filled_is_padding(layouts):
     p = batch.pairs
     assert p.index.tolist() == [0, -1, 1, -1] and p.weight.tolist() == [1, 0, 1, 0] and p.label[1] == 0.5
     assert len(rows_of(batch)[0]) == 2 * 2 * (1 + len(spec.pairs.judges))
-    assert not any(part[1::2].any() for part in (p.first, p.length, p.verdict)) and p.length[::2].all()
+    assert not any(part[1::2].any() for part in (p.answer, p.length, p.verdict)) and p.length[::2].all()
     rest = (*p.cached.values(), *p.frozen.values(), p.verdicts, p.length_penalty)
     assert all(np.isfinite(x).all() and not x[1::2].any() and x[::2].any() for x in rest)
 
@@ -200,4 +202,4 @@ def test_what_the_lengths_make_of_a_step():
     assert TrainSpec.of(None, {}, lengths).groups == ()
     pairs = PairSpec.of(4, lengths, judged=True, continued=False)
     spec = TrainSpec.of(pairs, dict(ift=4), lengths, 2, 2)
-    assert spec.bound == Shape(((2, 24), (2, 40), (2, 48), (1, 64)), 2 * 8 + 20)
+    assert spec.bound == Shape(((2, 24), (2, 40), (2, 48), (1, 64)), 2 * 8 + 20, answers=2, verdicts=4)

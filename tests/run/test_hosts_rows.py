@@ -66,34 +66,35 @@ def part(path: Path, rows) -> None:
 
 
 def test_parts_of_responses_are_put_together(tmp_path):
-    """Whole batches of what hosts wrote, however many there were, each row once; torn lines and half batches go."""
-    path, size, responses = tmp_path / "responses.jsonl", 4, 2
+    """Whole prompts of what hosts wrote, however many there were, each row once; torn lines and half prompts go."""
+    path, responses = tmp_path / "responses.jsonl", 2
     place = {number: i for i, number in enumerate((7, 3, 9, 1, 5, 8, 2, 6, 0, 4))}
+    numbers = list(place)
     rows = [{"prompt_number": n, "sample": s, "response": f"{n}.{s}"} for n in place for s in range(responses)]
 
-    def gathered(*parts) -> tuple[int, list]:
+    def gathered(*parts) -> tuple[list, list]:
         for old in tmp_path.iterdir():
             old.unlink()
         for host, content in enumerate(parts):
             part(tmp_path / f"responses.jsonl.partial{f'-{host}' if host else ''}", content)
-        done = sampling._gather_parts(path, place, size, responses)
+        done = sampling._gather_parts(path, place, responses)
         left = list(tmp_path.iterdir())
         assert left in ([], [tmp_path / "responses.jsonl.partial"])
         return done, lines(left[0]) if left else []
 
     one, two, three = rows[:8], rows[8:16], rows[16:]
-    assert gathered() == (0, [])
-    assert gathered(rows) == (3, rows)
-    assert gathered(rows[::2], rows[1::2]) == (3, rows)
-    assert gathered(one[:4] + two[:4], one[4:] + two[4:], three) == (3, rows)
-    assert gathered(one + two[:4], two[4:7]) == (1, one), "the second batch is not whole"
-    assert gathered([], one) == (1, one), "the first host wrote nothing"
-    assert gathered(one[:4], two) == (0, [])
+    assert gathered() == ([], [])
+    assert gathered(rows) == gathered(rows[::-1]) == (numbers, rows)
+    assert gathered(rows[::2], rows[1::2]) == (numbers, rows)
+    assert gathered(one[:4] + two[:4], one[4:] + two[4:], three) == (numbers, rows)
+    assert gathered(one + two[:4], two[4:7]) == (numbers[:7], one + two[:6]), "the eighth prompt is not whole"
+    assert gathered([], two) == (numbers[4:8], two), "the first host wrote nothing"
+    assert gathered(one[:1], two[1:]) == (numbers[5:8], two[2:])
     # Ended after the rows of the others were taken over, before their files were removed.
-    assert gathered(one + two, one[4:] + two[4:]) == (2, one + two)
-    assert gathered(one, one[4:]) == (1, one)
+    assert gathered(one + two, one[4:] + two[4:]) == (numbers[:8], one + two)
+    assert gathered(one, one[4:]) == (numbers[:4], one)
     part(tmp_path / "responses.jsonl.partial-2", two)
     with (tmp_path / "responses.jsonl.partial-2").open("a") as file:
         file.write('{"prompt_number": 0, "sam')
-    assert sampling._gather_parts(path, place, size, responses) == 2
+    assert sampling._gather_parts(path, place, responses) == numbers[:8]
     assert AppendOnly(tmp_path / "responses.jsonl.partial").rows() == one + two

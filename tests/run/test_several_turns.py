@@ -13,7 +13,7 @@ from scir_jax.data.pipelines import iterator, pair_batches
 from scir_jax.run import pairing
 from scir_jax.run.setup import prepare
 from tests.chat_templates import turns
-from tests.data.small_data import rows_of
+from tests.data.small_data import read_of, rows_of
 from tests.run.data_files import CONVERSATION, write
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -61,13 +61,13 @@ def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
     )
     by_place = {int(place): (where, ids) for where, ids in rows_of(batch)[0] for place in where}
     for side, (y, other) in enumerate((("ba", "ab"), ("ab", "ba"))):
-        start, length = int(batch.pairs.first[0, side]), int(batch.pairs.length[0, side])
-        assert tuple(batch.rows.targets[0, start : start + length]) == tokens(f"{y}</s>")
-        place = int(batch.rows.places[0, start])
-        where, ids = by_place[place]
-        assert ids[: list(where).index(place) + 1] == tokens(context)
-        where, ids = by_place[int(batch.pairs.verdict[0, 0, side])]
-        assert ids == question(y, other) and where[-1] == batch.pairs.verdict[0, 0, side]
+        ((answers, verdicts),) = read_of(batch)
+        _, places, scored = answers[side]
+        assert scored == tokens(f"{y}</s>")
+        where, ids = by_place[int(places[0])]
+        assert ids[: list(where).index(places[0]) + 1] == tokens(context)
+        where, ids = by_place[verdicts[0][side][1]]
+        assert ids == question(y, other) and where[-1] == verdicts[0][side][1]
 
 
 @pytest.mark.slow
