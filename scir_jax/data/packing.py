@@ -7,6 +7,7 @@ same, and a position in the data stays one number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -210,8 +211,8 @@ class Packing:
       kind: "bins", where several rows share a bin; "lengths", where each has one of its own, of few lengths; "off",
         where the bins of each kind are as many and as long as the limits ask for.
       shapes: of the steps, the smallest first.
-      sizes: the largest step of each shape, in tokens of its largest cell.
-      bin: tokens of a bin where there are several; of kind "bins".
+      sizes: of kind "lengths": the largest step of each shape, in tokens of its largest cell.
+      bin: of kind "bins": the most tokens of a bin.
     """
 
     def __init__(self, kind: str, shapes: Sequence[Shape], sizes: Sequence[int] = (), bin: int = 0):
@@ -231,20 +232,26 @@ class Packing:
         if kind == "off":
             return cls(kind, [bound])
         steps = list(steps)
-        sizes = [_size(kind, step, bin) for step in steps]
+        needs = [_bins(step, bin) if kind == "bins" else _total(step) for step in steps]
+        sizes = [need if kind == "lengths" else need[0] * need[1] for need in needs]
         found = rungs(sizes, SHAPES, SPARE)
-        at = [next(i for i, rung in enumerate(found) if rung >= size) for size in sizes]
-        shapes = []
-        for number, rung in enumerate(found):
-            cells = [cell for step, i in zip(steps, at, strict=True) if i == number for cell in step]
-            scored = coarse(max(max(sum(row.scored for row in cell) for cell in cells), 1))
-            answers, verdicts = (max(sum(row[i] for row in cell) for cell in cells) for i in (3, 4))
-            if kind == "lengths":
-                groups = _lengths(cells)
-            else:
-                groups = ((1, rung),) if rung <= bin else ((rung // bin, bin),)
-            shapes.append(Shape(groups, scored, answers, verdicts))
-        return cls(kind, shapes, found, bin)
+        if kind == "lengths":
+            at = [next(i for i, rung in enumerate(found) if rung >= size) for size in sizes]
+            parts = [
+                [cell for step, i in zip(steps, at) if i == number for cell in step] for number in range(len(found))
+            ]
+            return cls(kind, [Shape(_lengths(part), *_most(part)) for part in parts], found)
+        groups = [needs[sizes.index(rung)] for rung in found]
+        taken: dict[tuple[int, int], list[Rows]] = {group: [] for group in groups}
+        for step, need in zip(steps, needs, strict=True):
+            fitting = [group for group in taken if _fits(step, *group)]
+            # Fewer tokens hardly ever need more bins; where they do, they have a shape of their own.
+            taken.setdefault(min(fitting, key=math.prod) if fitting else need, []).extend(step)
+        shapes = [Shape((group,), *_most(cells)) for group, cells in taken.items() if cells]
+        shapes.sort(key=lambda shape: shape.tokens)
+        # A step may fit where others were counted.
+        most = [np.max([shape[1:] for shape in shapes[: i + 1]], axis=0).tolist() for i in range(len(shapes))]
+        return cls(kind, [Shape(shape.groups, *counts) for shape, counts in zip(shapes, most, strict=True)], (), bin)
 
     @property
     def segmented(self) -> bool:
@@ -255,8 +262,10 @@ class Packing:
         """Returns the shape of a step of the stage."""
         if self.kind == "off":
             return self.shapes[0]
-        size = _size(self.kind, cells, self.bin)
-        return next(shape for shape, most in zip(self.shapes, self.sizes, strict=True) if most >= size)
+        if self.kind == "lengths":
+            size = _total(cells)
+            return next(shape for shape, most in zip(self.shapes, self.sizes, strict=True) if most >= size)
+        return next(shape for shape in self.shapes if _fits(cells, *shape.groups[0]))
 
     def places(self, shape: Shape, rows: Rows) -> list[Place]:
         """Returns where each row of a cell lies.
@@ -284,17 +293,40 @@ class Packing:
         return places
 
 
-def _size(kind: str, cells: Sequence[Rows], bin: int) -> int:
-    """Returns the tokens of a step's largest cell; of its bins: one as long as it must be, or several full ones."""
+def _total(cells: Sequence[Rows]) -> int:
+    """Returns the tokens of a step's largest cell."""
+    return max(sum(row.tokens for row in cell) for cell in cells)
 
-    def size(rows: Rows) -> int:
-        tokens = sum(row.tokens for row in rows)
-        if kind == "lengths" or tokens <= bin:
-            return min(coarse(max(tokens, 8)), bin or tokens)
-        placed = best_fit([row.tokens for row in rows], bin)
-        return (max(number for number, _ in placed) + 1) * bin
 
-    return max(map(size, cells))
+def _fits(cells: Sequence[Rows], bins: int, tokens: int) -> bool:
+    """Checks whether so many bins of so many tokens hold each cell."""
+    if any(row.tokens > tokens for cell in cells for row in cell):
+        return False
+    placed = (best_fit([row.tokens for row in cell], tokens) for cell in cells)
+    return all(number < bins for cell in placed for number, _ in cell)
+
+
+def _bins(cells: Sequence[Rows], most: int) -> tuple[int, int]:
+    """Finds as few and as short bins, of `most` tokens at the most, as hold each cell of a step."""
+    total = max(_total(cells), 1)
+    longest = max((row.tokens for cell in cells for row in cell), default=1)
+    bins = -(-total // most)
+    while True:
+        tokens = min(coarse(max(longest, -(-total // bins))), most)
+        while True:
+            if _fits(cells, bins, tokens):
+                return bins, tokens
+            if tokens == most:
+                break
+            tokens = min(coarse(tokens + 1), most)
+        bins += 1
+
+
+def _most(cells: Sequence[Rows]) -> tuple[int, int, int]:
+    """Returns the most scored places, answers and verdicts of a cell."""
+    scored = max(sum(row.scored for row in cell) for cell in cells)
+    answers, verdicts = (max(sum(row[i] for row in cell) for cell in cells) for i in (3, 4))
+    return coarse(max(scored, 1)), answers, verdicts
 
 
 def _lengths(cells: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
