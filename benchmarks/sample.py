@@ -59,7 +59,7 @@ def run_jax(directory: Path, arguments: argparse.Namespace) -> dict:
 
     encoder, inputs, programs, parameters = prepared(directory, arguments)
     params = parameters.configured()
-    for program in (*programs.prefill_programs, programs.decode_program):
+    for program in (*programs.prefill_programs, programs.decode_program()):
         program.compile(programs.mesh)
     decode, places = programs.sampler.decode, []
 

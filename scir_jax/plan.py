@@ -9,6 +9,7 @@ from scir_jax.config import cli
 from scir_jax.config.checks import check
 from scir_jax.run import command
 
+STAGES = ("prefill", "decode", "score", "judge", "sft", "optimise")
 OPTIONS = {
     "topology": (
         str | None,
@@ -21,6 +22,18 @@ OPTIONS = {
         "pairs per step (optimise.batch_size), or `largest`: look for the largest batches that fit",
     ),
     "prompts": (int | None, None, "prompts of an iteration; by default sample.prompts, or the rows of data.prompts"),
+    "lengths": (
+        str | None,
+        None,
+        "tokens of prompts and answers: MEAN:P95 of both, 180:480,300:800, or a run's responses.jsonl; by default all "
+        "are as long as text allows",
+    ),
+    "programs": (
+        str | None,
+        None,
+        "stages whose programs are compiled, separated by commas: prefill,decode,score,judge,sft,optimise; all by default",
+    ),
+    "compilation_cache": (str | None, None, "directory in which compiled programs are kept for the next plan"),
     "efficiency": (float, 0.4, "share of the least time's speed that the estimate of an iteration assumes"),
 }
 
@@ -32,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from scir_jax.errors import InputError
-    from scir_jax.planning import machine, tables
+    from scir_jax.planning import machine, tables, workload
     from scir_jax.planning.batches import largest
 
     if not 0 < own["efficiency"] <= 1:
@@ -44,17 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch = dataclasses.replace(config.optimise, batch_size=int(own["batch"]))
         config = dataclasses.replace(config, optimise=batch)
     check(config)
+    kinds = own["programs"].split(",") if own["programs"] else list(STAGES)
+    if unknown := [kind for kind in kinds if kind not in STAGES]:
+        raise InputError(f"--programs: {unknown[0]!r} is none of {', '.join(STAGES)}")
+    stated = workload.stated(own["lengths"], config) if own["lengths"] else None
+    if own["compilation_cache"]:
+        jax.config.update("jax_compilation_cache_dir", own["compilation_cache"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
     if own["topology"]:
         # The compiler alone is asked: no device that may be here is taken.
         jax.config.update("jax_platforms", "cpu")
     target = machine.describe(own["topology"])
     run = machine.plan(config, target)
-    tables.show_machine(run, target)
-    stages = tables.survey(run, target)
+    load = workload.workload(run, stated) if stated else None
+    tables.show_machine(run, target, load)
+    stages = tables.survey(run, target, load, kinds)
+    if not stages:
+        raise InputError(f"the configuration has no programs of {own['programs']}")
     tables.show_stages(run, stages, target)
     if target.chip is not None and any(stage.reason is None for stage in stages):
         tables.show_times(run, stages, target)
-        tables.show_iteration(config, stages, target, own["prompts"], own["efficiency"])
+        tables.show_iteration(run, stages, target, load, own["prompts"], own["efficiency"])
     if search:
         tables.show_largest(config, largest(config, target), target)
     return tables.verdict(run, stages, search)

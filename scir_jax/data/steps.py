@@ -284,7 +284,7 @@ class TrainSpec:
         made = [self._cell(packing, shape, dealt.cells[cell], pairs, targets, encoder) for cell in mine]
         if self.pairs is None:
             return TrainBatch(self._laid(mine, made), None)
-        answers, verdicts = self._readings(shape, dealt, pairs, encoder)
+        answers, verdicts = self._readings(shape, dealt, len(pairs))
         parts = []
         for cell in mine:
             device, part = divmod(cell, self.micro)
@@ -300,16 +300,14 @@ class TrainSpec:
 
         return jax.tree.map(lay, *parts)
 
-    def _readings(
-        self, shape: Shape, dealt: Dealt, pairs: Sequence[tuple[int, Pair] | None], encoder: Encoder
-    ) -> tuple[dict[Number, int], dict[Number, int]]:
+    def _readings(self, shape: Shape, dealt: Dealt, pairs: int) -> tuple[dict[Number, int], dict[Number, int]]:
         """Returns the number of every answer, and of every verdict, among those of its micro-batch."""
         answers: dict[Number, int] = {}
         verdicts: dict[Number, int] = {}
         for cell, rows in enumerate(dealt.cells):
             device = cell // self.micro
             # The first two rows of a pair hold its answers; its last ones are judged.
-            own = [(i, r) for i, r in rows if i < len(pairs)]
+            own = [(i, r) for i, r in rows if i < pairs]
             counted = [(i, r) for i, r in own if r < 2]
             answers |= {number: device * shape.answers + k for k, number in enumerate(counted)}
             judged = [(i, r) for i, r in own if r >= 2 * (len(self.pairs.groups) - self.pairs.asked)]

@@ -132,7 +132,7 @@ class Programs(Descriptions):
           longest: of those for rows of several lengths only the one for the longest.
         """
         config, present = self.config, self.facts.present
-        found = [*self.prefill_programs[-1 if longest else 0 :], self.decode_program] if self._answers else []
+        found = [*self.prefill_programs[-1 if longest else 0 :], self.decode_program()] if self._answers else []
         if config.run.iterations or "heldout_pairs" in present:
             found += self.score_programs[-1 if longest else 0 :]
         if "heldout_pairs" in present or (config.run.iterations and objective.needs(config).judged):
@@ -156,12 +156,15 @@ class Programs(Descriptions):
             found.append(Program(name, "prefill", self.sampler.admit, arguments, count, known, spec.prompts * tokens))
         return found
 
-    @property
-    def decode_program(self) -> Program:
-        """The next tokens of the answers in all slots as a program."""
+    def decode_program(self, seen: int | None = None) -> Program:
+        """Returns the next tokens of the answers in all slots as a program.
+
+        Args:
+          seen: places of the cache that a query sees in the mean; by default those before the middle of the longest
+            answer behind the longest prompt.
+        """
         spec, mesh = self.slot_spec, self.mesh.shape
-        # In the middle of the longest answer behind the longest prompt.
-        seen = spec.tokens[-1] + spec.answer_tokens // 2
+        seen = seen or spec.tokens[-1] + spec.answer_tokens // 2
         steps = min(sampler.SEGMENT, spec.answer_tokens)
         step = flops.decode_bytes(
             self.arch,

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from scir_jax.config.schema import Config
 from scir_jax.data.files import read_rows
 from scir_jax.engine.cost.chips import Chip
-from scir_jax.engine.descriptions import ADMISSIONS
+from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
 from scir_jax.method.objective import needs
 from scir_jax.method.pairing import PAIRING
 from scir_jax.planning.stages import Stage
+from scir_jax.planning.workload import Workload
 from scir_jax.run.models import roles
 
 PROMPTS = 1000
@@ -53,15 +54,17 @@ def prompts_of(config: Config, given: int | None) -> tuple[int, str]:
     return max(rows // max(config.run.iterations, 1), 1), config.data.prompts
 
 
-def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
+def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tuple[str, str, int]]:
     """Counts the calls of an iteration; evaluation depends on the held-out files and is not counted.
 
     Args:
       prompts: of the iteration.
+      load: what rows of stated lengths ask for; None: all are the longest.
 
     Returns:
       (stage, stage of the program, calls) in order.
     """
+    config, spec = run.config, run.slot_spec
     responses, way = config.sample.responses, PAIRING[config.pairs.kind]
     pairs = prompts * way.count(responses, config)
     candidates = prompts * PAIRING["all"].count(responses, config) if way.choose else pairs
@@ -70,11 +73,10 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
     answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
-    sample, answer = config.sample, config.text.max_response_tokens
-    admitted = sample.batch_size if answer <= SEGMENT else math.ceil(sample.batch_size / ADMISSIONS)
+    longest = math.ceil(prompts * responses / spec.slots) * math.ceil(spec.answer_tokens / SEGMENT)
     found = [
-        ("sample", "prefill", math.ceil(prompts / admitted)),
-        ("sample", "decode", math.ceil(prompts / sample.batch_size) * math.ceil(answer / SEGMENT)),
+        ("sample", "prefill", math.ceil(prompts / spec.prompts)),
+        ("sample", "decode", load.looks(prompts * responses, spec.slots) if load else longest),
         ("score", "score", len(models) * math.ceil(answers / size)),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
@@ -83,11 +85,24 @@ def calls(config: Config, prompts: int) -> list[tuple[str, str, int]]:
     return found[2:] if config.data.pairs else found
 
 
-def costs(config: Config, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int) -> list[Cost]:
-    """Returns the cost of every stage of an iteration whose program fits."""
+def costs(
+    run: Programs, stages: Sequence[Stage], chip: Chip, devices: int, prompts: int, load: Workload | None = None
+) -> list[Cost]:
+    """Returns the cost of every stage of an iteration whose program fits.
+
+    Args:
+      load: what rows of stated lengths ask for; None: all are the longest.
+    """
+    shares = load.shares if load else {}
     fitting = {stage.kind: stage for stage in stages if stage.fits}
     return [
-        Cost(stage, kind, fitting[kind].name, count, count * max(fitting[kind].least(chip, devices).values()))
-        for stage, kind, count in calls(config, prompts)
+        Cost(
+            stage,
+            kind,
+            fitting[kind].name,
+            count,
+            count * shares.get(kind, 1.0) * max(fitting[kind].least(chip, devices).values()),
+        )
+        for stage, kind, count in calls(run, prompts, load)
         if kind in fitting
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -61,7 +61,13 @@ class Stage:
 
 
 def survey(
-    run: Programs, limit: int, advance: Callable[[str], None], only: Callable[[Program], bool] | None = None
+    run: Programs,
+    limit: int,
+    advance: Callable[[str], None],
+    only: Callable[[Program], bool] | None = None,
+    *,
+    instead: Mapping[str, Program] | None = None,
+    done: Callable[[Stage], None] = lambda stage: None,
 ) -> list[Stage]:
     """Compiles a run's programs, unless the weights of one alone do not fit.
 
@@ -69,14 +75,21 @@ def survey(
       limit: bytes that a program may use on a device.
       advance: is told each program's name before it is compiled.
       only: says whether a program is wanted.
+      instead: stage -> program that takes the place of that for the longest rows.
+      done: is told of each program that is compiled.
     """
-    found = [program for program in run.all(longest=True) if only is None or only(program)]
+    found = [
+        (instead or {}).get(program.stage, program)
+        for program in run.all(longest=True)
+        if only is None or only(program)
+    ]
     # A run needs all of them: where one is too large for certain, the others need not be compiled to know it.
     hopeless = any(program.known.total > limit for program in found)
     stages = []
     for program in found:
         advance(program.name)
         stages.append(_stage(run, program, limit, hopeless))
+        done(stages[-1])
     return stages
 
 

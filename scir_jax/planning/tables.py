@@ -10,16 +10,18 @@ from rich.table import Table
 
 from scir_jax.config.schema import Config
 from scir_jax.engine.cost.memory import GIB, Memory
+from scir_jax.engine.program import Program
 from scir_jax.engine.programs import Programs
 from scir_jax.planning import iteration, stages
 from scir_jax.planning.batches import Largest
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage
+from scir_jax.planning.workload import Workload
 from scir_jax.run import console
 from scir_jax.run.preflight import advice
 
 
-def show_machine(run: Programs, machine: Machine) -> None:
+def show_machine(run: Programs, machine: Machine, load: Workload | None) -> None:
     """Shows the model, the machine and the lengths of rows."""
     chip, config, lengths = machine.chip, run.config, run.facts.lengths
     how = f"{run.model.lora}" if run.model.lora else "full fine-tuning"
@@ -43,12 +45,34 @@ def show_machine(run: Programs, machine: Machine) -> None:
         f"{', '.join(f'{group.rows} x {group.tokens}' for group in run.optimise_spec.groups)} tokens (about: a "
         "template's tokens are estimated)"
     )
+    if load is not None:
+        packed = f"{run.way.kind}, {load.real:.0%} of the places hold a token" if load.shape else "not packed"
+        _print(f"lengths as stated ({load.source}): answers of {load.answer:.0f} tokens; training steps: {packed}")
 
 
-def survey(run: Programs, machine: Machine) -> list[Stage]:
-    """Compiles the run's programs, with a bar."""
+def survey(run: Programs, machine: Machine, load: Workload | None, kinds: Sequence[str]) -> list[Stage]:
+    """Compiles the run's programs of some stages, and says of each what it needs as soon as it is compiled."""
+
+    def wanted(program: Program) -> bool:
+        return program.stage in kinds
+
+    def say(stage: Stage) -> None:
+        need = f"{stage.memory.total / GIB:.2f} of {machine.limit / GIB:.2f} GiB per device"
+        console.say(f"{stage.name}: {stage.reason or need}, {stage.seconds:.0f} s")
+
+    instead = {}
+    if load is not None:
+        instead = {"decode": run.decode_program(load.seen)}
+        instead |= {"optimise": run.optimise_program(load.shape)} if load.shape else {}
     with console.stage("compile", 0) as bar:
-        return stages.survey(run, machine.limit, lambda name: bar.advance(name, by=0))
+        return stages.survey(
+            run,
+            machine.limit,
+            lambda name: bar.advance(name, by=0),
+            wanted,
+            instead=instead,
+            done=say,
+        )
 
 
 def show_stages(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
@@ -106,15 +130,24 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     )
 
 
-def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, prompts: int | None, share: float) -> None:
+def show_iteration(
+    run: Programs,
+    found: Sequence[Stage],
+    machine: Machine,
+    load: Workload | None,
+    prompts: int | None,
+    share: float,
+) -> None:
     """Shows the chip-hours of an iteration, with what is assumed.
 
     Args:
+      load: what rows of stated lengths ask for; None: all are the longest.
       prompts: of the iteration; None: as the configuration says.
       share: of the least time's speed.
     """
+    config = run.config
     number, source = iteration.prompts_of(config, prompts)
-    costs = iteration.costs(config, found, machine.chip, len(machine.devices), number)
+    costs = iteration.costs(run, found, machine.chip, len(machine.devices), number, load)
     table = _table(
         f"an iteration of {number:,} prompts ({source})", "stage", "program", "calls", "least", "estimate", "chip-hours"
     )
@@ -127,10 +160,11 @@ def show_iteration(config: Config, found: Sequence[Stage], machine: Machine, pro
     table.add_row("", "together", "", _time(total), _time(total / share), f"{total / share / 3600 * machine.chips:.2f}")
     _print(table)
     counted = {cost.kind for cost in costs}
-    missing = [kind for _, kind, _ in iteration.calls(config, number) if kind not in counted]
-    absent = f" Not counted, for they do not fit: {', '.join(dict.fromkeys(missing))}." if missing else ""
+    missing = [kind for _, kind, _ in iteration.calls(run, number, load) if kind not in counted]
+    absent = f" Not counted, for they do not fit or were not asked for: {', '.join(missing)}." if missing else ""
+    lengths = f"lengths as stated ({load.source})" if load else "all rows and answers as long as the limits allow"
     _print(
-        f"Assumed: {share:.0%} of the least time's speed (--efficiency), all rows and answers as long as the limits allow, "
+        f"Assumed: {share:.0%} of the least time's speed (--efficiency), {lengths}, "
         f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation come on top.{absent}"
     )
 

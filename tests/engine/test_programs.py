@@ -49,7 +49,7 @@ def calls(setup, directory, monkeypatch):
 
         return call
 
-    spec, prefill, decode = programs.slot_spec, programs.prefill_programs[0].name, programs.decode_program.name
+    spec, prefill, decode = programs.slot_spec, programs.prefill_programs[0].name, programs.decode_program().name
     read = Samples(
         np.zeros((spec.slots, spec.answer_tokens), np.int32), np.zeros(spec.slots, int), np.zeros(spec.slots)
     )

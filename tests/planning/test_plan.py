@@ -168,7 +168,8 @@ def test_the_largest_batch_is_that_of_a_brute_force_search(unit, configured):
 
 def test_calls_of_an_iteration(tiny_config, world_dir):
     def counts(prompts, **sections):
-        return {kind: n for _, kind, n in iteration.calls(tiny_config(world_dir, **sections), prompts)}
+        run = prepare(tiny_config(world_dir, **sections)).programs
+        return {kind: n for _, kind, n in iteration.calls(run, prompts)}
 
     sampled = dict(responses=4, batch_size=8)
     # 100 prompts x 4 answers, by M_t and M_t-1 in batches of 16; 2 pairs a prompt
