@@ -43,7 +43,7 @@ def prepared(directory: Path, arguments: argparse.Namespace):
     from scir_jax.run.setup import prepare
 
     config = Config(
-        model=ModelConfig(path=str(directory / "model")),
+        model=ModelConfig(path=str(directory / "model"), dtype=arguments.dtype),
         data=DataConfig(prompts=str(directory / "prompts.jsonl")),
         text=TextConfig(max_prompt_tokens=arguments.longest * 2 // 5 + 8, max_response_tokens=arguments.answer),
         sample=SampleConfig(batch_size=arguments.batch, responses=arguments.responses),
@@ -130,6 +130,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=1024, help="tokens of which two fifths bound a prompt")
     parser.add_argument("--answer", type=int, default=512, help="tokens of the longest answer")
     parser.add_argument("--mean", type=int, default=128, help="tokens of an answer in the mean, unless it is cut")
+    parser.add_argument("--dtype", default="float32", help="that scir_jax computes in")
     parser.add_argument("--repeat", type=int, default=1, help="repetitions, one contestant after another")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
@@ -146,7 +147,7 @@ def main() -> int:
         make_prompts(Path(directory), arguments)
         for number in range(arguments.repeat):
             for name in arguments.only:
-                keys = ("size", "prompts", "responses", "batch", "longest", "answer", "mean")
+                keys = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")
                 shared = [f"--{key}={getattr(arguments, key)}" for key in keys]
                 command = [sys.executable, __file__, "--run", name, "--case", directory, *shared]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -155,7 +156,9 @@ def main() -> int:
                     continue
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
-    print(f"{'contestant':<16}{'seconds':>9}{'answers':>9}{'tokens':>9}{'tokens/s':>10}{'slots used':>12}{'peak GiB':>10}")
+    print(
+        f"{'contestant':<16}{'seconds':>9}{'answers':>9}{'tokens':>9}{'tokens/s':>10}{'slots used':>12}{'peak GiB':>10}"
+    )
     for name, results in found.items():
         for one in results:
             print(

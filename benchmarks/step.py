@@ -1,15 +1,17 @@
-"""One training step side by side: scir_jax, and plain careful loops in torch, on the same model and the same pairs.
+"""One training step side by side: scir_jax, plain careful loops in torch, and TRL, on the same model and the same pairs.
 
     python benchmarks/step.py --size 1m --steps 6
 
 It makes a random Mistral and pairs of log-normal lengths, then runs each contestant in a process of its own, one after
-another and again, and prints one row per contestant. Needs the extra [test], for torch.
+another and again, and prints one row per contestant. Needs the extra [bench], for torch and TRL; without TRL (the extra
+[test] has torch alone) its row is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import resource
 import subprocess
@@ -24,9 +26,12 @@ SIZES = {  # width, layers, heads, key/value heads, feed-forward width, vocabula
     "1m": (64, 4, 4, 2, 160, 8192),
     "10m": (256, 8, 8, 4, 768, 8192),
     "60m": (512, 12, 8, 4, 1536, 32000),
+    "1b": (2048, 16, 32, 8, 8192, 32000),
+    "7b": (4096, 32, 32, 8, 14336, 32000),
 }
 BETA, WEIGHT, RATE = 0.1, 1.0, 1e-5
-CONTESTANTS = ("torch dpo", "scir_jax dpo", "torch scir", "scir_jax scir", "scir_jax scir continued")
+KEYS = ("size", "batch", "steps", "longest", "dtype", "lora", "remat")
+CONTESTANTS = ("trl dpo", "torch dpo", "scir_jax dpo", "torch scir", "scir_jax scir", "scir_jax scir continued")
 
 
 # --- the case ---------------------------------------------------------------------------------------------------------
@@ -84,7 +89,17 @@ class Case:
     pairs: list
 
 
-def load_case(directory: Path, batch: int, longest: int, *, dpo: bool, continued: bool) -> Case:
+def load_case(
+    directory: Path,
+    batch: int,
+    longest: int,
+    *,
+    dpo: bool,
+    continued: bool,
+    dtype: str = "float32",
+    lora: int = 0,
+    remat: str = "none",
+) -> Case:
     """Encodes the pairs, and makes up the log-probabilities of a lagging reference."""
     from scir_jax.config.schema import (
         Config,
@@ -93,6 +108,7 @@ def load_case(directory: Path, batch: int, longest: int, *, dpo: bool, continued
         EvaluateConfig,
         GenerativeConfig,
         ImplicitConfig,
+        LoraConfig,
         ModelConfig,
         OptimiseConfig,
         PreferenceConfig,
@@ -105,7 +121,8 @@ def load_case(directory: Path, batch: int, longest: int, *, dpo: bool, continued
 
     template = "judge_continuation.yaml" if continued else "judge.yaml"
     config = Config(
-        model=ModelConfig(path=str(directory / "model")),
+        model=ModelConfig(path=str(directory / "model"), dtype=dtype, remat=remat),
+        lora=LoraConfig(rank=lora),
         data=DataConfig(pairs=str(directory / "pairs.jsonl")),
         text=TextConfig(max_prompt_tokens=longest * 2 // 5 + 8, max_response_tokens=longest * 3 // 5 + 8),
         generative=GenerativeConfig(templates=(str(directory / template),)),
@@ -152,14 +169,18 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
     """Takes steps of scir_jax's own trainer; every shape is compiled before."""
     import jax
 
+    from scir_jax.engine.cost import memory
+    from scir_jax.engine.cost.chips import of_device
     from scir_jax.engine.mesh import put_batch
 
     _, _, programs, parameters = case.setup
     trainer, batches = programs.optimise, batches_of(case)
+    needs = []
     for shape in batches.shapes:
-        programs.optimise_program(shape).compile(programs.mesh)
+        program = programs.optimise_program(shape)
+        needs.append(memory.whole(program.known, program.compile(programs.mesh), programs.backend))
     state = trainer.init(parameters.configured())
-    seconds, losses, tokens, filled = [], [], 0, []
+    seconds, losses, tokens, filled, work = [], [], 0, [], []
     for step in range(steps + 1):
         started = time.monotonic()
         arrays = put_batch(batches.dataset[max(step - 1, 0)], programs.mesh)
@@ -170,7 +191,15 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
         if step:
             tokens += int(output.work.tokens)
             filled.append(float(output.metrics["filled"]))
-    return {"seconds": seconds[1:], "loss": losses[1], "tokens": tokens, "real": float(np.mean(filled))}
+            work.append(trainer.step_flops(output.work))
+    result = {"seconds": seconds[1:], "loss": losses[1], "tokens": tokens, "real": float(np.mean(filled))}
+    device = programs.mesh.devices.flat[0]
+    result["table_gib"] = max(need.total for need in needs) / 2**30
+    if chip := of_device(device.device_kind):
+        result["mfu"] = sum(work) / sum(seconds[1:]) / chip.flops / programs.mesh.size
+    if stats := device.memory_stats():
+        result["device_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return result
 
 
 def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool) -> dict:
@@ -234,11 +263,84 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
     return {"seconds": seconds[1:], "loss": losses[1], "tokens": real, "real": real / computed}
 
 
+def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
+    """Takes steps of TRL's DPOTrainer with the reference's log-probabilities computed before; the first is not timed."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Given(DPOTrainer):
+        """Takes the ids as they are."""
+
+        def _prepare_dataset(self, dataset, *arguments, **keywords):
+            return dataset
+
+    class Times(transformers.TrainerCallback):
+        seconds, losses = [], []
+
+        def on_step_begin(self, *arguments, **keywords):
+            self.started = time.monotonic()
+
+        def on_step_end(self, *arguments, **keywords):
+            self.seconds.append(time.monotonic() - self.started)
+
+        def on_log(self, args, state, control, logs=None, **keywords):
+            if "loss" in (logs or {}):
+                self.losses.append(logs["loss"])
+
+    order = [i for step in range(steps + 1) for i in batches_of(case).dataset[max(step - 1, 0)].pairs.index]
+    pairs = [case.pairs[i] for i in order]
+    rows = {
+        "prompt_ids": [list(map(int, pair.prompt.ids)) for pair in pairs],
+        "chosen_ids": [list(map(int, pair.a.ids)) for pair in pairs],
+        "rejected_ids": [list(map(int, pair.b.ids)) for pair in pairs],
+    }
+    times = Times()
+    settings = DPOConfig(
+        output_dir=str(directory / "trl"),
+        per_device_train_batch_size=batch,
+        max_steps=steps + 1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        beta=BETA,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = Given(
+        model=transformers.AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32),
+        args=settings,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(directory / "model"),
+        callbacks=[times],
+    )
+    trainer.train()
+    timed = pairs[batch:]
+    real = sum(2 * len(pair.prompt.ids) + sum(pair.lengths) for pair in timed)
+    longest = [
+        max(len(pair.prompt.ids) + max(pair.lengths) for pair in timed[i : i + batch])
+        for i in range(0, len(timed), batch)
+    ]
+    share = real / (2 * batch * sum(longest))
+    return {"seconds": times.seconds[1:], "loss": times.losses[0], "tokens": real, "real": share}
+
+
 def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """Runs one contestant in this process."""
     dpo, continued = "dpo" in name, "continued" in name
-    case = load_case(directory, arguments.batch, arguments.longest, dpo=dpo, continued=continued)
-    if name.startswith("torch"):
+    ours = {} if "torch" in name or "trl" in name else {k: getattr(arguments, k) for k in ("dtype", "lora", "remat")}
+    case = load_case(directory, arguments.batch, arguments.longest, dpo=dpo, continued=continued, **ours)
+    if name.startswith("trl"):
+        result = run_trl(case, directory, arguments.steps, arguments.batch)
+    elif name.startswith("torch"):
         result = run_torch(case, directory, arguments.steps, arguments.batch, dpo=dpo)
     else:
         result = run_jax(case, arguments.steps, arguments.batch)
@@ -255,6 +357,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="pairs per step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each contestant and repetition")
     parser.add_argument("--longest", type=int, default=1024, help="tokens of the longest prompt and answer together")
+    parser.add_argument("--dtype", default="float32", help="of scir_jax's rows; the others compute in float32")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters in scir_jax's rows; 0: full fine-tuning")
+    parser.add_argument("--remat", default="none", help="of scir_jax's rows")
     parser.add_argument("--repeat", type=int, default=2, help="repetitions, one contestant after another")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
@@ -264,12 +369,14 @@ def main() -> int:
     if arguments.run:
         print(json.dumps(contestant(arguments.run, arguments.case, arguments)))
         return 0
+    if importlib.util.find_spec("trl") is None:
+        arguments.only = [name for name in arguments.only if not name.startswith("trl")]
     found: dict[str, list[dict]] = {name: [] for name in arguments.only}
     with tempfile.TemporaryDirectory() as directory:
         make_case(Path(directory), arguments.size, arguments.batch * arguments.steps, arguments.longest)
         for number in range(arguments.repeat):
             for name in arguments.only:
-                shared = [f"--{key}={getattr(arguments, key)}" for key in ("size", "batch", "steps", "longest")]
+                shared = [f"--{key}={getattr(arguments, key)}" for key in KEYS]
                 command = [sys.executable, __file__, "--run", name, "--case", directory, *shared]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if done.returncode:
@@ -277,7 +384,10 @@ def main() -> int:
                     continue
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
-    print(f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}")
+    print(
+        f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
+        f"{'MFU':>7}{'table GiB':>10}{'device GiB':>11}"
+    )
     for name, results in found.items():
         if results:
             seconds = float(np.median([s for result in results for s in result["seconds"]]))
@@ -286,7 +396,8 @@ def main() -> int:
             print(
                 f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}"
                 f"{last['tokens'] / sum(last['seconds']):>10,.0f}{peak:>10.2f}"
-                f"{last['real']:>7.0%}{last['loss']:>12.5f}"
+                f"{last['real']:>7.0%}{last['loss']:>12.5f}{last.get('mfu', 0):>7.1%}"
+                f"{last.get('table_gib', 0):>10.2f}{last.get('device_gib', 0):>11.2f}"
             )
     if arguments.output:
         arguments.output.write_text(json.dumps({"settings": vars(arguments), "found": found}, default=str, indent=1))
