@@ -220,9 +220,10 @@ class Stage:
             if row["stage"] == "optimise":
                 # The program's are of rows that are all the longest.
                 share = row["seconds"] * row["teraflops"] * 1e12 / program.flops.model
-                assert 0.3 < share < row["filled"] * 1.05 < 1.05
+                assert 0.3 < share < 1.0
                 assert row["seconds"] * row["tokens_per_second"] == pytest.approx(row["tokens"])
-                assert row["tokens"] == pytest.approx(row["filled"] * program.tokens)
+                if self.setup.programs.way.kind == "off":
+                    assert row["tokens"] == pytest.approx(row["filled"] * program.tokens)
                 assert all(row.pop(name) > 0 for name in TIMINGS if name in row)
         return sorted(rows, key=lambda row: row["step"])
 

@@ -84,14 +84,26 @@ class Descriptions:
         answers = max(self._answers, default=1)
         # Where all answers end at one look, as many prompts come in as there is room for; else a few at a time.
         part = 1 if lengths.answer <= sampler.SEGMENT else ADMISSIONS
+        slots = size * answers // (2 if self._halved else 1)
         return SlotSpec(
-            slots=size * answers,
+            # As many for every device.
+            slots=max(slots // devices, 1) * devices,
             prompts=devices * -(-size // (devices * part)),
             tokens=tuple(tokens for (tokens,) in row_lengths([lengths.prompt])),
             answer_tokens=lengths.answer,
             places=cache_places(lengths.prompt + lengths.answer),
             devices=devices,
         )
+
+    _halved = False
+
+    def halve_slots(self) -> bool:
+        """Makes the sampler anew with half of its slots; False where it was done before or no device has two."""
+        if self._halved or self.slot_spec.slots < 2 * meshes.batch_shards(self.mesh):
+            return False
+        self._halved = True
+        self.__dict__.pop("sampler", None)
+        return True
 
     @property
     def _answers(self) -> set[int]:

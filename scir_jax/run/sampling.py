@@ -10,16 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from scir_jax.config.schema import Config, SampleConfig
 from scir_jax.data.encode import Encoder
-from scir_jax.data.jsonl import AppendOnly
+from scir_jax.data.jsonl import AppendOnly, batched
 from scir_jax.data.pairs import Prompt, answer_row
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import owned_rows, put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import Sampling, Slots, stream_key
+from scir_jax.errors import InputError
 from scir_jax.run import console
 from scir_jax.run.scoring import check_finite
 
@@ -27,12 +29,11 @@ Numbered = tuple[int, Prompt]
 
 
 class Task(NamedTuple):
-    """Answers to a prompt that come into slots together: those from number `first` on."""
+    """Answers to a prompt that come into slots together, by their numbers."""
 
     number: int
     prompt: Prompt
-    first: int
-    answers: int
+    answers: tuple[int, ...]
 
 
 class Finished(NamedTuple):
@@ -61,24 +62,62 @@ def sample(
 ) -> Iterator[Finished]:
     """Samples responses to numbered prompts, and yields them as they are finished.
 
+    Where the device's memory does not suffice, it goes on with half of the slots, once.
+
     Args:
       key: of the stream of randomness, see engine.sampler.stream_key.
       owned: of several hosts, each gives the rows that are its own to write; by default all give all.
 
     Raises:
-      InputError: the model gives values that are not finite.
+      InputError: the model gives values that are not finite, or half of the slots are too many too.
+    """
+    settings = dict(responses=responses, sampling=sampling, key=key, owned=owned)
+    done: set[tuple[int, int]] = set()
+    try:
+        for found in _sample(encoder, programs, params, prompts, done, **settings):
+            yield found
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if not programs.halve_slots():
+            raise InputError(
+                f"the device has no memory for {programs.slot_spec.slots} answers at once; set sample.batch_size to half "
+                "of it or less"
+            ) from None
+        console.say(f"the device's memory is exhausted: going on with {programs.slot_spec.slots} answers at once")
+        yield from _sample(encoder, programs, params, prompts, done, **settings)
+
+
+def _sample(
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    prompts: Sequence[Numbered],
+    done: set[tuple[int, int]],
+    *,
+    responses: int,
+    sampling: Sampling,
+    key: Any,
+    owned: bool,
+) -> Iterator[Finished]:
+    """Samples what is not done yet.
+
+    Args:
+      done: (prompt, answer) by their numbers; grows.
     """
     spec, sampler = programs.slot_spec, programs.sampler
-    desk = _Desk(encoder, programs, prompts, responses)
+    desk = _Desk(encoder, programs, prompts, responses, done)
     mine = set(owned_rows(programs.mesh, spec.slots).tolist()) if owned else set(range(spec.slots))
     slots = sampler.empty()
     while desk.waiting or desk.running:
         while coming := desk.admission():
             slots = sampler.admit(params, slots, put_batch(coming, programs.mesh))
-        slots, done = sampler.decode(params, slots, key, sampling)
-        finished = [slot for slot, ended in enumerate(np.asarray(done)) if ended and slot in desk.running]
+        slots, ended = sampler.decode(params, slots, key, sampling)
+        finished = [slot for slot, over in enumerate(np.asarray(ended)) if over and slot in desk.running]
         if finished:
-            yield finished_rows(encoder, programs, slots, desk.leave(finished), mine)
+            left = desk.leave(finished)
+            yield finished_rows(encoder, programs, slots, left, mine)
+            done.update((task.number, number) for task, number in left.values())
 
 
 def finished_rows(
@@ -125,16 +164,22 @@ def sample_rows(
 class _Desk:
     """Gives free slots to waiting prompts; all hosts decide alike."""
 
-    def __init__(self, encoder: Encoder, programs: Programs, prompts: Sequence[Numbered], responses: int):
+    def __init__(
+        self,
+        encoder: Encoder,
+        programs: Programs,
+        prompts: Sequence[Numbered],
+        responses: int,
+        done: set[tuple[int, int]],
+    ):
         self._spec, self._pad_id, self._share = programs.slot_spec, encoder.chat.pad_id, programs.local_rows
         self._each = self._spec.slots // self._spec.devices
         self._free = [list(range(d * self._each, (d + 1) * self._each)) for d in range(self._spec.devices)]
         self.running: dict[int, tuple[Task, int]] = {}
-        tasks = [
-            Task(number, prompt, first, min(responses - first, self._each))
-            for number, prompt in prompts
-            for first in range(0, responses, self._each)
-        ]
+        tasks = []
+        for number, prompt in prompts:
+            asked = [n for n in range(responses) if (number, n) not in done]
+            tasks += [Task(number, prompt, tuple(part)) for part in batched(asked, self._each)]
         # Prompts of one compiled length come in together: the length depends on the prompt alone.
         self._waiting: dict[int, deque[Task]] = {tokens: deque() for tokens in self._spec.tokens}
         for task in tasks:
@@ -151,13 +196,13 @@ class _Desk:
         queue, coming, room = self._waiting[tokens], [], [len(free) for free in self._free]
         counts = [0] * spec.devices
         for task in islice(queue, spec.prompts):
-            devices = [d for d in range(spec.devices) if counts[d] < together and room[d] >= task.answers]
+            devices = [d for d in range(spec.devices) if counts[d] < together and room[d] >= len(task.answers)]
             if not devices:
                 break
             device = max(devices, key=lambda d: room[d])
             coming.append((device, counts[device], task))
             counts[device] += 1
-            room[device] -= task.answers
+            room[device] -= len(task.answers)
         if not coming or (len(coming) < min(spec.prompts, len(queue)) and self.running):
             return None
         prompts: list[tuple[int, Sequence[int]] | None] = [None] * spec.prompts
@@ -165,7 +210,7 @@ class _Desk:
         for device, place, task in coming:
             queue.popleft()
             prompts[device * together + place] = (task.number, task.prompt.ids)
-            for number in range(task.first, task.first + task.answers):
+            for number in task.answers:
                 slot = self._free[device].pop()
                 answers[slot] = (place, number)
                 self.running[slot] = (task, number)
@@ -207,9 +252,7 @@ def sample_file(
         for found in sample(
             encoder, programs, params, left, responses=responses, sampling=sampling, key=key, owned=True
         ):
-            for row in found.rows:
-                partial.write(row)
-            partial.sync()
+            _keep(partial, found.rows)
             tokens, answers = tokens + found.tokens, answers + found.answers
             rate = tokens / (time.monotonic() - started)
             bar.advance(f"{rate:,.0f} tokens/s, {tokens / answers:.0f} per answer", by=found.answers)
@@ -220,6 +263,12 @@ def sample_file(
         _gather_parts(path, place, responses)
         _part(path, 0).replace(path)
     hosts.barrier(f"wrote {path}")
+
+
+def _keep(partial: AppendOnly, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        partial.write(row)
+    partial.sync()
 
 
 def parts(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from scir_jax.engine import forward
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine import sampler as engine_sampler
 from scir_jax.engine.sampler import Sampler, Sampling, choose, limit, stream_key
-from scir_jax.errors import Interrupted
+from scir_jax.errors import InputError, Interrupted
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
 from scir_jax.run import console, sampling, scoring
@@ -488,3 +488,34 @@ def test_a_line_holds_any_text(tmp_path):
         file.write(row)
     assert file.cut(lambda row: True) == rows
     assert file.cut(lambda row: row["n"] < 3) == rows[:3]
+
+
+def test_without_memory_half_of_the_slots_go_on(world_dir, tiny_config, whole, monkeypatch, capsys):
+    made = SampleStage(tiny_config(world_dir, sample=dict(batch_size=2)))
+    slots, calls = made.slots, []
+
+    def exhausted(decode, most):
+        def call(*arguments):
+            calls.append(1)
+            if len(calls) > most:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+            return decode(*arguments)
+
+        return call
+
+    def rows():
+        settings = dict(responses=2, sampling=ONE, key=made.key)
+        return sampling.sample_rows(made.encoder, made.programs, made.params, made.numbered, **settings)
+
+    monkeypatch.setattr(engine_sampler, "SEGMENT", 4)
+    monkeypatch.setattr(made.programs.sampler, "decode", exhausted(made.programs.sampler.decode, 6))
+    found = rows()
+    assert made.programs.slot_spec.slots == slots // 2
+    assert f"going on with {slots // 2} answers at once" in capsys.readouterr().err
+    expected = rows_in(whole)
+    assert [row["response_ids"] for row in found] == [row["response_ids"] for row in expected]
+    # Not a second time.
+    calls.clear()
+    monkeypatch.setattr(made.programs.sampler, "decode", exhausted(made.programs.sampler.decode, 1))
+    with pytest.raises(InputError, match=f"no memory for {slots // 2} answers at once; set sample.batch_size"):
+        rows()

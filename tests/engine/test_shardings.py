@@ -137,7 +137,7 @@ def test_packed_rows_on_a_mesh_give_the_result_of_padded_ones_on_a_device(sharde
     for name, value in of_training.items():
         atol = 1e-4 if name.startswith("params") else 1e-5
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
-    assert all(found[f"{step}/filled"] > alone[f"{step}/filled"] for step in range(3))
+    assert all(0.5 < found[f"{step}/filled"] < 1 for step in range(3))
 
 
 def test_fsdp_splits_parameters_and_optimiser(sharded, alone):

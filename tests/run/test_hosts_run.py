@@ -24,7 +24,7 @@ LOSS = {"loss", "sft", "sft/ift", "sft/eft", "preference", "consistency"}
 LOST = "; this host stops; start the same command on all hosts again to go on"
 # Every host calls these once a step or a batch.
 WORLD_STEP, STEP = "scir_jax.run.base_model:put_batch", "scir_jax.run.training:put_batch"
-BATCH = "scir_jax.run.sampling:finished_rows"
+BATCH = "scir_jax.run.sampling:_keep"
 # The words of Gloo's lines, which its threads may mix.
 GLOO = set("Gloo Rank is connected to peer ranks Expected number of".split())
 TWO, ONE = dict(hosts=2, mesh=(2, 2, 2)), dict(hosts=1, mesh=(1, 2, 1))

@@ -41,7 +41,7 @@ RESULTS = {
     "export": "export",
     "report": "report.html",
 }
-RESPONSES = HELDOUT = "scir_jax.run.sampling:finished_rows"
+RESPONSES, HELDOUT = "scir_jax.run.sampling:_keep", "scir_jax.run.sampling:finished_rows"
 SCORES, JUDGE = "scir_jax.run.scoring:score_answers", "scir_jax.run.scoring:judge_pairs"
 PAIRS = "scir_jax.run.pairing:write_rows"
 
