@@ -148,7 +148,8 @@ def test_a_packed_stage_is_the_padded_one_and_goes_on_to_the_bit(packed, uninter
         [json.loads(text) for text in of.decisions.read_text().split("\n")[:-1]] for of in (whole, uninterrupted)
     )
     assert [(row["step"], row["pair"]) for row in decided] == [(row["step"], row["pair"]) for row in others]
-    assert whole.dataset[0].rows.ids[0].shape[1] == 200
+    bins, tokens = whole.dataset[0].rows.ids[0].shape
+    assert bins > 1 and tokens <= 200
     assert packed.programs.optimise.step._cache_size() == len({batch.rows.ids[0].shape for batch in whole.dataset})
 
 
