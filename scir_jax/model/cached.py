@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scir_jax.model.sharding import Layout
+
 Array = jax.Array
 BLOCK = 256
 _LOWEST = float(np.finfo(np.float32).min)
@@ -32,13 +34,14 @@ def over_cache(
     window: int | None,
     scale: float,
     cap: float | None,
+    layout: Layout | None = None,
 ) -> Array:
     """Computes attention of the queries at their positions over one layer of a cache of whole blocks.
 
     Args:
       layer: int32 scalar.
       positions_B: int32; a query sees the places up to and including its own, with a window the last ones of them.
-      scale, cap: as in scir_jax.model.attention.
+      scale, cap, layout: as in scir_jax.model.attention.
 
     Returns:
       [B, H, d] in the queries' dtype; the softmax is computed in float32.
@@ -50,7 +53,12 @@ def over_cache(
     places, kv_heads = k_LBSKd.shape[2:4]
     if places % BLOCK:
         raise ValueError(f"a cache of {places} places does not have whole blocks of {BLOCK}")
-    q_BKGd = q_BHd.reshape(batch, kv_heads, heads // kv_heads, dim)
+
+    def lay(x: Array) -> Array:
+        """Leaves the rows and heads of a loop's values where the cache has them."""
+        return x if layout is None else layout.constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
+
+    q_BKGd = lay(q_BHd.reshape(batch, kv_heads, heads // kv_heads, dim))
 
     def block(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         maximum_BKG, total_BKG, mixed_BKGd = state
@@ -72,16 +80,17 @@ def over_cache(
         shrink_BKG = jnp.exp(maximum_BKG - new_BKG)
         v_BSKd = read(v_LBSKd)
         added = jnp.einsum("bkgs,bskd->bkgd", weights.astype(v_BSKd.dtype), v_BSKd, preferred_element_type=jnp.float32)
-        return new_BKG, total_BKG * shrink_BKG + weights.sum(axis=-1), mixed_BKGd * shrink_BKG[..., None] + added
+        total_BKG = total_BKG * shrink_BKG + weights.sum(axis=-1)
+        return lay(new_BKG), lay(total_BKG), lay(mixed_BKGd * shrink_BKG[..., None] + added)
 
     first = jnp.zeros((), jnp.int32)
     if window is not None:
         first = jnp.maximum(positions_B.min() - window + 1, 0) // BLOCK
     shape = q_BKGd.shape[:3]
     start = (
-        jnp.full(shape, _LOWEST, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, dim), jnp.float32),
+        lay(jnp.full(shape, _LOWEST, jnp.float32)),
+        lay(jnp.zeros(shape, jnp.float32)),
+        lay(jnp.zeros((*shape, dim), jnp.float32)),
     )
     end = positions_B.max() // BLOCK + 1
     _, total_BKG, mixed_BKGd = jax.lax.fori_loop(first, end, block, start)

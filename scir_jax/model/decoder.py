@@ -160,9 +160,9 @@ class Model:
             number, layer_params, kind = layer
             # The cache of all layers is carried, so that a step writes one place and copies nothing.
             x_B1D, cache = self._block(layer_params).decode(x_B1D, positions_B, cache, number, kind)
-            return (self._split_width(x_B1D), self._lay_out(cache)), None
+            return (self.split_width(x_B1D), self._lay_out(cache)), None
 
-        carry = (self._split_width(self._embed(params, ids_B[:, None])), self._lay_out(cache))
+        carry = (self.split_width(self._embed(params, ids_B[:, None])), self._lay_out(cache))
         xs = (jnp.arange(self.arch.num_layers), params["layers"], self._kinds())
         (x_B1D, cache), _ = jax.lax.scan(step, carry, xs)
         return self._final_norm(params, x_B1D)[:, 0], cache
@@ -205,8 +205,8 @@ class Model:
     def _split_places(self, x_PND: jax.Array) -> jax.Array:
         return self._lay(x_PND, "batch", "place", None)
 
-    def _split_width(self, x_B1D: jax.Array) -> jax.Array:
-        """Splits one token per row like the weights: a few activations travel at each step, and no weights."""
+    def split_width(self, x_B1D: jax.Array) -> jax.Array:
+        """Lays one token per row out like the weights: a few activations travel at each step, and no weights."""
         return self._lay(x_B1D, "replica", None, "embed")
 
     def _lay_out(self, cache: Cache) -> Cache:

@@ -187,7 +187,7 @@ class Attention(nnx.Module):
         if places <= BLOCK:
             return self.mix(q_B1Hd, cache.k[layer], cache.v[layer], kind, positions_B)
         scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
-        attend = functools.partial(over_cache, scale=scale, cap=self.arch.attention_cap)
+        attend = functools.partial(over_cache, scale=scale, cap=self.arch.attention_cap, layout=self.layout)
         windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
         operands = (q_B1Hd[:, 0], *cache, layer, positions_B)
         if len(set(windows)) == 1:
