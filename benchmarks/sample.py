@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from step import SIZES, make_case
+from step import SIZES, alternate, make_case
 
 CONTESTANTS = ("transformers", "scir_jax")
+KEYS = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")
 
 
 def make_prompts(directory: Path, arguments: argparse.Namespace) -> None:
@@ -142,20 +142,9 @@ def main() -> int:
         result = run(arguments.case, arguments)
         print(json.dumps(result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return 0
-    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
     with tempfile.TemporaryDirectory() as directory:
         make_prompts(Path(directory), arguments)
-        for number in range(arguments.repeat):
-            for name in arguments.only:
-                keys = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")
-                shared = [f"--{key}={getattr(arguments, key)}" for key in keys]
-                command = [sys.executable, __file__, "--run", name, "--case", directory, *shared]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    print(f"{name}: ended with code {done.returncode}", file=sys.stderr)
-                    continue
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
+        found = alternate(__file__, arguments, directory, KEYS)
     print(
         f"{'contestant':<16}{'seconds':>9}{'answers':>9}{'tokens':>9}{'tokens/s':>10}{'slots used':>12}{'peak GiB':>10}"
     )

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,26 @@ def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dic
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
+def alternate(script: str, arguments: argparse.Namespace, directory: str, keys: Sequence[str]) -> dict[str, list[dict]]:
+    """Runs the contestants one after another and again, each in a process of its own -> the results of each.
+
+    Args:
+      keys: of the arguments that a contestant is told.
+    """
+    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
+    shared = [f"--{key}={getattr(arguments, key)}" for key in keys]
+    for number in range(arguments.repeat):
+        for name in arguments.only:
+            command = [sys.executable, script, "--run", name, "--case", directory, *shared]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{name}: ended with code {done.returncode}", file=sys.stderr)
+                continue
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
+    return found
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -371,19 +392,9 @@ def main() -> int:
         return 0
     if importlib.util.find_spec("trl") is None:
         arguments.only = [name for name in arguments.only if not name.startswith("trl")]
-    found: dict[str, list[dict]] = {name: [] for name in arguments.only}
     with tempfile.TemporaryDirectory() as directory:
         make_case(Path(directory), arguments.size, arguments.batch * arguments.steps, arguments.longest)
-        for number in range(arguments.repeat):
-            for name in arguments.only:
-                shared = [f"--{key}={getattr(arguments, key)}" for key in KEYS]
-                command = [sys.executable, __file__, "--run", name, "--case", directory, *shared]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    print(f"{name}: ended with code {done.returncode}", file=sys.stderr)
-                    continue
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{number + 1}/{arguments.repeat} {name}", file=sys.stderr)
+        found = alternate(__file__, arguments, directory, KEYS)
     print(
         f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
         f"{'MFU':>7}{'table GiB':>10}{'device GiB':>11}"

@@ -227,7 +227,7 @@ class SampleConfig:
     top_k: int = 0
     """0: no limit"""
     batch_size: int = 16
-    """prompts sampled at once, each N times"""
+    """prompts whose answers are sampled at once; a slot whose answer is finished takes the next prompt's"""
 
 
 @dataclass(frozen=True)
