@@ -40,9 +40,17 @@ def resolve(config: Config) -> Config:
     """Replaces {world} in paths by the world's directory.
 
     Raises:
-      InputError: a path holds {world}, and world.directory is not set.
+      InputError: a path holds {world}, and world.directory is not set; a directory is one in a bucket.
     """
     world = config.world.directory
+    for key, place in (
+        ("run.directory", config.run.directory),
+        ("run.start_from", config.run.start_from),
+        ("world.directory", world),
+        ("model.path", config.model.path),
+    ):
+        if place and "://" in str(place):
+            raise InputError(f"{key} is {place}: no bucket is read or written; give a directory, a mounted one perhaps")
 
     def fill(value: Any, key: str) -> Any:
         if isinstance(value, tuple):
