@@ -15,14 +15,7 @@ from scir_jax.data.batches import Rows
 from scir_jax.data.steps import PairBatch, TrainBatch
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
-from scir_jax.model.logprobs import (
-    VERDICT_CHUNK,
-    log_normalizer,
-    token_entropies,
-    token_logprobs,
-    verdict_logits,
-    verdict_mass,
-)
+from scir_jax.model.logprobs import read_verdicts, token_entropies, token_logprobs
 
 Array = jax.Array
 
@@ -201,9 +194,8 @@ def _verdict(
     model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: tuple[int, int]
 ) -> tuple[Array, Array]:
     at_MD = jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0]
-    ids = jnp.asarray(verdict_ids, jnp.int32)
-    head = model.head(params)
-    return verdict_logits(at_MD, head, ids, cap=model.arch.final_cap), verdict_mass(at_MD, head, ids, **_head(model))
+    (read,) = read_verdicts(at_MD, model.head(params), [verdict_ids], **_head(model))
+    return read
 
 
 def _verdicts(
@@ -216,17 +208,13 @@ def _verdicts(
 ) -> Judged:
     """Reads the verdicts at places of cells."""
     at_CVD = jnp.take_along_axis(x_CND, places_CV[..., None], axis=1)
-    at_MD = at_CVD.reshape(-1, at_CVD.shape[-1])
-    head = model.head(params)
-    logits, mass = [], []
-    for number, ids in enumerate(verdict_ids):
-        # Every place is read as every template's: two columns more, and the vocabulary once for all of them.
-        found_M2 = verdict_logits(at_MD, head, jnp.asarray(ids, jnp.int32), cap=model.arch.final_cap)
-        logits.append(found_M2[numbers_PG2[:, number]])
-        mass.append(jax.nn.logsumexp(jax.lax.stop_gradient(found_M2), axis=-1)[numbers_PG2[:, number]])
-    stopped = jax.lax.stop_gradient((at_MD, head))
-    normalizer_M = log_normalizer(*stopped, chunk=VERDICT_CHUNK, **_head(model))
-    return Judged(jnp.stack(logits, axis=1), jnp.exp(jnp.stack(mass, axis=1) - normalizer_M[numbers_PG2]))
+    # Every place is read as every template's, which costs two columns of the head more.
+    read = read_verdicts(at_CVD.reshape(-1, at_CVD.shape[-1]), model.head(params), verdict_ids, **_head(model))
+    numbers = [numbers_PG2[:, i] for i in range(len(read))]
+    return Judged(
+        verdicts=jnp.stack([logits_M2[at] for (logits_M2, _), at in zip(read, numbers)], axis=1),
+        mass=jnp.stack([mass_M[at] for (_, mass_M), at in zip(read, numbers)], axis=1),
+    )
 
 
 def _head(model: Model) -> dict[str, Any]:

@@ -8,6 +8,7 @@ computed again from the saved log-sum-exp.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -115,21 +116,30 @@ def verdict_logits(
     return soft_cap(jnp.einsum("bd,vd->bv", hidden_BD, rows_2D, preferred_element_type=jnp.float32), cap)
 
 
-def verdict_mass(
+def read_verdicts(
     hidden_BD: jax.Array,
     head_VD: jax.Array,
-    verdict_ids: jax.Array,
+    verdict_ids: Sequence[tuple[int, int]],
     *,
     cap: float | None = None,
     layout: Layout | None = None,
-) -> jax.Array:
-    """Computes P(A) + P(B) under the whole vocabulary, float32 [B]: how far the model answers the question.
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Reads each template's verdict off hidden states: its logits, and its mass P(A) + P(B) under the whole vocabulary.
 
-    It is a measure, not an objective: no gradient passes through it.
+    The mass says how far the model answers the question. It is a measure, not an objective: no gradient passes through.
+
+    Args:
+      verdict_ids: ids of the two verdicts of each template.
+      cap, layout: as in `token_logprobs`.
+
+    Returns:
+      For each template float32 [B, 2] and [B].
     """
-    hidden_BD, head_VD = jax.lax.stop_gradient((hidden_BD, head_VD))
-    both_B = jax.nn.logsumexp(verdict_logits(hidden_BD, head_VD, verdict_ids, cap=cap), axis=-1)
-    return jnp.exp(both_B - log_normalizer(hidden_BD, head_VD, chunk=VERDICT_CHUNK, cap=cap, layout=layout))
+    found = [verdict_logits(hidden_BD, head_VD, jnp.asarray(ids, jnp.int32), cap=cap) for ids in verdict_ids]
+    stopped = jax.lax.stop_gradient((hidden_BD, head_VD))
+    normalizer_B = log_normalizer(*stopped, chunk=VERDICT_CHUNK, cap=cap, layout=layout)
+    both = [jax.nn.logsumexp(jax.lax.stop_gradient(logits_B2), axis=-1) for logits_B2 in found]
+    return [(logits_B2, jnp.exp(both_B - normalizer_B)) for logits_B2, both_B in zip(found, both, strict=True)]
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from scir_jax.config.checks import check
+from scir_jax.config.checks import check, resolve
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 
@@ -29,6 +29,8 @@ CREAM = dict(pairs=dict(kind="cream"), preference=dict(labels="cream"))
             CREAM | dict(consistency=dict(target="consensus")),
             "pairs.kind cream asks the judge nothing",
         ),
+        (dict(text=dict(bin_tokens=-1)), "text.bin_tokens is -1 and text.packing auto; it is the size of a bin"),
+        (dict(text=dict(bin_tokens=512, packing="off")), "text.bin_tokens is 512 and text.packing off"),
         (dict(selection=dict(power=-1.0)), "selection.power must not be negative, not -1.0"),
         (dict(selection=dict(confidence=-0.1)), "selection.confidence must not be negative"),
         (dict(consistency=dict(sharpen=0.0)), "consistency.sharpen must be positive, not 0.0"),
@@ -53,3 +55,17 @@ def test_what_belongs_together_is_taken():
     check(configured())
     check(configured(**CREAM, selection=dict(rule="all"), consistency=dict(weight=0.0)))
     check(configured(selection=dict(rule="certainty"), consistency=dict(weight=0.0)))
+
+
+@pytest.mark.parametrize(
+    "sections, key",
+    [
+        (dict(run=dict(directory="gs://bucket/runs/a")), "run.directory"),
+        (dict(run=dict(start_from="s3://bucket/a")), "run.start_from"),
+        (dict(world=dict(directory="gs://bucket/world")), "world.directory"),
+        (dict(model=dict(path="hf://owner/name")), "model.path"),
+    ],
+)
+def test_a_directory_in_a_bucket_is_refused(sections, key):
+    with pytest.raises(InputError, match=f"^{key} is [a-z0-9]+://.*: no bucket is read or written; give a directory"):
+        resolve(configured(**sections))

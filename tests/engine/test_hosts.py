@@ -124,6 +124,7 @@ main(body)
     assert list((tmp_path / "apart0").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_of_all_hosts_ends_all_with_its_own_code():
     code = """
 def body(index):

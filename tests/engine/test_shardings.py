@@ -19,7 +19,7 @@ from tests.training import TRAINING, changed, dropping_config, heldout_items, ho
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_compilation")]
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
-PACKED = ("bins", "lengths")
+PACKED = ("bins",)
 
 
 def everything(setup):

@@ -224,7 +224,8 @@ def expected(arch):
     return quick_jit(logps_and_gradient(decoder.define(arch, attention="xla")))(random_params(arch), random_ids())
 
 
-@pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["blocks", "splash"])
 @pytest.mark.parametrize(("arch", "remat"), [(GEMMA, "full"), (MISTRAL, "dots")], ids=["gemma", "mistral"])
 def test_a_model_computes_the_same(arch, remat, attention):
     model = decoder.define(arch, attention=attention, remat=remat)
@@ -250,7 +251,8 @@ def sharded(attention):
     return list(map(np.asarray, jax.tree.leaves(result)))
 
 
-@pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["blocks", "splash"])
 def test_a_mesh_changes_nothing(attention):
     close(on_eight_devices(sharded, attention), jax.tree.leaves(expected(GEMMA)), 2e-5)
 

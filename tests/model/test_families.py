@@ -17,7 +17,7 @@ from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampler, Sampling, stream_key
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
-from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.logprobs import log_normalizer, read_verdicts, token_logprobs, verdict_logits
 from scir_jax.model.sharding import Layout
 from tests import families
 from tests.families import CASES, FOREMOST, PROMPTS, TOLERANCE, refused
@@ -157,7 +157,7 @@ def test_every_read_out_of_the_head_is_capped(imported):
     head = here.model.head(here.params)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=TOLERANCE)
     close(verdict_logits(hidden, head, verdict_ids, cap=cap), logits[:, verdict_ids])
-    close(verdict_mass(hidden, head, verdict_ids, cap=cap), logits.softmax(-1)[:, verdict_ids].sum(-1))
+    close(read_verdicts(hidden, head, [verdict_ids], cap=cap)[0][1], logits.softmax(-1)[:, verdict_ids].sum(-1))
     close(log_normalizer(hidden, head, cap=cap), logits.logsumexp(-1))
     close(log_normalizer(hidden, head, chunk=37, cap=cap), logits.logsumexp(-1))
 

@@ -228,6 +228,7 @@ def test_every_device_has_its_part_of_what_one_device_has(found, models):
             assert split, (name, sizes, kind)
 
 
+@pytest.mark.slow
 def test_only_what_a_process_holds_is_read_and_once(found, models):
     _, results = found
     for (name, sizes), result in results[0].items():

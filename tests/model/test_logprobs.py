@@ -9,7 +9,7 @@ import pytest
 
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture, Layer
-from scir_jax.model.logprobs import log_normalizer, token_logprobs, verdict_logits, verdict_mass
+from scir_jax.model.logprobs import log_normalizer, read_verdicts, token_logprobs, verdict_logits
 
 ROWS, VOCAB, WIDTH = (3, 5), 301, 16
 
@@ -121,8 +121,8 @@ def test_verdict_logits_and_mass():
     probabilities = np.exp(logits - exact_normalizer(hidden, head)[..., None])
     low = jnp.float32(hidden), jnp.float32(head)
     np.testing.assert_allclose(verdict_logits(*low, ids), logits[:, ids], atol=1e-5)
-    np.testing.assert_allclose(verdict_mass(*low, ids), probabilities[:, ids].sum(-1), atol=1e-6)
-    gradient = jax.grad(lambda h, w: verdict_mass(h, w, ids).sum(), (0, 1))(*low)
+    np.testing.assert_allclose(read_verdicts(*low, [ids])[0][1], probabilities[:, ids].sum(-1), atol=1e-6)
+    gradient = jax.grad(lambda h, w: read_verdicts(h, w, [ids])[0][1].sum(), (0, 1))(*low)
     assert not any(np.any(g) for g in gradient)
 
 
@@ -163,7 +163,7 @@ def test_a_judge_step_has_no_array_over_the_vocabulary_but_the_head(tied):
     def judge(params, ids_BT, last_B, verdict_ids):
         hidden_BD = model.hidden(params, ids_BT)[jnp.arange(ids_BT.shape[0]), last_B]
         logits_B2 = verdict_logits(hidden_BD, model.head(params), verdict_ids)
-        mass_B = verdict_mass(hidden_BD, model.head(params), verdict_ids)
+        ((_, mass_B),) = read_verdicts(hidden_BD, model.head(params), [verdict_ids])
         return (logits_B2[:, 0] - logits_B2[:, 1]).sum(), mass_B
 
     ids = jax.ShapeDtypeStruct((4, 12), jnp.int32)

@@ -238,12 +238,9 @@ def _head(arch: Architecture, part: RowGroup, places: int) -> tuple[int, int]:
 
 
 def _mass(arch: Architecture, part: RowGroup) -> int:
-    """Counts the hardware FLOPs of the verdicts' probability mass.
-
-    They are the verdict's logits once more, and the whole vocabulary.
-    """
+    """Counts the hardware FLOPs of the verdicts' probability mass: those of the logits of the whole vocabulary."""
     chunk = min(logprobs.VERDICT_CHUNK, arch.vocab_size)
-    columns = 2 + math.ceil(arch.vocab_size / chunk) * chunk
+    columns = math.ceil(arch.vocab_size / chunk) * chunk
     return 2 * part.rows * arch.hidden_size * columns * part.verdict
 
 
