@@ -210,6 +210,7 @@ def test_a_lost_host_ends_the_others(count, lost, how):
         assert one.err.count(AGAIN) == 1
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_come_together_is_one_sentence():
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -75,6 +75,7 @@ def test_weights_optimiser_gradients_and_cache_are_counted_exactly(programs, wor
     assert (step.optimiser, step.gradients) == (8 * adapters + 4, 4 * adapters)
 
 
+@pytest.mark.slow
 def test_programs_ahead_are_the_programs_of_the_run(world_dir, tiny_config, tmp_path):
     config = tiny_config(world_dir, run=dict(directory=str(tmp_path / "run"), iterations=1, tensorboard=False))
     encoder, inputs, programs, parameters = prepare(config)
@@ -136,6 +137,7 @@ def test_what_the_compiler_finds_too_large_is_refused(world_dir, tiny_config, mo
     checked(programs)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_rematerialisation_need_less(world_dir, tiny_config, only_the_scir_step):
     def need(**overrides):
         batch = dict(batch_size=32, learning_rate=1e-3)

@@ -108,6 +108,7 @@ def test_split_and_join():
     assert lora.split(params, None) == (params, {}) and lora.join(params, {}) == params
 
 
+@pytest.mark.slow
 def test_accumulation_and_rematerialisation_do_not_change_gradients(setup, config):
     def gradients(programs):
         """Jitted (trained, frozen, batch) -> ((loss, (sums, decisions)), gradients)."""

@@ -211,6 +211,7 @@ def test_a_plan_for_a_slice(command, write_config):
         assert text in done.out
 
 
+@pytest.mark.slow
 def test_programs_do_not_grow_with_depth(world_dir, tiny_config):
     run = prepare(tiny_config(world_dir, **SMALL)).programs
 
