@@ -13,7 +13,9 @@ parts=${*:-versions parity repeat step sample iteration}
 sizes=${SIZES:-60m 1b}; sampled=${SAMPLED:-1b}; steps=${STEPS:-6}; longest=${LONGEST:-2048}
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
-export XLA_FLAGS="${XLA_FLAGS:-} ${GPU_FLAGS---xla_gpu_deterministic_ops=true}"
+# XLA takes flags that begin with a blank for the name of a file.
+flags=${GPU_FLAGS---xla_gpu_deterministic_ops=true}
+[ -z "$flags" ] || export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$flags"
 
 versions() {
     python -c "

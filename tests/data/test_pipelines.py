@@ -121,8 +121,11 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("way", [Way(), Way("bins", 120), Way("lengths")], ids=lambda way: way.kind)
-@pytest.mark.parametrize("kind", SHARES)
+@pytest.mark.parametrize(
+    "kind, way",
+    [("parts", Way()), ("apart", Way("lengths")), ("overlapping", Way("bins", 120))],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_shares_of_hosts_make_the_batch(kind, way):
     """Every host makes those rows of the batches that it holds, padding of the last one included."""
 

@@ -86,6 +86,7 @@ OTHER_LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_layout(command, tiny_run, tmp_path, no_stages):
     call, whole, run = (train.main, "--config", tiny_run()), tmp_path / "whole", tmp_path / "run"
     refused(command(*call), "the stages begin")

@@ -87,6 +87,7 @@ def test_methods(method, from_m1, whole):
             assert row["weight"] == pytest.approx(certainty(rows.pairs[row["pair"]]["verdicts"]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_external_labels_of_given_pairs(from_m1, whole, world_dir):
     arguments = ("--config", METHODS / "external.yaml", "--data.pairs", world_dir / "eft.jsonl")
     run = from_m1(*arguments, **BENEATH["external"])
@@ -105,6 +106,7 @@ def test_external_labels_of_given_pairs(from_m1, whole, world_dir):
     assert "generative_accuracy" in values and not {"quality", "length", "label_accuracy"} & values.keys()
 
 
+@pytest.mark.slow
 def test_cream_ranks_responses_with_two_models(from_m1):
     """Best against worst by log pi_1 - log pi_0; the label is the two rankings' agreement, counted pair by pair."""
     run = from_m1("--config", METHODS / "cream.yaml")
@@ -121,6 +123,7 @@ def test_cream_ranks_responses_with_two_models(from_m1):
     assert all(row["label"] == pytest.approx(rows.pairs[0]["label"]) for row in rows.decisions)
 
 
+@pytest.mark.slow
 def test_external_labels_are_awaited(configure, whole, no_page, command, tmp_path):
     run = tmp_path / "run"
     settings = dict(sample=WHOLE["sample"], optimise=WHOLE["optimise"], **BENEATH["external"])

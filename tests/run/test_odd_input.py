@@ -160,6 +160,7 @@ def test_responses_that_are_all_the_same_make_no_pair(command, tiny_run, tmp_pat
 # --- what training can meet -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_selected_pair_is_a_defined_run(command, tiny_run, tmp_path):
     """Without consistency and replay such a step does nothing; M2 is M1 to the bit."""
     config = tiny_run(

@@ -85,6 +85,7 @@ def test_settings(name, from_m1, world_dir, whole):
 # --- parts left out -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_examples_held_out_files_and_grader(configure, tmp_path, command):
     """M1 is M0 to the bit, there is no replay, and the evaluation holds what training itself tells."""
     run = tmp_path / "run"
