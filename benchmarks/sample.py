@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from step import SIZES, alternate, make_case
+from step import SIZES, alternate, make_case, parsed, write_figures
 
 CONTESTANTS = ("transformers", "scir_jax")
 KEYS = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")
@@ -131,12 +131,7 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=512, help="tokens of the longest answer")
     parser.add_argument("--mean", type=int, default=128, help="tokens of an answer in the mean, unless it is cut")
     parser.add_argument("--dtype", default="float32", help="that scir_jax computes in")
-    parser.add_argument("--repeat", type=int, default=1, help="repetitions, one contestant after another")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
-    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(parser, CONTESTANTS, repeat=1)
     if arguments.run:
         run = run_jax if arguments.run == "scir_jax" else run_torch
         result = run(arguments.case, arguments)
@@ -154,8 +149,7 @@ def main() -> int:
                 f"{name:<16}{one['seconds']:>9.1f}{one['answers']:>9}{one['tokens']:>9,}"
                 f"{one['tokens'] / one['seconds']:>10,.0f}{one['used']:>12.0%}{one['peak_gib']:>10.2f}"
             )
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"settings": vars(arguments), "found": found}, default=str, indent=1))
+    write_figures(arguments, found)
     return 0
 
 

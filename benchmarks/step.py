@@ -348,6 +348,22 @@ def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dic
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
+def parsed(parser: argparse.ArgumentParser, contestants: Sequence[str], *, repeat: int) -> argparse.Namespace:
+    """Parses the command line with the options that all comparisons have."""
+    parser.add_argument("--repeat", type=int, default=repeat, help="repetitions, one contestant after another")
+    parser.add_argument("--only", nargs="+", choices=contestants, default=contestants)
+    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--run", choices=contestants, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_figures(arguments: argparse.Namespace, found: dict[str, list[dict]]) -> None:
+    """Writes the JSON file where one is asked for."""
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"settings": vars(arguments), "found": found}, default=str, indent=1))
+
+
 def alternate(script: str, arguments: argparse.Namespace, directory: str, keys: Sequence[str]) -> dict[str, list[dict]]:
     """Runs the contestants one after another and again, each in a process of its own -> the results of each.
 
@@ -381,12 +397,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="of scir_jax's rows; the others compute in float32")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters in scir_jax's rows; 0: full fine-tuning")
     parser.add_argument("--remat", default="none", help="of scir_jax's rows")
-    parser.add_argument("--repeat", type=int, default=2, help="repetitions, one contestant after another")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
-    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(parser, CONTESTANTS, repeat=2)
     if arguments.run:
         print(json.dumps(contestant(arguments.run, arguments.case, arguments)))
         return 0
@@ -410,8 +421,7 @@ def main() -> int:
                 f"{last['real']:>7.0%}{last['loss']:>12.5f}{last.get('mfu', 0):>7.1%}"
                 f"{last.get('table_gib', 0):>10.2f}{last.get('device_gib', 0):>11.2f}"
             )
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"settings": vars(arguments), "found": found}, default=str, indent=1))
+    write_figures(arguments, found)
     return 0
 
 

@@ -7,6 +7,7 @@ same, and a position in the data stays one number.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -232,31 +233,22 @@ class Packing:
         if kind == "off":
             return cls(kind, [bound])
         steps = list(steps)
-        needs = [_bins(step, bin) if kind == "bins" else _total(step) for step in steps]
-        sizes = [need if kind == "lengths" else need[0] * need[1] for need in needs]
-        found = rungs(sizes, SHAPES, SPARE)
         if kind == "lengths":
-            at = [next(i for i, rung in enumerate(found) if rung >= size) for size in sizes]
-            parts = [
-                [cell for step, i in zip(steps, at) if i == number for cell in step] for number in range(len(found))
-            ]
+            sizes = [_total(step) for step in steps]
+            found = rungs(sizes, SHAPES, SPARE)
+            parts: list[list[Rows]] = [[] for _ in found]
+            for step, size in zip(steps, sizes, strict=True):
+                parts[bisect.bisect_left(found, size)].extend(step)
             return cls(kind, [Shape(_lengths(part), *_most(part)) for part in parts], found)
-        groups = [needs[sizes.index(rung)] for rung in found]
-        taken: dict[tuple[int, int], list[Rows]] = {group: [] for group in groups}
-        for step, need in zip(steps, needs, strict=True):
-            fitting = [group for group in taken if _fits(step, *group)]
-            # Fewer tokens hardly ever need more bins; where they do, they have a shape of their own.
-            taken.setdefault(min(fitting, key=math.prod) if fitting else need, []).extend(step)
-        shapes = [Shape((group,), *_most(cells)) for group, cells in taken.items() if cells]
-        shapes.sort(key=lambda shape: shape.tokens)
-        # A step may fit where others were counted.
-        most = [np.max([shape[1:] for shape in shapes[: i + 1]], axis=0).tolist() for i in range(len(shapes))]
-        return cls(kind, [Shape(shape.groups, *counts) for shape, counts in zip(shapes, most, strict=True)], (), bin)
-
-    @property
-    def segmented(self) -> bool:
-        """Whether several rows share a bin."""
-        return self.kind == "bins"
+        needs = [_bins(step, bin) for step in steps]
+        sizes = [math.prod(need) for need in needs]
+        groups = {needs[sizes.index(rung)] for rung in rungs(sizes, SHAPES, SPARE)}
+        # Fewer tokens hardly ever need more bins; a step where they do has a shape of its own.
+        groups |= {need for step, need in zip(steps, needs) if not any(_fits(step, *group) for group in groups)}
+        taken: dict[tuple[int, int], list[Rows]] = {group: [] for group in sorted(groups, key=math.prod)}
+        for step in steps:
+            taken[next(group for group in taken if _fits(step, *group))].extend(step)
+        return cls(kind, [Shape((group,), *_most(cells)) for group, cells in taken.items() if cells], bin=bin)
 
     def shape(self, cells: Sequence[Rows]) -> Shape:
         """Returns the shape of a step of the stage."""
@@ -307,9 +299,15 @@ def _fits(cells: Sequence[Rows], bins: int, tokens: int) -> bool:
 
 
 def _bins(cells: Sequence[Rows], most: int) -> tuple[int, int]:
-    """Finds as few and as short bins, of `most` tokens at the most, as hold each cell of a step."""
+    """Finds as few and as short bins, of `most` tokens at the most, as hold each cell of a step.
+
+    Raises:
+      ValueError: a row is longer than `most`.
+    """
     total = max(_total(cells), 1)
     longest = max((row.tokens for cell in cells for row in cell), default=1)
+    if longest > most:
+        raise ValueError(f"a row of {longest} tokens does not fit into a bin of {most}")
     bins = -(-total // most)
     while True:
         tokens = min(coarse(max(longest, -(-total // bins))), most)
@@ -325,7 +323,8 @@ def _bins(cells: Sequence[Rows], most: int) -> tuple[int, int]:
 def _most(cells: Sequence[Rows]) -> tuple[int, int, int]:
     """Returns the most scored places, answers and verdicts of a cell."""
     scored = max(sum(row.scored for row in cell) for cell in cells)
-    answers, verdicts = (max(sum(row[i] for row in cell) for cell in cells) for i in (3, 4))
+    answers = max(sum(row.answer for row in cell) for cell in cells)
+    verdicts = max(sum(row.verdict for row in cell) for cell in cells)
     return coarse(max(scored, 1)), answers, verdicts
 
 

@@ -15,7 +15,7 @@ from scir_jax.data.batches import Share
 from scir_jax.data.encode import Encoder, Marked
 from scir_jax.data.packing import Dealt, Item, Packing, RowSize, Shape, deal
 from scir_jax.data.pairs import Pair
-from scir_jax.data.steps import TrainSpec
+from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.errors import InputError
 
 
@@ -24,6 +24,11 @@ class Way(NamedTuple):
 
     kind: str = "off"
     bin: int = 0
+
+    @property
+    def segmented(self) -> bool:
+        """Whether several rows share a bin."""
+        return self.kind == "bins"
 
 
 class Batches(NamedTuple):
@@ -131,35 +136,40 @@ def _batches(
     }
     pair_items = [spec.pairs.item(spec.pairs.rows(pair, encoder)) for pair in pairs]
     row_items = {name: [spec.item(name, row) for row in rows[name]] for name, _ in spec.targets}
-    if way.kind == "bins":
+    if way.segmented:
         _check(way, [(item, pair.prompt.where) for item, pair in zip(pair_items, pairs, strict=True)])
         for name, items in row_items.items():
             _check(way, [(item, row.where) for item, row in zip(items, rows[name], strict=True)])
 
-    def supervised(number: int) -> list[tuple[str, int]]:
-        return [
+    def step(number: int) -> _Step:
+        mine = taken(number)
+        beside = [
             (name, int(shuffled[name][place]))
             for name, group in spec.targets
             for place in range(number * group.rows, (number + 1) * group.rows)
         ]
+        items = [() if i is None else pair_items[i] for i in mine] + [row_items[name][i] for name, i in beside]
+        dealt = spec.own(items) if way.kind == "off" else deal(items, len(mine), spec.devices, spec.micro)
+        return _Step(mine, beside, dealt, [[items[i][r] for i, r in cell] for cell in dealt.cells])
 
-    def dealt(number: int) -> tuple[Dealt, list[list[RowSize]]]:
-        """Returns what lies in each cell of a step, and the sizes of its rows."""
-        items = [() if i is None else pair_items[i] for i in taken(number)]
-        pairs_ = len(items)
-        items += [row_items[name][i] for name, i in supervised(number)]
-        found = spec.own(items) if way.kind == "off" else deal(items, pairs_, spec.devices, spec.micro)
-        return found, [[items[i][r] for i, r in cell] for cell in found.cells]
+    packing = Packing.of(way.kind, (step(number).sizes for number in range(steps)), spec.bound, way.bin)
 
-    packing = Packing.of(way.kind, (dealt(number)[1] for number in range(steps)), spec.bound, way.bin)
-
-    def batch(number: int):
-        found, sizes = dealt(number)
-        numbered = [None if i is None else (i, pairs[i]) for i in taken(number)]
-        beside = [(name, rows[name][i]) for name, i in supervised(number)]
-        return spec.batch(packing, packing.shape(sizes), found, numbered, beside, encoder, share)
+    def batch(number: int) -> TrainBatch:
+        mine, beside, dealt, sizes = step(number)
+        numbered = [None if i is None else (i, pairs[i]) for i in mine]
+        supervised = [(name, rows[name][i]) for name, i in beside]
+        return spec.batch(packing, packing.shape(sizes), dealt, numbered, supervised, encoder, share)
 
     return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes)
+
+
+class _Step(NamedTuple):
+    """Numbers of a step's pairs, and of its supervised rows; what lies where; the sizes of each cell's rows."""
+
+    pairs: list[int | None]
+    supervised: list[tuple[str, int]]
+    dealt: Dealt
+    sizes: list[list[RowSize]]
 
 
 def _check(way: Way, items: Sequence[tuple[Item, str]]) -> None:

@@ -219,9 +219,11 @@ class Descriptions:
 
     def _bound(self, spec: TrainSpec) -> Shape:
         """Returns the shape of a step whose rows are all the longest."""
-        if self.way.kind != "bins":
+        if not self.way.segmented:
             return spec.bound
         items = spec.longest
         cells = deal(items, spec.pairs.pairs if spec.pairs else 0, spec.devices, spec.micro).cells
         sizes = [[items[i][r] for i, r in cell] for cell in cells]
-        return Packing.of("bins", [sizes], spec.bound, self.way.bin).shapes[-1]
+        # text.bin_tokens need not hold the longest rows that the limits allow, but those that there are.
+        most = max(self.way.bin, *(group.tokens for group in spec.groups))
+        return Packing.of("bins", [sizes], spec.bound, most).shapes[-1]

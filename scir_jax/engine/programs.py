@@ -113,14 +113,14 @@ class Programs(Descriptions):
     @cached_property
     def sft(self) -> Trainer:
         """The trainer of SFT."""
-        loss = losses.supervised(self.model, segmented=self.way.kind == "bins")
+        loss = losses.supervised(self.model, segmented=self.way.segmented)
         return Trainer(self.config.training, loss, self.model, self.mesh)
 
     @cached_property
     def optimise(self) -> Trainer:
         """The trainer of SCIR training."""
-        segmented = self.way.kind == "bins"
-        loss = losses.scir(self.model, self.config, self.optimise_spec, self.facts.verdict_ids, segmented=segmented)
+        verdict_ids, segmented = self.facts.verdict_ids, self.way.segmented
+        loss = losses.scir(self.model, self.config, self.optimise_spec, verdict_ids, segmented=segmented)
         return Trainer(self.config.training, loss, self.model, self.mesh)
 
     # --- programs ---------------------------------------------------------------------------------------------------

@@ -177,6 +177,12 @@ def _packed(
         items = [*(item(*pairs[i]) for i in rng.choice(len(pairs), spec.pairs.pairs)), *replayed]
         dealt = spec.own(items) if way.kind == "off" else deal(items, spec.pairs.pairs, spec.devices, spec.micro)
         steps.append([[items[i][r] for i, r in cell] for cell in dealt.cells])
+    longest = max(row.tokens for step in steps for cell in step for row in cell)
+    if way.segmented and longest > way.bin:
+        raise InputError(
+            f"text.bin_tokens is {way.bin}, and a row of the stated lengths has {longest} tokens; set it to that at "
+            "least, or to 0"
+        )
     packing = Packing.of(way.kind, steps, spec.bound, way.bin)
     real = sum(row.tokens for step in steps for cell in step for row in cell)
     computed = [packing.shape(step).tokens for step in steps]

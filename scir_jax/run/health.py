@@ -21,7 +21,9 @@ from scir_jax.engine.cost.chips import of_device
 from scir_jax.engine.cost.memory import GIB
 from scir_jax.engine.mesh import check_model, make_mesh
 from scir_jax.errors import InputError
+from scir_jax.model import decoder, lora
 from scir_jax.model.attention import IMPLEMENTATIONS, attention, chosen, refusal
+from scir_jax.run.models import adapters_of
 from scir_jax.run.setup import open_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain")
@@ -175,9 +177,11 @@ def _disk(config: Config) -> tuple[str, str]:
     if not path.is_file():
         return "ok", f"{free / GIB:.1f} GiB are free at {place}"
     arch, _ = open_model(resolve(config))
-    # Trained weights are float32, and a checkpoint has the optimiser's two moments beside them.
-    trained = 4 * arch.parameter_count() if config.lora.rank == 0 else 4 * arch.parameter_count() // 50
-    need = trained * (config.run.iterations + 2 + 3 * config.checkpoint.keep) + 2 * arch.parameter_count()
+    # Trained weights are float32, and a checkpoint has the optimiser's two moments beside them; the export is whole.
+    adapters = adapters_of(config.lora)
+    trained, _ = lora.split(decoder.define(arch, lora=adapters).abstract(), adapters)
+    copies = config.run.iterations + 2 + 3 * config.checkpoint.keep
+    need = 4 * (copies * sum(x.size for x in jax.tree.leaves(trained)) + arch.parameter_count())
     text = f"{free / GIB:.1f} GiB are free at {place}; models and checkpoints of a run take about {need / GIB:.1f}"
     if free < need:
         raise InputError(f"{text}; free some space, or lower checkpoint.keep")

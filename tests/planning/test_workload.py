@@ -78,6 +78,15 @@ def test_shorter_rows_ask_for_less(run):
     assert few == pytest.approx(tokens / (run.slot_spec.slots * 32 * 0.92), abs=1)
 
 
+def test_stated_rows_that_are_longer_than_a_bin(run, tiny_config, world_dir):
+    text = dict(max_prompt_tokens=96, max_response_tokens=80, packing="bins", bin_tokens=40)
+    small = planned(tiny_config(world_dir, text=text), run.arch, run.mesh)
+    # The program of the longest rows is there all the same: real ones may be shorter.
+    assert small._bound(small.optimise_spec).groups[0][1] > 40
+    with pytest.raises(InputError, match=r"^text.bin_tokens is 40, and a row of the stated lengths has \d+ tokens"):
+        workload(small, stated("60:96,50:80", small.config))
+
+
 def test_the_command_takes_lengths_and_programs(command, write_config):
     done = command(plan.main, "--config", write_config(), "--lengths", "9:12,5:9", "--programs", "score,prefill")
     assert done.code == 0
