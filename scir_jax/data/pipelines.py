@@ -5,7 +5,7 @@ Each of several hosts makes only its own rows of a batch: `share` maps a batch's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -136,10 +136,8 @@ def _batches(
     }
     pair_items = [spec.pairs.item(spec.pairs.rows(pair, encoder)) for pair in pairs]
     row_items = {name: [spec.item(name, row) for row in rows[name]] for name, _ in spec.targets}
-    if way.segmented:
-        _check(way, [(item, pair.prompt.where) for item, pair in zip(pair_items, pairs, strict=True)])
-        for name, items in row_items.items():
-            _check(way, [(item, row.where) for item, row in zip(items, rows[name], strict=True)])
+    check_bins(way, ((row.tokens, pair.prompt.where) for pair, item in zip(pairs, pair_items) for row in item))
+    check_bins(way, ((len(row.ids), row.where) for name, _ in spec.targets for row in rows[name]))
 
     def step(number: int) -> _Step:
         mine = taken(number)
@@ -172,10 +170,17 @@ class _Step(NamedTuple):
     sizes: list[list[RowSize]]
 
 
-def _check(way: Way, items: Sequence[tuple[Item, str]]) -> None:
-    """Raises InputError about the first row that is longer than a bin."""
-    for item, where in items:
-        longest = max(row.tokens for row in item)
+def check_bins(way: Way, rows: Iterable[tuple[int, str]]) -> None:
+    """Checks that bins are long enough, where there are some.
+
+    Args:
+      rows: tokens of each row, and where it comes from.
+
+    Raises:
+      InputError: a row is longer than a bin.
+    """
+    if way.segmented:
+        longest, where = max(rows, default=(0, ""))
         if longest > way.bin:
             raise InputError(
                 f"{where or 'a row'}: has a row of {longest} tokens, which does not fit into a bin of text.bin_tokens "

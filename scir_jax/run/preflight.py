@@ -14,6 +14,7 @@ from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data import statistics
 from scir_jax.data.packing import Shape
+from scir_jax.data.pipelines import check_bins
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.memory import GIB, Memory
@@ -49,6 +50,8 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
             "the run stops there until it is present"
         )
     _check_start(config, programs)
+    # Answers are not there yet; what else is learned is.
+    check_bins(programs.way, ((len(row.ids), row.where) for rows in inputs.targets.values() for row in rows))
     console.show(statistics.table(inputs.statistics()))
     inputs.tell_left_out()
     return inputs.to_dict()

@@ -236,5 +236,5 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
 
 def test_a_row_that_is_longer_than_a_bin_is_named():
     parts = dict(replay=dict(ift=3), cached=("start_logps",))
-    with pytest.raises(InputError, match=r"^pairs.jsonl:1: has a row of \d+ tokens, .* text.bin_tokens 20; set it to"):
+    with pytest.raises(InputError, match=r"^pairs.jsonl:\d+: has a row of \d+ tokens, .* text.bin_tokens 20; set it to"):
         batches_of(way=Way("bins", 20), **parts)

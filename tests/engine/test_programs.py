@@ -1,5 +1,6 @@
 """Programs come from one description each: their abstract arguments are those of a run's calls."""
 
+import dataclasses
 import json
 import math
 
@@ -7,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from scir_jax.config.schema import ModelConfig
 from scir_jax.data.pairs import to_row
 from scir_jax.engine.forward import Judged
 from scir_jax.engine.sampler import Samples, stream_key
+from scir_jax.errors import InputError
 from scir_jax.run import sampling, scoring, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.setup import prepare
@@ -134,3 +137,23 @@ def test_abstract_arguments_are_those_of_a_runs_calls(world_dir, tiny_config, tm
         "no judge": {"generative": 1, "implicit": 1},
     }.get(name, {})
     assert set(rows.learned) == {"two templates": {"ift", "eft"}, "no judge": set()}.get(name, {"eft"})
+
+
+def test_rows_are_packed_as_the_attention_allows(world_dir, tiny_config, monkeypatch):
+    """cuDNN's knows no segments; it runs on a GPU, which is not here, but what is decided for it is."""
+
+    def way(attention, **text):
+        programs = prepare(tiny_config(world_dir, text=text)).programs
+        monkeypatch.setattr(programs, "_attention", lambda tokens: attention)
+        return programs
+
+    long = dict(max_prompt_tokens=120, max_response_tokens=60)
+    assert way("xla").way.kind == "off", "rows of up to 128 tokens"
+    assert way("blocks", **long).way.kind == "bins" and way("splash", **long).way.segmented
+    assert way("cudnn", **long).way.kind == "lengths"
+    programs = way("cudnn", packing="bins", bin_tokens=256, **long)
+    assert programs.way.bin == 256, "auto takes blocks for bins"
+    programs = way("cudnn", packing="bins", **long)
+    programs.config = dataclasses.replace(programs.config, model=ModelConfig(attention="cudnn", dtype="bfloat16"))
+    with pytest.raises(InputError, match="text.packing is bins, but model.attention is cudnn, .* lengths or off"):
+        _ = programs.way

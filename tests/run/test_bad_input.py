@@ -293,6 +293,13 @@ def test_settings_that_mean_nothing(values, words, command, tiny_run):
     refused(command(train.main, "--config", tiny_run(**values)), words)
 
 
+def test_a_bin_that_is_shorter_than_a_row(command, tiny_run, tmp_path, world_dir):
+    config = tiny_run(text=dict(packing="bins", bin_tokens=20))
+    words = ("world", ".jsonl:", "which does not fit into a bin of text.bin_tokens 20; set it to ")
+    refused(command(train.main, "--config", config), *words)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_too_few_given_pairs_are_found_before_training(command, tiny_run, world_dir, tmp_path):
     rows = lines(world_dir / "eft.jsonl")
     config = tiny_run(data=dict(pairs=str(write_lines(tmp_path / "few.jsonl", rows[:2]))), run=dict(iterations=3))

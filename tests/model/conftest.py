@@ -1,0 +1,3 @@
+"""Fixtures that the tests of adapters share."""
+
+from tests.model.small_adapters import adapted, models  # noqa: F401
