@@ -14,9 +14,9 @@ pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 def test_lengths_end_with_the_longest():
     assert row_lengths([96]) == [(96,)]
-    assert row_lengths([1024]) == [(128,), (256,), (384,), (512,), (768,), (1024,)]
+    assert row_lengths([1024]) == [(128,), (160,), (232,), (384,), (512,), (1024,)]
     assert row_lengths([256, 1100]) == [
-        (128, 144), (128, 384), (128, 512), (128, 640), (192, 896), (256, 1100)
+        (128, 128), (128, 168), (128, 248), (128, 384), (128, 640), (256, 1100)
     ]  # fmt: skip
 
 
