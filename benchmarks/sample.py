@@ -63,9 +63,9 @@ def run_jax(directory: Path, arguments: argparse.Namespace) -> dict:
         program.compile(programs.mesh)
     decode, places = programs.sampler.decode, []
 
-    def counted(params, slots, key, settings):
+    def counted(params, slots, *settings):
         before, done = np.asarray(slots.lengths).copy(), np.asarray(slots.done).copy()
-        slots, ended = decode(params, slots, key, settings)
+        slots, ended = decode(params, slots, *settings)
         grown = np.where(done, 0, np.asarray(slots.lengths) - before)
         places.append((int(grown.sum()), int(grown.max()) * len(grown)))
         return slots, ended

@@ -29,7 +29,7 @@ from scir_jax.model.hf import weights
 from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
 from tests.fake_cluster import Cluster
-from tests.processes import quick_jit
+from tests.processes import quick_jit, shared_directory
 
 # A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled, and ends at one that
 # it does not know: later versions than these may not.
@@ -121,8 +121,8 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def compiled_directory(tmp_path_factory):
-    """Compiled programs that the tests' runs share."""
-    return tmp_path_factory.mktemp("compiled")
+    """Compiled programs that the tests' runs share, whichever process of pytest compiles them first."""
+    return shared_directory(tmp_path_factory, "compiled")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ LONG_BIN = 4096
 """tokens of a bin on accelerators, unless a row is longer: their attention computes a bin's pairs in parallel, and what
 rows do not see of each other too where it is splash"""
 UNBOUNDED_BIN = 2**20
-ADMISSIONS = 8
+ADMISSIONS = 16
 """in which all slots are filled"""
 
 

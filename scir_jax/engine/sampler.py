@@ -77,8 +77,8 @@ class Sampler:
     Attributes:
       empty: () -> Slots, all of them done.
       admit: (params, Slots, Admission) -> Slots, compiled for each length of prompts; donates the slots.
-      decode: (params, Slots, key, Sampling) -> (Slots, done [M]): the next tokens of each answer, SEGMENT at the most;
-        donates the slots.
+      decode: (params, Slots, key, Sampling, int32) -> (Slots, done [M]): the next tokens of each answer, SEGMENT at the
+        most, or until so many slots are done; donates the slots.
       read: (Slots) -> Samples, whole on every device.
     """
 
@@ -96,7 +96,7 @@ class Sampler:
         self.empty = jax.jit(self._empty, out_shardings=slots)
         self.admit = jax.jit(self._admit, in_shardings=(params, slots, batch), out_shardings=slots, donate_argnums=1)
         self.decode = jax.jit(
-            self._decode, in_shardings=(params, slots, one, one), out_shardings=(slots, one), donate_argnums=1
+            self._decode, in_shardings=(params, slots, one, one, one), out_shardings=(slots, one), donate_argnums=1
         )
         self.read = jax.jit(self._read, in_shardings=(slots,), out_shardings=one)
 
@@ -156,7 +156,9 @@ class Sampler:
             done=put(jnp.bool_(False), slots.done),
         )
 
-    def _decode(self, params: Params, slots: Slots, key: Array, sampling: Sampling) -> tuple[Slots, Array]:
+    def _decode(
+        self, params: Params, slots: Slots, key: Array, sampling: Sampling, until: Array
+    ) -> tuple[Slots, Array]:
         model = self._model
         # Cast once: decoding would otherwise read and cast the float32 weights for every token.
         params = self._cast(params)
@@ -189,8 +191,11 @@ class Sampler:
                 done=s.done | ended_M,
             )
 
-        start = (jnp.zeros((), jnp.int32), slots)
-        _, end = jax.lax.while_loop(lambda carry: (carry[0] < SEGMENT) & ~carry[1].done.all(), body, start)
+        def goes_on(carry: tuple[Array, Slots]) -> Array:
+            step, s = carry
+            return (step < SEGMENT) & (s.done.sum() < until)
+
+        _, end = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), slots))
         return end, end.done
 
     def _read(self, slots: Slots) -> Samples:

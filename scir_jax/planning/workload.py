@@ -22,8 +22,8 @@ PAIRS = 4096
 STEPS = 24
 """that are drawn"""
 NORMAL_95 = 1.6449  # the normal distribution's 95th percentile
-WAITING = 0.92
-"""share of the slots' tokens that are an answer's: a slot waits for the next look, half a segment in the mean"""
+WAITING = 0.9
+"""share of the slots' tokens that are an answer's; the others pass while slots wait for prompts"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _sample(
     while desk.waiting or desk.running:
         while coming := desk.admission():
             slots = sampler.admit(params, slots, put_batch(coming, programs.mesh))
-        slots, ended = sampler.decode(params, slots, key, sampling)
+        slots, ended = sampler.decode(params, slots, key, sampling, np.int32(desk.until))
         finished = [slot for slot, over in enumerate(np.asarray(ended)) if over and slot in desk.running]
         if finished:
             left = desk.leave(finished)
@@ -189,10 +189,23 @@ class _Desk:
     def waiting(self) -> bool:
         return any(self._waiting.values())
 
+    @property
+    def until(self) -> int:
+        """How many free slots are worth a look: those for the prompts of the next admission, all where none waits."""
+        if not self.waiting:
+            return self._spec.slots
+        answers = sum(len(task.answers) for task in islice(self._waiting[self._next], self._spec.prompts))
+        # More than are free now, since they are not enough for some device.
+        return min(max(answers, self._spec.slots - len(self.running) + 1), self._spec.slots)
+
+    @property
+    def _next(self) -> int:
+        """The length of prompts of which most wait."""
+        return max(self._waiting, key=lambda tokens: len(self._waiting[tokens]))
+
     def admission(self):
         """Takes prompts in -> what the sampler is told; None where there is no room for all that a call could take."""
-        spec, together = self._spec, self._spec.prompts // self._spec.devices
-        tokens = max(self._waiting, key=lambda tokens: len(self._waiting[tokens]))
+        spec, together, tokens = self._spec, self._spec.prompts // self._spec.devices, self._next
         queue, coming, room = self._waiting[tokens], [], [len(free) for free in self._free]
         counts = [0] * spec.devices
         for task in islice(queue, spec.prompts):

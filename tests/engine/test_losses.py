@@ -293,6 +293,7 @@ def test_both_layouts_score_answers_alike(make, reference, params):
     np.testing.assert_allclose(found[STANDALONE][0], reference.answer_logps, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_packing_and_accumulation_change_nothing(make, reference, params):
     # Five pairs of eight: with two micro-batches one is padded, with four the last is padding alone.
     rows = file_rows(reference, 1, weighted=True)[:5]

@@ -123,6 +123,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_compiled(programs, monkey
         assert advice in message
 
 
+@pytest.mark.slow
 def test_what_the_compiler_finds_too_large_is_refused(world_dir, tiny_config, monkeypatch, only_the_scir_step):
     programs = prepare(tiny_config(world_dir, lora=dict(rank=2), training=dict(accumulate=2), **ANSWERS_ALONE)).programs
     need = checked(programs)["SCIR step"]
@@ -150,6 +151,7 @@ def test_micro_batches_and_rematerialisation_need_less(world_dir, tiny_config, o
     assert need(model=dict(path=path, remat="full")) < 0.8 * whole
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_leaves_nothing_behind(write_config, command, tmp_path, monkeypatch):
     alone = dict(run=dict(iterations=0), data=dict(heldout_prompts=None, heldout_pairs=None))
     with monkeypatch.context() as patch:

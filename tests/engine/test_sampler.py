@@ -61,7 +61,8 @@ class Small:
         prompts = [(int(number), row[:length]) for number, row, length in zip(index, ids, lengths)]
         answers = {N * i + n: (i, n) for i, number in enumerate(index) if number >= 0 for n in range(N)}
         coming = spec.arrays(ids.shape[1], prompts, answers, PAD)
-        slots, done = sampler.decode(self.params, sampler.admit(self.params, sampler.empty(), coming), key, sampling)
+        slots = sampler.admit(self.params, sampler.empty(), coming)
+        slots, done = sampler.decode(self.params, slots, key, sampling, np.int32(spec.slots))
         assert np.asarray(done).all(), "no answer is longer than a segment"
         tokens, counts, logps = (np.asarray(x) for x in sampler.read(slots))
         return tokens.reshape(-1, N, RESPONSE), counts.reshape(-1, N), logps.reshape(-1, N)

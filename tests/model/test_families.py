@@ -93,7 +93,8 @@ def test_samples_have_the_logprobs_of_transformers(imported, case):
         """The tokens [B, R], their summed log-probabilities [B], and those of all tokens in transformers [B, R, V]."""
         setting = Sampling.of(temperature)
         slots = sampler.admit(here.params, sampler.empty(), coming)
-        samples = sampler.read(sampler.decode(here.params, slots, stream_key(0, "responses", 1), setting)[0])
+        key, until = stream_key(0, "responses", 1), np.int32(len(PROMPTS))
+        samples = sampler.read(sampler.decode(here.params, slots, key, setting, until)[0])
         assert (np.asarray(samples.lengths) == RESPONSE).all()
         tokens_BR = np.asarray(samples.ids)
         rows = np.pad(prompts_BP, [(0, 0), (0, RESPONSE)])

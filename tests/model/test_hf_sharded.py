@@ -249,6 +249,7 @@ def test_only_what_a_process_holds_is_read_and_once(found, models):
             assert 0.45 < result["model", "read"] / stored["model"] < 0.75
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_what_one_device_writes(found, models, tmp_path):
     directory, results = found
     for number, (name, sizes) in enumerate(results[0]):
@@ -266,6 +267,7 @@ def test_the_first_process_writes_what_one_device_writes(found, models, tmp_path
             assert list((directory / str(process) / place).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_of_the_writer_is_raised_there_and_nobody_waits(found):
     _, results = found
     for first, *others in zip(*(process.values() for process in results), strict=True):

@@ -168,9 +168,9 @@ def test_slots_are_full_and_nothing_compiles_again(stage, whole, tmp_path, monke
     used = []
     decode = stage.programs.sampler.decode
 
-    def counted(params, slots, key, settings):
+    def counted(params, slots, *settings):
         before = np.asarray(slots.lengths).copy(), np.asarray(slots.done).copy()
-        slots, done = decode(params, slots, key, settings)
+        slots, done = decode(params, slots, *settings)
         grown = np.where(before[1], 0, np.asarray(slots.lengths) - before[0])
         used.append((grown.sum(), grown.max() * len(grown)))
         return slots, done
