@@ -24,7 +24,7 @@ from scir_jax.engine.sampler import stream_key
 from scir_jax.method.objective import Sums, divide
 from scir_jax.model import lora
 from scir_jax.model.decoder import Model, Params
-from scir_jax.model.layers import restarting
+from scir_jax.model.segments import spans
 
 Array = jax.Array
 
@@ -199,7 +199,7 @@ class Trainer:
         seen = {window: jnp.zeros((), jnp.float32) for window in windows}
         tokens = jnp.zeros((), jnp.float32)
         for segments_BT in batch.rows.segments:
-            real_BT, before_BT = segments_BT > 0, restarting(segments_BT) + 1
+            real_BT, before_BT = segments_BT > 0, spans(segments_BT).positions + 1
             tokens += real_BT.sum(dtype=jnp.float32)
             for window in windows:
                 visible_BT = before_BT if window is None else jnp.minimum(before_BT, window)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from scir_jax.model.blocks import CPU_BLOCK, blockwise
+from scir_jax.model.segments import spans, visible
 from scir_jax.model.sharding import Layout
 from scir_jax.model.splash import splash
 
@@ -46,8 +47,8 @@ def attention(
       q_BTHd: queries, H a multiple of K.
       k_BSKd, v_BSKd: keys and values, of the queries' dtype.
       positions_B: int32, or None.
-      segments_BT: int32, or None. A query sees only keys with its own number, all of which lie behind one another; not
-        in cuDNN, nor with `positions_B`.
+      segments_BT: int32, or None: what a query sees besides, see scir_jax.model.segments; not in cuDNN, nor with
+        `positions_B`. Splash takes no branches.
       window: with a sliding window, a query sees only its own place and the window - 1 before it.
       scale: of the scores; d ** -0.5 by default.
       cap: scores become cap * tanh(scores / cap); not in cuDNN.
@@ -113,11 +114,15 @@ def attention(
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
-    behind_TT = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
-    visible = behind_TT >= 0 if window is None else (behind_TT >= 0) & (behind_TT < window)
+    queries_T1, keys_T = jnp.arange(tokens)[:, None], jnp.arange(tokens)
     if segments_BT is not None:
-        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None, None]
-    return _xla(q_BTHd, k_BSKd, v_BSKd, visible, scale, cap)
+        of = jax.tree.map(lambda x: x[:, None, None, :, None], spans(segments_BT))
+        seen = visible(of, queries_T1, keys_T, window)
+    else:
+        seen = keys_T <= queries_T1
+        if window is not None:
+            seen &= keys_T > queries_T1 - window
+    return _xla(q_BTHd, k_BSKd, v_BSKd, seen, scale, cap)
 
 
 def _on_devices(

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scir_jax.model.segments import Spans, reach, spans, visible
+
 Array = jax.Array
 BLOCKS = (256, 192, 128)
 # A CPU's caches are small, and short segments leave more small blocks empty than large ones.
@@ -60,7 +62,7 @@ def blockwise(
     """Computes causal attention on one device, as scir_jax.model.attention describes it.
 
     Args:
-      segments_BT: int32; the places of a segment lie behind one another.
+      segments_BT: int32, as in scir_jax.model.segments.
 
     Returns:
       [B, T, H, d] in the queries' dtype.
@@ -78,57 +80,53 @@ def blockwise(
         x = jnp.pad(x_BTHd, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(batch, number, block, kv_heads, -1, dim)
         return x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, number, kv_heads, -1, dim)
 
-    first_BT = last_BT = None
+    sight = None
     if segments_BT is not None:
-        segments_BT = jnp.pad(segments_BT, ((0, 0), (0, spare)), mode="edge")
-        first_BT, last_BT = ends(segments_BT)
+        of = spans(jnp.pad(segments_BT, ((0, 0), (0, spare)), mode="edge"))
+        sight = Sight(of, *reach(of, window))
     blocks = (blocked(q_BTHd), blocked(k_BTKd), blocked(v_BTKd))
     if segments_BT is not None and backend == "cpu" and batch > 1:
         # One row after another: each skips the blocks that its own segments leave empty.
-        mixed = jax.lax.map(
-            lambda row: _attend(settings, *jax.tree.map(lambda x: x[None], row))[0], (*blocks, first_BT, last_BT)
-        )
+        mixed = jax.lax.map(lambda row: _attend(settings, *jax.tree.map(lambda x: x[None], row))[0], (*blocks, sight))
     else:
-        mixed = _attend(settings, *blocks, first_BT, last_BT)
+        mixed = _attend(settings, *blocks, sight)
     mixed = mixed.reshape(batch, number, kv_heads, heads // kv_heads, block, dim).transpose(0, 1, 4, 2, 3, 5)
     return mixed.reshape(batch, number * block, heads, dim)[:, :tokens]
 
 
-def ends(segments_BT: Array) -> tuple[Array, Array]:
-    """Returns the first and the last place of the segment that each place is in, [B, T] int32."""
-    places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-    changes = segments_BT[:, 1:] != segments_BT[:, :-1]
-    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
-    first_BT = jax.lax.cummax(jnp.where(first, places_T, 0), axis=1)
-    last_BT = jax.lax.cummin(jnp.where(last, places_T, segments_BT.shape[1]), axis=1, reverse=True)
-    return first_BT, last_BT
+class Sight(NamedTuple):
+    """What the queries of each place see in their segments, and how far at the most; [B, T] int32."""
+
+    of: Spans
+    lowest: Array
+    highest: Array
 
 
-def _seen(settings: Settings, i: Array, first_BT: Array | None) -> Array:
+def _seen(settings: Settings, i: Array, sight: Sight | None) -> Array:
     """Returns the first block of keys that the queries of block i see; the last is i."""
-    least = jnp.zeros((), jnp.int32)
-    if settings.window is not None:
-        least = jnp.maximum(least, (i * settings.block - settings.window + 1) // settings.block)
-    if first_BT is not None:
-        # Segments lie behind one another, so that the block's first query looks back furthest.
-        least = jnp.maximum(least, first_BT[:, i * settings.block].min() // settings.block)
-    return least
+    if sight is not None:
+        return _part(settings, sight.lowest, i).min() // settings.block
+    if settings.window is None:
+        return jnp.zeros((), jnp.int32)
+    return jnp.maximum(0, (i * settings.block - settings.window + 1) // settings.block)
 
 
-def _seeing(settings: Settings, j: Array, number: int, last_BT: Array | None) -> Array:
+def _seeing(settings: Settings, j: Array, number: int, sight: Sight | None) -> Array:
     """Returns the block behind the last one whose queries see the keys of block j; the first is j."""
+    if sight is not None:
+        return _part(settings, sight.highest, j).max() // settings.block + 1
     end = jnp.full((), number, jnp.int32)
-    behind = (j + 1) * settings.block - 1
-    if settings.window is not None:
-        end = jnp.minimum(end, (behind + settings.window - 1) // settings.block + 1)
-    if last_BT is not None:
-        end = jnp.minimum(end, last_BT[:, behind].max() // settings.block + 1)
-    return end
+    if settings.window is None:
+        return end
+    return jnp.minimum(end, ((j + 1) * settings.block + settings.window - 2) // settings.block + 1)
+
+
+def _part(settings: Settings, values_BT: Array, block: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(values_BT, block * settings.block, settings.block, axis=1)
 
 
 def _scores(
-    settings: Settings, i: Array, j: Array, q_BKRd: Array, k_BKSd: Array, first_BT: Array | None
+    settings: Settings, i: Array, j: Array, q_BKRd: Array, k_BKSd: Array, sight: Sight | None
 ) -> tuple[Array, Array]:
     """Computes one block of scores [B, K, G, S, S], and which of its pairs are visible (broadcasts to it)."""
     block = settings.block
@@ -138,21 +136,21 @@ def _scores(
         scores = settings.cap * jnp.tanh(scores / settings.cap)
     places_S = jnp.arange(block)
     queries, keys = i * block + places_S[:, None], j * block + places_S
-    visible = keys <= queries
+    if sight is not None:
+        of = jax.tree.map(lambda x: _part(settings, x, i)[:, None, None, :, None], sight.of)
+        return scores, visible(of, queries, keys, settings.window)
+    seen = keys <= queries
     if settings.window is not None:
-        visible &= keys > queries - settings.window
-    if first_BT is not None:
-        first_BS = jax.lax.dynamic_slice_in_dim(first_BT, i * block, block, axis=1)
-        visible = visible & (keys >= first_BS[:, None, None, :, None])
-    return scores, visible
+        seen &= keys > queries - settings.window
+    return scores, seen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT) -> Array:
-    return _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT)[0]
+def _attend(settings, q_BNKRd, k_BNKSd, v_BNKSd, sight) -> Array:
+    return _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, sight)[0]
 
 
-def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT):
+def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, sight):
     batch, number, kv_heads, rows, dim = q_BNKRd.shape
     block = settings.block
     shape = (batch, kv_heads, rows // block, block)
@@ -164,9 +162,9 @@ def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT):
             maximum, total, mixed_BKRd = state
             k_BKSd = jax.lax.dynamic_index_in_dim(k_BNKSd, j, 1, keepdims=False)
             v_BKSd = jax.lax.dynamic_index_in_dim(v_BNKSd, j, 1, keepdims=False)
-            scores, visible = _scores(settings, i, j, q_BKRd, k_BKSd, first_BT)
-            new = jnp.maximum(maximum, jnp.where(visible, scores, _LOWEST).max(axis=-1))
-            weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0)
+            scores, seen = _scores(settings, i, j, q_BKRd, k_BKSd, sight)
+            new = jnp.maximum(maximum, jnp.where(seen, scores, _LOWEST).max(axis=-1))
+            weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
             shrink = jnp.exp(maximum - new)
             total = total * shrink + weights.sum(axis=-1)
             weights = weights.reshape(batch, kv_heads, rows, block).astype(v_BKSd.dtype)
@@ -178,17 +176,17 @@ def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT):
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((batch, kv_heads, rows, dim), jnp.float32),
         )
-        maximum, total, mixed = jax.lax.fori_loop(_seen(settings, i, first_BT), i + 1, keys, start)
+        maximum, total, mixed = jax.lax.fori_loop(_seen(settings, i, sight), i + 1, keys, start)
         mixed = mixed / total.reshape(batch, kv_heads, rows, 1)
         return carry, (mixed.astype(q_BNKRd.dtype), maximum + jnp.log(total))
 
     _, (mixed_NBKRd, normalizer_NBKGS) = jax.lax.scan(queries, None, jnp.arange(number, dtype=jnp.int32))
     mixed_BNKRd = jnp.moveaxis(mixed_NBKRd, 0, 1)
-    return mixed_BNKRd, (q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT, mixed_BNKRd, normalizer_NBKGS)
+    return mixed_BNKRd, (q_BNKRd, k_BNKSd, v_BNKSd, sight, mixed_BNKRd, normalizer_NBKGS)
 
 
 def _backward(settings, saved, cotangent_BNKRd):
-    q_BNKRd, k_BNKSd, v_BNKSd, first_BT, last_BT, mixed_BNKRd, normalizer_NBKGS = saved
+    q_BNKRd, k_BNKSd, v_BNKSd, sight, mixed_BNKRd, normalizer_NBKGS = saved
     batch, number, kv_heads, rows, dim = q_BNKRd.shape
     dtype = q_BNKRd.dtype
     # The softmax's own term: sum over keys of a weight times its gradient.
@@ -203,8 +201,8 @@ def _backward(settings, saved, cotangent_BNKRd):
             q_BKRd = jax.lax.dynamic_index_in_dim(q_BNKRd, i, 1, keepdims=False)
             cotangent_BKRd = jax.lax.dynamic_index_in_dim(cotangent_BNKRd, i, 1, keepdims=False)
             inner_BKR = jax.lax.dynamic_index_in_dim(inner_BNKR, i, 1, keepdims=False)
-            scores, visible = _scores(settings, i, j, q_BKRd, k_BKSd, first_BT)
-            weights = jnp.where(visible, jnp.exp(scores - normalizer_NBKGS[i][..., None]), 0)
+            scores, seen = _scores(settings, i, j, q_BKRd, k_BKSd, sight)
+            weights = jnp.where(seen, jnp.exp(scores - normalizer_NBKGS[i][..., None]), 0)
             dweights = jnp.einsum("bkrd,bksd->bkrs", cotangent_BKRd, v_BKSd, preferred_element_type=jnp.float32)
             dscores = weights * (dweights - inner_BKR[..., None]).reshape(weights.shape)
             if settings.cap is not None:
@@ -220,15 +218,15 @@ def _backward(settings, saved, cotangent_BNKRd):
             return dq_NBKRd.at[i].add(product("bkrs,bksd->bkrd", dscores, k_BKSd)), dk_BKSd, dv_BKSd
 
         zeros = jnp.zeros(k_BKSd.shape, jnp.float32)
-        end = _seeing(settings, j, number, last_BT)
+        end = _seeing(settings, j, number, sight)
         dq_NBKRd, dk_BKSd, dv_BKSd = jax.lax.fori_loop(j, end, queries, (dq_NBKRd, zeros, zeros))
         return dq_NBKRd, (dk_BKSd.astype(dtype), dv_BKSd.astype(dtype))
 
     dq_NBKRd = jnp.zeros((number, batch, kv_heads, rows, dim), jnp.float32)
     dq_NBKRd, (dk_NBKSd, dv_NBKSd) = jax.lax.scan(keys, dq_NBKRd, jnp.arange(number, dtype=jnp.int32))
-    none = None if first_BT is None else np.zeros(first_BT.shape, jax.dtypes.float0)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), sight)
     dq, dk, dv = (jnp.moveaxis(x, 0, 1) for x in (dq_NBKRd.astype(dtype), dk_NBKSd, dv_NBKSd))
-    return dq, dk, dv, none, none
+    return dq, dk, dv, none
 
 
 _attend.defvjp(_forward, _backward)

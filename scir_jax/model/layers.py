@@ -21,9 +21,9 @@ from flax import nnx
 
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import attention
-from scir_jax.model.blocks import ends
 from scir_jax.model.cached import BLOCK, over_cache
 from scir_jax.model.lora import Lora
+from scir_jax.model.segments import spans
 from scir_jax.model.sharding import Layout
 
 Kept = Callable[[float, tuple[int, ...]], jax.Array]  # Groups.kept with its key: (share, input axes) -> mask
@@ -281,8 +281,8 @@ class Groups:
     Attributes:
       shapes: (B, T) of each group.
       parts: P, the parts into which the rows of every group are split over devices.
-      segments: of each group [B, T] int32, where its rows hold several rows of their own behind one another: a token
-        sees those with its own number, and positions start anew with each. None: they hold one each.
+      segments: of each group [B, T] int32, where its rows hold several rows of their own, see scir_jax.model.segments:
+        positions start anew with each. None: they hold one each.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -314,14 +314,8 @@ class Groups:
     def positions(self) -> jax.Array:
         """Returns the position of every token place in its row, [1 or P, N] int32."""
         if self.segments is not None:
-            return self.pack([restarting(which) for which in self.segments])
+            return self.pack([spans(which).positions for which in self.segments])
         return jnp.concatenate([jnp.tile(jnp.arange(tokens), rows // self.parts) for rows, tokens in self.shapes])[None]
-
-
-def restarting(segments_BT: jax.Array) -> jax.Array:
-    """Returns how many places before each one have its own number, [B, T] int32."""
-    first_BT, _ = ends(segments_BT)
-    return jnp.arange(segments_BT.shape[1], dtype=jnp.int32) - first_BT
 
 
 class Decoder(nnx.Module):
