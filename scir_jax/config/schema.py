@@ -168,6 +168,9 @@ class TextConfig:
     and these limits allow; auto: off for rows of up to 128 tokens, lengths with cuDNN attention, else bins"""
     bin_tokens: int = 0
     """of a bin at the most; 0: 4096 on accelerators or the longest row, no limit on a CPU"""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """a pair's rows that begin alike, with its prompt, share what is computed of it; in bins with blocks or xla attention;
+    auto: where that makes a stage's steps shorter"""
 
 
 @dataclass(frozen=True)

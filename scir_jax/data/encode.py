@@ -23,7 +23,8 @@ class Row(NamedTuple):
 
     Attributes:
       ids: token ids.
-      start, length: place and number of the scored tokens.
+      start: tokens before the first answer.
+      length: number of the scored tokens, which begin there.
       judged: the last token's hidden state predicts a verdict.
     """
 
@@ -183,7 +184,7 @@ class Encoder:
         )
         if judge.template.layout == "continuation":
             return Row(ids, len(prompt.ids), len(a.ids), judged=True)
-        return Row(ids, judged=True)
+        return Row(ids, judge.opening(len(prompt.quote)), judged=True)
 
     def answer_rows(self, pair: Pair) -> tuple[Row, Row]:
         """Returns the rows of both answers, each behind the prompt."""

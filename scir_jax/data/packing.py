@@ -23,21 +23,23 @@ LENGTHS = 4
 
 
 class RowSize(NamedTuple):
-    """What is known of a row where it is laid out.
+    """What is known of a row, or of rows that share their beginning, where they are laid out.
 
     Attributes:
       kind: rows of one kind go through the model together where nothing is packed.
       tokens: its length.
       scored: its places at which the vocabulary's logits are taken.
-      answer: it holds an answer of a pair, which is scored.
-      verdict: a verdict is read off it.
+      answers: answers of a pair that it holds and that are scored.
+      verdicts: that are read off it.
+      rows: that lie in it.
     """
 
     kind: int
     tokens: int
     scored: int = 0
-    answer: bool = False
-    verdict: bool = False
+    answers: int = 0
+    verdicts: int = 0
+    rows: int = 1
 
 
 Rows = Sequence[RowSize]
@@ -53,8 +55,8 @@ class Shape(NamedTuple):
     Attributes:
       groups: (bins, tokens of a bin) of each group of bins.
       scored: places at which the vocabulary's logits are taken.
-      answers: rows with an answer.
-      verdicts: rows off which a verdict is read.
+      answers: that are scored.
+      verdicts: that are read.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -85,6 +87,12 @@ class Dealt(NamedTuple):
 
     pairs: list[list[int]]
     cells: list[list[Number]]
+
+
+def rows_of(item: Item, number: int) -> range:
+    """Returns which of an item's rows lie in the one of this number."""
+    first = sum(size.rows for size in item[:number])
+    return range(first, first + item[number].rows)
 
 
 def deal(items: Sequence[Item], pairs: int, devices: int, micro: int) -> Dealt:
@@ -323,8 +331,8 @@ def _bins(cells: Sequence[Rows], most: int) -> tuple[int, int]:
 def _most(cells: Sequence[Rows]) -> tuple[int, int, int]:
     """Returns the most scored places, answers and verdicts of a cell."""
     scored = max(sum(row.scored for row in cell) for cell in cells)
-    answers = max(sum(row.answer for row in cell) for cell in cells)
-    verdicts = max(sum(row.verdict for row in cell) for cell in cells)
+    answers = max(sum(row.answers for row in cell) for cell in cells)
+    verdicts = max(sum(row.verdicts for row in cell) for cell in cells)
     return coarse(max(scored, 1)), answers, verdicts
 
 

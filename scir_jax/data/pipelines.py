@@ -12,18 +12,26 @@ import grain
 import numpy as np
 
 from scir_jax.data.batches import Share
+from scir_jax.data.bins import Laid
 from scir_jax.data.encode import Encoder, Marked
-from scir_jax.data.packing import Dealt, Packing, RowSize, Shape, deal
+from scir_jax.data.packing import SPARE, Dealt, Item, Packing, RowSize, Shape, deal
 from scir_jax.data.pairs import Pair
 from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.errors import InputError
 
 
 class Way(NamedTuple):
-    """How rows are packed: the kind of a scir_jax.data.packing.Packing, and the most tokens of a bin."""
+    """How rows are packed.
+
+    Attributes:
+      kind: of a scir_jax.data.packing.Packing.
+      bin: the most tokens of a bin.
+      share: rows of a pair that begin alike lie together: "never", "always", or "auto", where it makes steps shorter.
+    """
 
     kind: str = "off"
     bin: int = 0
+    share: str = "never"
 
     @property
     def segmented(self) -> bool:
@@ -134,38 +142,60 @@ def _batches(
         name: grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
         for name, _ in spec.targets
     }
-    pair_items = [spec.pairs.item(spec.pairs.rows(pair, encoder)) for pair in pairs]
-    row_items = {name: [spec.item(name, row) for row in rows[name]] for name, _ in spec.targets}
-    check_bins(way, ((row.tokens, pair.prompt.where) for pair, item in zip(pairs, pair_items) for row in item))
+    row_items = {name: [(spec.laid(name, row).size,) for row in rows[name]] for name, _ in spec.targets}
+    check_bins(
+        way,
+        ((len(row.ids), pair.prompt.where) for pair in pairs for two in spec.pairs.rows(pair, encoder) for row in two),
+    )
     check_bins(way, ((len(row.ids), row.where) for name, _ in spec.targets for row in rows[name]))
 
-    def step(number: int) -> _Step:
-        mine = taken(number)
-        beside = [
-            (name, int(shuffled[name][place]))
-            for name, group in spec.targets
-            for place in range(number * group.rows, (number + 1) * group.rows)
-        ]
-        items = [() if i is None else pair_items[i] for i in mine] + [row_items[name][i] for name, i in beside]
-        dealt = spec.own(items) if way.kind == "off" else deal(items, len(mine), spec.devices, spec.micro)
-        return _Step(mine, beside, dealt, [[items[i][r] for i, r in cell] for cell in dealt.cells])
+    def planned(most: int) -> tuple[Packing, Callable[[int], _Step], int]:
+        """Lays the stage out, where rows of up to `most` tokens share their beginning -> also the tokens of all steps."""
+        pair_items = [tuple(one.size for one in spec.pairs.laid(pair, encoder, most)) for pair in pairs]
 
-    packing = Packing.of(way.kind, (step(number).sizes for number in range(steps)), spec.bound, way.bin)
+        def step(number: int) -> _Step:
+            mine = taken(number)
+            beside = [
+                (name, int(shuffled[name][place]))
+                for name, group in spec.targets
+                for place in range(number * group.rows, (number + 1) * group.rows)
+            ]
+            items = [() if i is None else pair_items[i] for i in mine] + [row_items[name][i] for name, i in beside]
+            dealt = spec.own(items) if way.kind == "off" else deal(items, len(mine), spec.devices, spec.micro)
+            return _Step(mine, beside, items, dealt, [[items[i][r] for i, r in cell] for cell in dealt.cells])
+
+        sizes = [step(number).sizes for number in range(steps)]
+        packing = Packing.of(way.kind, sizes, spec.bound, way.bin)
+        return packing, step, sum(packing.shape(cells).tokens for cells in sizes)
+
+    most = 0
+    packing, step, tokens = planned(most)
+    if pairs and way.share != "never":
+        shorter = planned(way.bin)
+        if way.share == "always" or shorter[2] < (1 - SPARE) * tokens:
+            most, (packing, step, _) = way.bin, shorter
 
     def batch(number: int) -> TrainBatch:
-        mine, beside, dealt, sizes = step(number)
+        mine, beside, items, dealt, sizes = step(number)
+
+        def laid(item: int) -> Sequence[Laid]:
+            if item < len(mine):
+                return spec.pairs.laid(pairs[mine[item]], encoder, most)
+            name, i = beside[item - len(mine)]
+            return [spec.laid(name, rows[name][i])]
+
         numbered = [None if i is None else (i, pairs[i]) for i in mine]
-        supervised = [(name, rows[name][i]) for name, i in beside]
-        return spec.batch(packing, packing.shape(sizes), dealt, numbered, supervised, encoder, share)
+        return spec.batch(packing, packing.shape(sizes), dealt, items, laid, numbered, encoder.chat.pad_id, share)
 
     return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes)
 
 
 class _Step(NamedTuple):
-    """Numbers of a step's pairs, and of its supervised rows; what lies where; the sizes of each cell's rows."""
+    """Numbers of a step's pairs, and of its supervised rows; their sizes; what lies where; the sizes in each cell."""
 
     pairs: list[int | None]
     supervised: list[tuple[str, int]]
+    items: list[Item]
     dealt: Dealt
     sizes: list[list[RowSize]]
 

@@ -1,4 +1,4 @@
-"""What a training step takes: pairs and supervised rows, laid out in the bins of scir_jax.data.packing.
+"""What a training step takes: pairs and supervised rows, in the bins of scir_jax.data.bins.
 
 Axes: C cells (one for each device and micro-batch), T tokens of a bin, A scored places, K answers and V verdicts of a
 cell, P pairs, 2 the answers of a pair (or the orders in which a judge is shown them), G templates that are asked, R
@@ -8,41 +8,18 @@ columns of a reward model, S single verdicts. A place of a cell counts its bins'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from scir_jax.data.batches import RowGroup, Share
+from scir_jax.data.bins import BinRows, Laid, fill
 from scir_jax.data.encode import Encoder, Lengths, Marked, Row
-from scir_jax.data.packing import Dealt, Item, Number, Packing, RowSize, Shape
+from scir_jax.data.packing import Dealt, Item, Number, Packing, RowSize, Shape, rows_of
 from scir_jax.data.pairs import Pair
 from scir_jax.errors import InputError
-
-
-class BinRows(NamedTuple):
-    """Rows in bins.
-
-    Attributes:
-      ids: of each group of bins [C bins, T] int32.
-      segments: the same shapes, int32: numbers that tell the rows of a bin apart; 0: nothing is there.
-      places: [C, A] int32, places of the hidden states that predict the scored tokens.
-      targets: [C, A] int32, the scored tokens.
-      learned: supervised part -> [C, A] bool, which of them it learns.
-      first: [C, K] int32, number of each answer's first token among the scored places.
-      length: [C, K] int32, tokens of each answer; 0: none.
-      verdict: [C, V] int32, places whose hidden states predict verdicts.
-    """
-
-    ids: tuple[np.ndarray, ...]
-    segments: tuple[np.ndarray, ...]
-    places: np.ndarray
-    targets: np.ndarray
-    learned: dict[str, np.ndarray]
-    first: np.ndarray
-    length: np.ndarray
-    verdict: np.ndarray
 
 
 class PairBatch(NamedTuple):
@@ -80,10 +57,6 @@ class TrainBatch(NamedTuple):
 
     rows: BinRows
     pairs: PairBatch | None
-
-
-Supervised = list[tuple[str, Marked]]
-"""the supervised rows of a step: name of the part, and row"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +114,18 @@ class PairSpec:
         answers = encoder.judge_rows(encoder.judges[0], pair) if self.answers.verdict else encoder.answer_rows(pair)
         return [answers, *(encoder.judge_rows(judge, pair) for judge in judges)]
 
-    def item(self, rows: Sequence[Sequence[Row]]) -> Item:
-        """Returns the sizes of a pair's `rows`."""
-        return tuple(
-            RowSize(kind, len(row.ids), 0 if kind else row.length, not kind, row.judged)
-            for kind, both in enumerate(rows)
-            for row in both
-        )
+    def laid(self, pair: Pair, encoder: Encoder, most: int = 0) -> list[Laid]:
+        """Returns a pair's `rows` as they lie in bins.
+
+        Args:
+          most: the two rows of a group share their beginning where they have one and so many tokens hold both; 0: never.
+        """
+        found = []
+        for kind, both in enumerate(self.rows(pair, encoder)):
+            one = Laid.of(kind, both)
+            alone = one.shared == 0 or one.size.tokens > most
+            found += [Laid.of(kind, [row]) for row in both] if alone else [one]
+        return found
 
     def known(self, pair: Pair) -> dict[str, Any]:
         """Returns the parts of a PairBatch that a pair brings with it.
@@ -243,16 +221,18 @@ class TrainSpec:
         found = []
         for _ in range(self.pairs.pairs if self.pairs else 0):
             rows = enumerate(self.pairs.groups)
-            found.append(tuple(RowSize(k, g.tokens, g.scored, not k, g.verdict) for k, g in rows for _ in range(2)))
+            found.append(
+                tuple(RowSize(k, g.tokens, g.scored, int(not k), int(g.verdict)) for k, g in rows for _ in range(2))
+            )
         first = len(self.pairs.groups) if self.pairs else 0
         for kind, (_, group) in enumerate(self.targets, first):
             found += [(RowSize(kind, group.tokens, group.scored),)] * group.rows
         return found
 
-    def item(self, name: str, row: Marked) -> Item:
-        """Returns the size of a supervised row."""
+    def laid(self, name: str, row: Marked) -> Laid:
+        """Returns a supervised row as it lies in bins."""
         kind = len(self.pairs.groups if self.pairs else ()) + [name for name, _ in self.targets].index(name)
-        return (RowSize(kind, len(row.ids), sum(row.marks[1:])),)
+        return Laid(kind, (row.ids,), (tuple(np.flatnonzero(row.marks[1:]) + 1),), part=name)
 
     def numbers(self, each: int) -> np.ndarray:
         """Returns where the rows of cells stand in an array that has `each` rows of a cell, [C, each]."""
@@ -264,33 +244,39 @@ class TrainSpec:
         packing: Packing,
         shape: Shape,
         dealt: Dealt,
+        items: Sequence[Item],
+        laid: Callable[[int], Sequence[Laid]],
         pairs: Sequence[tuple[int, Pair] | None],
-        targets: Supervised,
-        encoder: Encoder,
+        pad_id: int,
         share: Share = np.arange,
     ) -> TrainBatch:
         """Returns this host's part of a batch.
 
         Args:
           dealt: what lies where; items are the pairs, and the supervised rows behind them.
+          items: sizes of the whole batch's items.
+          laid: number of an item -> its rows; called for those that this host holds.
           pairs: numbered pairs of the whole batch, None where it is not full.
-          targets: supervised rows of the whole batch.
           share: says which rows of an array are this host's.
 
         Raises:
           InputError: a pair lacks a cached value, a frozen logit or a verdict.
         """
         mine = list(map(int, share(self.cells)))
-        made = [self._cell(packing, shape, dealt.cells[cell], pairs, targets, encoder) for cell in mine]
+        parts = [name for name, _ in self.targets]
+        rows = []
+        for cell in mine:
+            made = {i: laid(i) for i in dict(dealt.cells[cell])}
+            rows.append(fill(packing, shape, [made[i][r] for i, r in dealt.cells[cell]], parts, pad_id))
         if self.pairs is None:
-            return TrainBatch(self._laid(mine, made), None)
-        answers, verdicts = self._readings(shape, dealt, len(pairs))
-        parts = []
+            return TrainBatch(self._laid(mine, rows), None)
+        answers, verdicts = self._readings(shape, dealt, items)
+        found = []
         for cell in mine:
             device, part = divmod(cell, self.micro)
             numbers = dealt.pairs[part][device * self._each : (device + 1) * self._each]
-            parts.append(_stack([self._pair(number, pairs[number], answers, verdicts) for number in numbers]))
-        return TrainBatch(self._laid(mine, made), self._laid(mine, parts))
+            found.append(_stack([self._pair(number, pairs[number], answers, verdicts) for number in numbers]))
+        return TrainBatch(self._laid(mine, rows), self._laid(mine, found))
 
     def _laid(self, cells: Sequence[int], parts: Sequence[Any]) -> Any:
         """Puts the rows of this host's cells where they stand."""
@@ -300,17 +286,21 @@ class TrainSpec:
 
         return jax.tree.map(lay, *parts)
 
-    def _readings(self, shape: Shape, dealt: Dealt, pairs: int) -> tuple[dict[Number, int], dict[Number, int]]:
-        """Returns the number of every answer, and of every verdict, among those of its micro-batch."""
+    def _readings(
+        self, shape: Shape, dealt: Dealt, items: Sequence[Item]
+    ) -> tuple[dict[Number, int], dict[Number, int]]:
+        """Returns the number of every answer, and of every verdict, among those of its micro-batch.
+
+        Their keys are the number of the pair, and of the row among its rows.
+        """
         answers: dict[Number, int] = {}
         verdicts: dict[Number, int] = {}
-        for cell, rows in enumerate(dealt.cells):
+        for cell, laid in enumerate(dealt.cells):
             device = cell // self.micro
-            # The first two rows of a pair hold its answers; its last ones are judged.
-            own = [(i, r) for i, r in rows if i < pairs]
-            counted = [(i, r) for i, r in own if r < 2]
+            rows = [(i, row, items[i][r]) for i, r in laid for row in rows_of(items[i], r)]
+            counted = [(i, row) for i, row, size in rows if size.answers]
             answers |= {number: device * shape.answers + k for k, number in enumerate(counted)}
-            judged = [(i, r) for i, r in own if r >= 2 * (len(self.pairs.groups) - self.pairs.asked)]
+            judged = [(i, row) for i, row, size in rows if size.verdicts]
             verdicts |= {number: device * shape.verdicts + k for k, number in enumerate(judged)}
         return answers, verdicts
 
@@ -331,61 +321,10 @@ class TrainSpec:
         one.verdict[:] = np.reshape(asked, one.verdict.shape)
         return one
 
-    def _cell(
-        self,
-        packing: Packing,
-        shape: Shape,
-        numbers: Sequence[Number],
-        pairs: Sequence[tuple[int, Pair] | None],
-        targets: Supervised,
-        encoder: Encoder | None,
-    ) -> BinRows:
-        """Makes the rows of one cell; without an encoder nothing is in it."""
-        pad_id = encoder.chat.pad_id if encoder else 0
-        ids = [np.full(group, pad_id, np.int32) for group in shape.groups]
-        segments = [np.zeros(group, np.int32) for group in shape.groups]
-        begins = np.cumsum([0, *(bins * tokens for bins, tokens in shape.groups)])
-        at_A, tokens_A = np.zeros((2, shape.scored), np.int32)
-        learned = {name: np.zeros(shape.scored, bool) for name, _ in self.targets}
-        first_K, length_K = np.zeros((2, shape.answers), np.int32)
-        verdict_V = np.zeros(shape.verdicts, np.int32)
-        made: dict[int, list[tuple[Row | Marked, RowSize]]] = {}
-        for i in dict(numbers):
-            if i < len(pairs):
-                both = self.pairs.rows(pairs[i][1], encoder)
-                made[i] = list(zip((row for two in both for row in two), self.pairs.item(both), strict=True))
-            else:
-                made[i] = [(targets[i - len(pairs)][1], *self.item(*targets[i - len(pairs)]))]
-        rows = [made[i][r][0] for i, r in numbers]
-        places = packing.places(shape, [made[i][r][1] for i, r in numbers])
-        done = answers = verdicts = 0
-        for segment, ((i, r), row, place) in enumerate(zip(numbers, rows, places, strict=True), start=1):
-            end = place.offset + len(row.ids)
-            ids[place.group][place.bin, place.offset : end] = row.ids
-            segments[place.group][place.bin, place.offset : end] = segment
-            begin = int(begins[place.group]) + place.bin * shape.groups[place.group][1] + place.offset
-            if i >= len(pairs):
-                # The first token of a row is behind none that could predict it.
-                scored = np.flatnonzero(row.marks[1:]) + 1
-                learned[targets[i - len(pairs)][0]][done : done + len(scored)] = True
-            else:
-                scored = row.start + np.arange(row.length) if r < 2 else np.arange(0)
-                if r < 2:
-                    first_K[answers], length_K[answers] = done, row.length
-                    answers += 1
-                if row.judged:
-                    verdict_V[verdicts] = begin + len(row.ids) - 1
-                    verdicts += 1
-            at_A[done : done + len(scored)] = begin + scored - 1
-            tokens_A[done : done + len(scored)] = [row.ids[place_] for place_ in scored]
-            done += len(scored)
-        one = (at_A[None], tokens_A[None], {name: x[None] for name, x in learned.items()})
-        return BinRows(tuple(ids), tuple(segments), *one, first_K[None], length_K[None], verdict_V[None])
-
     def abstract(self, shape: Shape) -> TrainBatch:
         """Returns the shapes of a whole batch."""
         pairs = None if self.pairs is None else _stack([self.pairs.padding()] * self._each)
-        empty = TrainBatch(self._cell(Packing("off", [shape]), shape, [], [], [], None), pairs)
+        empty = TrainBatch(fill(Packing("off", [shape]), shape, [], [name for name, _ in self.targets], 0), pairs)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * self.cells, *x.shape[1:]), x.dtype), empty)
 
     def own(self, items: Sequence[Item]) -> Dealt:

@@ -169,6 +169,11 @@ class Descriptions:
             # Short rows would gain less than another compilation costs.
             kind = "off" if longest <= SHORTEST else "lengths" if separate else "bins"
         if kind != "bins":
+            if config.text.share_prompts == "always":
+                raise InputError(
+                    f"text.share_prompts is always, but rows are packed the way {kind}; set text.packing to bins, or "
+                    "text.share_prompts to auto"
+                )
             return Way(kind)
         if separate and config.model.attention == "cudnn":
             raise InputError(
@@ -177,7 +182,21 @@ class Descriptions:
             )
         # Attention in blocks skips what rows do not see of each other; a long bin costs a CPU nothing.
         most = UNBOUNDED_BIN if self.backend == "cpu" else max(LONG_BIN, longest)
-        return Way(kind, config.text.bin_tokens or most)
+        bin = config.text.bin_tokens or most
+        return Way(kind, bin, self._share(min(bin, LONG_BIN)))
+
+    def _share(self, tokens: int) -> str:
+        """Says whether rows in bins of so many tokens share their beginnings, see scir_jax.data.pipelines.Way."""
+        wanted = self.config.text.share_prompts
+        implementation = self._attention(tokens, segmented=True)
+        if wanted == "never" or implementation in ("blocks", "xla"):
+            return wanted
+        if wanted == "always":
+            raise InputError(
+                f"text.share_prompts is always, which {implementation} attention cannot; set it to auto, or "
+                "model.attention to blocks"
+            )
+        return "never"
 
     def _present(self, section: Any) -> dict[str, int]:
         """Returns the batch sizes of a section's supervised parts that have rows."""
@@ -206,8 +225,8 @@ class Descriptions:
         """Checks whether the attention over rows of this many tokens skips masked pairs."""
         return self._attention(tokens) != "xla"
 
-    def _attention(self, tokens: int) -> str:
-        """Returns the attention that computes separate rows of this many tokens."""
+    def _attention(self, tokens: int, segmented: bool = False) -> str:
+        """Returns the attention that computes rows of this many tokens."""
         return chosen(
             self.config.model.attention,
             self.backend,
@@ -215,6 +234,7 @@ class Descriptions:
             tokens=tokens,
             head_dim=self.arch.head_dim,
             cap=self.arch.attention_cap,
+            segmented=segmented,
         )
 
     def _bound(self, spec: TrainSpec) -> Shape:

@@ -164,7 +164,7 @@ def _packed(
             for first, second in ((a, b), (b, a)):
                 tokens = x + first if judge is None else _judge_row(judge, x, first, second)
                 scored = int(first) if group.scored else 0
-                found.append(RowSize(kind, min(int(tokens), group.tokens), scored, not kind, group.verdict))
+                found.append(RowSize(kind, min(int(tokens), group.tokens), scored, int(not kind), int(group.verdict)))
         return tuple(found)
 
     replayed = [

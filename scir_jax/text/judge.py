@@ -8,6 +8,7 @@ verdict.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -136,6 +137,15 @@ class Judge:
     def slots(self, name: str) -> int:
         """Counts the slots of a name."""
         return sum(part == name for part in self.parts)
+
+    def opening(self, prompt: int) -> int:
+        """Counts the tokens of a question before the first quoted answer.
+
+        Args:
+          prompt: tokens of the quoted prompt.
+        """
+        before = itertools.takewhile(lambda part: part not in ("response_a", "response_b"), self.parts)
+        return sum(prompt if part == "prompt" else len(part) for part in before)
 
     def row(self, *, conversation: Ids, prompt: Ids, a: Ids, b: Ids, a_text: Ids, b_text: Ids) -> Ids:
         """Returns the ids up to and without the verdict.

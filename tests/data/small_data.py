@@ -11,6 +11,7 @@ from scir_jax.data.encode import Encoder, Marked
 from scir_jax.data.packing import Packing
 from scir_jax.data.pairs import Pair
 from scir_jax.data.steps import PairSpec, TrainSpec
+from scir_jax.model.segments import BRANCH
 from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Template, compile_judge
 from scir_jax.world.tokenizer import build_tokenizer
@@ -65,9 +66,11 @@ def make_spec(encoder, size, targets=None, *, judged=True, devices=1, micro=1, *
 def step_of(spec, pairs, encoder, targets=None, share=np.arange):
     """A step of numbered pairs and of supervised rows by name, nothing of it packed."""
     rows = [(name, row) for name, found in (targets or {}).items() for row in found]
-    items = [() if pair is None else spec.pairs.item(spec.pairs.rows(pair[1], encoder)) for pair in pairs]
-    dealt = spec.own([*items, *(spec.item(name, row) for name, row in rows)])
-    return spec.batch(Packing("off", [spec.bound]), spec.bound, dealt, pairs, rows, encoder, share)
+    laid = [[] if pair is None else spec.pairs.laid(pair[1], encoder) for pair in pairs]
+    laid += [[spec.laid(name, row)] for name, row in rows]
+    items = [tuple(one.size for one in item) for item in laid]
+    packing = Packing("off", [spec.bound])
+    return spec.batch(packing, spec.bound, spec.own(items), items, laid.__getitem__, pairs, encoder.chat.pad_id, share)
 
 
 def read_of(batch, devices=1, micro=1):
@@ -99,8 +102,14 @@ def rows_of(batch, devices=1, micro=1):
             both = (x.reshape(devices, -1, micro, x.shape[-1])[device, :, part].reshape(-1) for x in (ids, segments))
             flat.append(tuple(both))
         ids, segments = (np.concatenate(parts) for parts in zip(*flat))
-        places = [np.flatnonzero(segments == number) for number in sorted(set(segments.tolist()) - {0})]
-        assert all((np.diff(row) == 1).all() for row in places), "a row's tokens lie behind one another"
+        runs = {number: np.flatnonzero(segments == number) for number in sorted(set(segments.tolist()) - {0})}
+        assert all((np.diff(run) == 1).all() for run in runs.values()), "a run's tokens lie behind one another"
+        trunks = {number % BRANCH for number in runs if number >= BRANCH}
+        places = [
+            np.concatenate([runs[number % BRANCH], run]) if number >= BRANCH else run
+            for number, run in runs.items()
+            if number not in trunks
+        ]
         found.append([(row, tuple(ids[row].tolist())) for row in places])
     return found
 

@@ -17,8 +17,8 @@ def items_of(rng, count):
     found = []
     for _ in range(count):
         x, a, b = tokens(180, 0.7, 1536), tokens(300, 0.75, 1024), tokens(300, 0.75, 1024)
-        answers = (RowSize(0, x + y, y, answer=True) for y in (a, b))
-        found.append((*answers, *[RowSize(1, x + a + b + 60, verdict=True)] * 2))
+        answers = (RowSize(0, x + y, y, answers=1) for y in (a, b))
+        found.append((*answers, *[RowSize(1, x + a + b + 60, verdicts=1)] * 2))
     return found
 
 
@@ -120,8 +120,8 @@ def test_a_stage_fits_into_few_shapes(name, cells):
         for cell in step:
             assert placed(packing, shape, cell) == total(cell)
             assert sum(row.scored for row in cell) <= shape.scored
-            assert sum(row.answer for row in cell) <= shape.answers
-            assert sum(row.verdict for row in cell) <= shape.verdicts
+            assert sum(row.answers for row in cell) <= shape.answers
+            assert sum(row.verdicts for row in cell) <= shape.verdicts
             real += total(cell)
         computed += cells * shape.tokens
     assert real / computed > LEAST[name]
@@ -134,7 +134,7 @@ def test_every_step_finds_a_shape_that_holds_it(seed):
 
     def cell():
         rows = rng.choice([8, 40, 51, 60, 99], rng.integers(0, 12))
-        return [RowSize(0, int(n), int(n) * int(rng.integers(2)), bool(n % 2), not n % 2) for n in rows]
+        return [RowSize(0, int(n), int(n) * int(rng.integers(2)), int(n % 2), int(n % 3)) for n in rows]
 
     steps = [[cell() for _ in range(2)] for _ in range(60)]
     for kind in ("bins", "lengths"):
@@ -144,8 +144,8 @@ def test_every_step_finds_a_shape_that_holds_it(seed):
             for rows in step:
                 counts = (
                     sum(row.scored for row in rows),
-                    sum(row.answer for row in rows),
-                    sum(r.verdict for r in rows),
+                    sum(row.answers for row in rows),
+                    sum(r.verdicts for r in rows),
                 )
                 assert all(count <= most for count, most in zip(counts, shape[1:], strict=True))
                 assert not rows or placed(packing, shape, rows) == total(rows)

@@ -12,6 +12,7 @@ from scir_jax.data.encode import Marked
 from scir_jax.data.pipelines import Way, iterator, pair_batches, supervised_batches
 from scir_jax.data.steps import TrainSpec
 from scir_jax.errors import InputError
+from scir_jax.model.segments import BRANCH
 from tests.data.small_data import (
     WORDS,
     make_encoder,
@@ -210,7 +211,11 @@ def test_supervised_training():
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("way", [Way("bins", 2**20), Way("bins", 120), Way("lengths")], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [Way("bins", 2**20), Way("bins", 120), Way("bins", 2**20, "always"), Way("bins", 90, "always"), Way("lengths")],
+    ids=str,
+)
 def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
     parts = dict(epochs=2, replay=dict(ift=4, eft=4), layouts=("continuation", "standalone"), cached=("start_logps",))
     unpacked = batches_of(8, devices=2, micro=micro, **parts)
@@ -220,6 +225,10 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
         rows, others = ([ids for cell in rows_of(batch, 2, micro) for _, ids in cell] for batch in (a, b))
         assert sorted(rows) == sorted(others) and sorted(index(a)) == sorted(index(b))
         assert a.rows.ids[0].size < sum(ids.size for ids in b.rows.ids)
+        assert ((a.rows.segments[0] >= BRANCH).any(), (b.rows.segments[0] >= BRANCH).any()) == (
+            way.share == "always",
+            False,
+        )
         for batch in (a, b):
             found = rows_of(batch, 2, micro)
             encoder = make_encoder(*parts["layouts"])
@@ -236,5 +245,33 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
 
 def test_a_row_that_is_longer_than_a_bin_is_named():
     parts = dict(replay=dict(ift=3), cached=("start_logps",))
-    with pytest.raises(InputError, match=r"^pairs.jsonl:\d+: has a row of \d+ tokens, .* text.bin_tokens 20; set it to"):
+    with pytest.raises(
+        InputError, match=r"^pairs.jsonl:\d+: has a row of \d+ tokens, .* text.bin_tokens 20; set it to"
+    ):
         batches_of(way=Way("bins", 20), **parts)
+
+
+def test_rows_share_their_beginning_where_that_is_shorter():
+    parts = dict(layouts=("standalone",), cached=("start_logps",))
+    batches = {
+        share: batches_of(12, way=Way("bins", 2**20, share), **parts)[0] for share in ("never", "auto", "always")
+    }
+    tokens = {share: int((batch.rows.segments[0] > 0).sum()) for share, batch in batches.items()}
+    encoder = make_encoder("standalone")
+    saved = 0
+    for pair in make_pairs(encoder):
+        others = dataclasses.replace(pair, a=encoder.answer("x"), b=encoder.answer("y"))
+        one, other = (row.ids for row in encoder.judge_rows(encoder.judges[0], others))
+        before = next(i for i in range(len(one)) if one[i] != other[i])
+        assert before > len(pair.prompt.quote), "the question and the prompt"
+        saved += len(pair.prompt.ids) + before
+    assert tokens["never"] - tokens["always"] == saved > 0 and tokens["auto"] == tokens["always"]
+    same(batches["auto"].rows, batches["always"].rows)
+    # Answers that are the longest part by far leave nothing to be saved.
+    parts["pairs"] = [
+        dataclasses.replace(pair, a=encoder.sampled([7] * 400), b=encoder.sampled([8] * 390))
+        for pair in make_pairs(encoder, 2)
+    ]
+    parts["judged"] = False
+    batch = batches_of(2, way=Way("bins", 2**20, "auto"), **parts)[0]
+    assert not (batch.rows.segments[0] >= BRANCH).any()

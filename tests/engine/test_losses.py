@@ -18,6 +18,7 @@ from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.engine import forward
 from scir_jax.method import rewards
 from scir_jax.model.hf import weights
+from scir_jax.model.segments import BRANCH
 from scir_jax.run import scoring
 from scir_jax.run.setup import Setup, prepare
 from tests.torch_objective import ANSWERS, CONTINUATION, PROMPTS, STANDALONE, Reference, objective
@@ -298,8 +299,8 @@ def test_padding_packing_and_accumulation_change_nothing(make, reference, params
     # Five pairs of eight: with two micro-batches one is padded, with four the last is padding alone.
     rows = file_rows(reference, 1, weighted=True)[:5]
 
-    def made(micro=1, kind="off", bin=0, **longer):
-        text = dict(packing=kind, bin_tokens=bin)
+    def made(micro=1, kind="off", bin=0, prompts="never", **longer):
+        text = dict(packing=kind, bin_tokens=bin, share_prompts=prompts)
         setup = make(replay=dict(ift_batch_size=4), training=dict(accumulate=micro), text=text)
         way = setup.programs.way
         assert way.kind == kind and setup.programs.optimise_spec.micro == micro
@@ -313,12 +314,14 @@ def test_padding_packing_and_accumulation_change_nothing(make, reference, params
         "one bin": made(1, "bins"),
         "bins": made(1, "bins", 96),
         "bins of two micro-batches": made(2, "bins", 96),
+        "bins in which rows share their beginnings": made(1, "bins", prompts="always"),
         "few lengths of four micro-batches": made(4, "lengths"),
     }
     assert (batch.pairs.weight > 0).tolist() == [True] * 5 + [False] * 3
     shapes = {name: [ids.shape for ids in other.rows.ids] for name, (_, other) in variants.items()}
     assert shapes["one bin"][0][0] == 1 < shapes["bins"][0][0] and shapes["bins"][0][1] == 96
     assert len(shapes["few lengths of four micro-batches"]) > 1
+    assert (variants["bins in which rows share their beginnings"][1].rows.segments[0] >= 2 * BRANCH).any()
     for name, (other, other_batch) in variants.items():
         loss_, means_, decisions_, gradients_ = evaluated(other, params, other_batch)
         assert loss_ == pytest.approx(loss, rel=1e-5), name
@@ -328,14 +331,17 @@ def test_padding_packing_and_accumulation_change_nothing(make, reference, params
         assert_same_gradients(gradients_, gradients, 1e-5)
 
 
-def test_no_row_of_a_bin_sees_another(make, reference, params):
-    """Another answer of one pair changes no bit of what is read off the others."""
-    setup = make((STANDALONE, CONTINUATION), text=dict(packing="bins"), replay=NO_REPLAY)
+@pytest.mark.parametrize("prompts", ["never", "always"])
+def test_no_row_of_a_bin_sees_another(prompts, make, reference, params):
+    """Another answer of one pair changes no bit of what is read off the others, nor of the pair's first answer."""
+    text = dict(packing="bins", share_prompts=prompts)
+    setup = make((STANDALONE, CONTINUATION), text=text, replay=NO_REPLAY)
     programs, rows = setup.programs, file_rows(reference, 2)
 
     def found(rows):
         batch = train_batch(setup, rows, way=programs.way)
         assert len(batch.rows.ids) == 1 and len(np.unique(batch.rows.segments[0])) > 4 * len(rows), "one bin holds all"
+        assert (batch.rows.segments[0] >= BRANCH).any() == (prompts == "always")
         logps, verdicts, _ = outputs(setup, params, batch, segmented=True)
         order = np.argsort(batch.pairs.index)[-len(rows) :]
         return logps[order], verdicts[order]
@@ -349,6 +355,8 @@ def test_no_row_of_a_bin_sees_another(make, reference, params):
     for before, after in zip(found(rows), found([*rows[:number], changed, *rows[number + 1 :]]), strict=True):
         assert (before[number] != after[number]).any()
         assert before[others].tobytes() == after[others].tobytes()
+        if before.ndim == 2:
+            assert before[number, 0] == after[number, 0] and before[number, 1] != after[number, 1]
 
 
 def test_first_step_and_skipped_steps(make, reference, params):
