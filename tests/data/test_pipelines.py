@@ -260,7 +260,7 @@ def test_rows_share_their_beginning_where_that_is_shorter():
     encoder = make_encoder("standalone")
     saved = 0
     for pair in make_pairs(encoder):
-        others = dataclasses.replace(pair, a=encoder.answer("x"), b=encoder.answer("y"))
+        others = dataclasses.replace(pair, a=encoder.answer("a"), b=encoder.answer("b"))
         one, other = (row.ids for row in encoder.judge_rows(encoder.judges[0], others))
         before = next(i for i in range(len(one)) if one[i] != other[i])
         assert before > len(pair.prompt.quote), "the question and the prompt"
