@@ -31,7 +31,8 @@ SIZES = {  # width, layers, heads, key/value heads, feed-forward width, vocabula
     "7b": (4096, 32, 32, 8, 14336, 32000),
 }
 BETA, WEIGHT, RATE = 0.1, 1.0, 1e-5
-KEYS = ("size", "batch", "steps", "longest", "dtype", "lora", "remat")
+OURS = ("dtype", "lora", "remat", "prompts")
+KEYS = ("size", "batch", "steps", "longest", "groups", *OURS)
 CONTESTANTS = ("trl dpo", "torch dpo", "scir_jax dpo", "torch scir", "scir_jax scir", "scir_jax scir continued")
 
 
@@ -100,6 +101,7 @@ def load_case(
     dtype: str = "float32",
     lora: int = 0,
     remat: str = "none",
+    prompts: str = "auto",
 ) -> Case:
     """Encodes the pairs, and makes up the log-probabilities of a lagging reference."""
     from scir_jax.config.schema import (
@@ -125,7 +127,9 @@ def load_case(
         model=ModelConfig(path=str(directory / "model"), dtype=dtype, remat=remat),
         lora=LoraConfig(rank=lora),
         data=DataConfig(pairs=str(directory / "pairs.jsonl")),
-        text=TextConfig(max_prompt_tokens=longest * 2 // 5 + 8, max_response_tokens=longest * 3 // 5 + 8),
+        text=TextConfig(
+            max_prompt_tokens=longest * 2 // 5 + 8, max_response_tokens=longest * 3 // 5 + 8, share_prompts=prompts
+        ),
         generative=GenerativeConfig(templates=(str(directory / template),)),
         implicit=ImplicitConfig(beta=BETA),
         consistency=ConsistencyConfig(kind="kl", weight=0.0 if dpo else WEIGHT),
@@ -170,6 +174,7 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
     """Takes steps of scir_jax's own trainer; every shape is compiled before."""
     import jax
 
+    from scir_jax.engine import forward
     from scir_jax.engine.cost import memory
     from scir_jax.engine.cost.chips import of_device
     from scir_jax.engine.mesh import put_batch
@@ -194,6 +199,14 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
             filled.append(float(output.metrics["filled"]))
             work.append(trainer.step_flops(output.work))
     result = {"seconds": seconds[1:], "loss": losses[1], "tokens": tokens, "real": float(np.mean(filled))}
+
+    def logps(params, rows):
+        settings = dict(segmented=programs.way.segmented, answer_tokens=programs.optimise_spec.pairs.answers.scored)
+        return forward.outputs(programs.model, params, rows, **settings, wanted=("logps",)).fresh["logps"]
+
+    del state
+    first = jax.jit(logps)(parameters.configured(), put_batch(batches.dataset[0], programs.mesh))
+    result["logps"] = np.asarray(first, np.float64).mean(axis=0).tolist()
     device = programs.mesh.devices.flat[0]
     result["table_gib"] = max(need.total for need in needs) / 2**30
     if chip := of_device(device.device_kind):
@@ -203,8 +216,12 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
     return result
 
 
-def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool) -> dict:
-    """Takes steps in torch: rows padded to the longest of the batch, the head at answers only, cached references."""
+def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool, groups: int) -> dict:
+    """Takes steps in torch: the head at answers only, cached references.
+
+    Args:
+      groups: into which the rows of a step are divided by length, each padded to its longest row.
+    """
     import torch
     import transformers
 
@@ -213,36 +230,45 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     seconds, losses, real, computed = [], [], 0, 0
 
-    def hidden_of(rows: list) -> tuple[torch.Tensor, int]:
-        longest = max(len(row.ids) for row in rows)
-        ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)], mask[i, : len(row.ids)] = torch.tensor(row.ids), 1
-        return model.model(ids, attention_mask=mask).last_hidden_state, longest
+    def hidden_of(rows: list) -> tuple[list[torch.Tensor], int]:
+        """Returns the hidden states of each row, and how many places were computed."""
+        found, places = [None] * len(rows), 0
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)) if groups > 1 else range(len(rows))
+        for part in np.array_split(np.array(order), groups):
+            longest = max(len(rows[i].ids) for i in part)
+            ids, mask = torch.zeros(2, len(part), longest, dtype=torch.long)
+            for place, i in enumerate(part):
+                ids[place, : len(rows[i].ids)], mask[place, : len(rows[i].ids)] = torch.tensor(rows[i].ids), 1
+            for i, hidden in zip(part, model.model(ids, attention_mask=mask).last_hidden_state, strict=True):
+                found[i] = hidden
+            places += ids.numel()
+        return found, places
 
     for step in range(steps + 1):
         pairs = [case.pairs[i] for i in dataset[max(step - 1, 0)].pairs.index]
         started = time.monotonic()
         rows = [row for pair in pairs for row in encoder.answer_rows(pair)]
-        hidden, longest = hidden_of(rows)
-        picked = [hidden[i, row.start - 1 : row.start + row.length - 1] for i, row in enumerate(rows)]
+        hidden, places = hidden_of(rows)
+        picked = [hidden[i][row.start - 1 : row.start + row.length - 1] for i, row in enumerate(rows)]
         targets = torch.tensor([t for row in rows for t in row.ids[row.start : row.start + row.length]])
         logits = model.lm_head(torch.cat(picked))
         token_logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
         logps = torch.stack([part.sum() for part in token_logps.split([row.length for row in rows])]).view(-1, 2)
         cached = {name: torch.tensor([pair.cached[name] for pair in pairs]) for name in pairs[0].cached}
         margin = (logps - cached["preference_logps"]) @ torch.tensor([1.0, -1.0])
-        if step:
-            real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
+        if not step:
+            first = logps.mean(dim=0).tolist()
+        else:
+            real, computed = real + sum(len(row.ids) for row in rows), computed + places
         if dpo:
             loss = -torch.nn.functional.logsigmoid(BETA * margin).mean()
         else:
             judge = encoder.judges[0]
             rows = [row for pair in pairs for row in encoder.judge_rows(judge, pair)]
-            hidden, longest = hidden_of(rows)
+            hidden, places = hidden_of(rows)
             if step:
-                real, computed = real + sum(len(row.ids) for row in rows), computed + len(rows) * longest
-            last = torch.stack([hidden[i, len(row.ids) - 1] for i, row in enumerate(rows)])
+                real, computed = real + sum(len(row.ids) for row in rows), computed + places
+            last = torch.stack([hidden[i][len(row.ids) - 1] for i, row in enumerate(rows)])
             verdicts = last @ model.lm_head.weight[list(judge.verdict_ids)].T
             z = (verdicts[:, 0] - verdicts[:, 1]).view(-1, 2)
             generative = (z[:, 0] - z[:, 1]) / 2
@@ -261,7 +287,7 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool)
             optimizer.step()
         losses.append(loss.item())
         seconds.append(time.monotonic() - started)
-    return {"seconds": seconds[1:], "loss": losses[1], "tokens": real, "real": real / computed}
+    return {"seconds": seconds[1:], "loss": losses[1], "logps": first, "tokens": real, "real": real / computed}
 
 
 def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
@@ -278,7 +304,7 @@ def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
             return dataset
 
     class Times(transformers.TrainerCallback):
-        seconds, losses = [], []
+        seconds, losses, logps = [], [], []
 
         def on_step_begin(self, *arguments, **keywords):
             self.started = time.monotonic()
@@ -289,6 +315,7 @@ def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
         def on_log(self, args, state, control, logs=None, **keywords):
             if "loss" in (logs or {}):
                 self.losses.append(logs["loss"])
+                self.logps.append([logs["logps/chosen"], logs["logps/rejected"]])
 
     order = [i for step in range(steps + 1) for i in batches_of(case).dataset[max(step - 1, 0)].pairs.index]
     pairs = [case.pairs[i] for i in order]
@@ -331,18 +358,19 @@ def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
         for i in range(0, len(timed), batch)
     ]
     share = real / (2 * batch * sum(longest))
-    return {"seconds": times.seconds[1:], "loss": times.losses[0], "tokens": real, "real": share}
+    first = {"loss": times.losses[0], "logps": times.logps[0]}
+    return {"seconds": times.seconds[1:], **first, "tokens": real, "real": share}
 
 
 def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """Runs one contestant in this process."""
     dpo, continued = "dpo" in name, "continued" in name
-    ours = {} if "torch" in name or "trl" in name else {k: getattr(arguments, k) for k in ("dtype", "lora", "remat")}
+    ours = {} if "torch" in name or "trl" in name else {key: getattr(arguments, key) for key in OURS}
     case = load_case(directory, arguments.batch, arguments.longest, dpo=dpo, continued=continued, **ours)
     if name.startswith("trl"):
         result = run_trl(case, directory, arguments.steps, arguments.batch)
     elif name.startswith("torch"):
-        result = run_torch(case, directory, arguments.steps, arguments.batch, dpo=dpo)
+        result = run_torch(case, directory, arguments.steps, arguments.batch, dpo=dpo, groups=arguments.groups)
     else:
         result = run_jax(case, arguments.steps, arguments.batch)
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -397,6 +425,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="of scir_jax's rows; the others compute in float32")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters in scir_jax's rows; 0: full fine-tuning")
     parser.add_argument("--remat", default="none", help="of scir_jax's rows")
+    parser.add_argument("--prompts", default="auto", help="text.share_prompts of scir_jax's rows")
+    parser.add_argument("--groups", type=int, default=1, help="of similar lengths, into which torch's rows are divided")
     arguments = parsed(parser, CONTESTANTS, repeat=2)
     if arguments.run:
         print(json.dumps(contestant(arguments.run, arguments.case, arguments)))
@@ -408,6 +438,7 @@ def main() -> int:
         found = alternate(__file__, arguments, directory, KEYS)
     print(
         f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
+        f"{'log p':>10}{'rejected':>10}"
         f"{'MFU':>7}{'table GiB':>10}{'device GiB':>11}"
     )
     for name, results in found.items():
@@ -418,7 +449,8 @@ def main() -> int:
             print(
                 f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}"
                 f"{last['tokens'] / sum(last['seconds']):>10,.0f}{peak:>10.2f}"
-                f"{last['real']:>7.0%}{last['loss']:>12.5f}{last.get('mfu', 0):>7.1%}"
+                f"{last['real']:>7.0%}{last['loss']:>12.5f}"
+                f"{last['logps'][0]:>10.3f}{last['logps'][1]:>10.3f}{last.get('mfu', 0):>7.1%}"
                 f"{last.get('table_gib', 0):>10.2f}{last.get('device_gib', 0):>11.2f}"
             )
     write_figures(arguments, found)
