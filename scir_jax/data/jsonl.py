@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scir_jax.errors import InputError
+
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """Writes a JSONL file whole or not at all."""
@@ -44,8 +46,18 @@ def line(row: dict) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of the run."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file of the run.
+
+    Raises:
+      InputError: it does not hold an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: was changed since it was written ({error}); restore it") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: was changed since it was written (it holds no object); restore it")
+    return value
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:

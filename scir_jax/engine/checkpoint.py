@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import jax
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
+from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.engine.checksums import checksums, first_change
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import param_shardings
 from scir_jax.errors import InputError
@@ -17,6 +21,13 @@ from scir_jax.model import lora
 
 # A failed save reaches the caller as an exception; Orbax's background threads need not print it too.
 absl_logging.set_verbosity(absl_logging.FATAL)
+
+COMMITTED = "_CHECKPOINT_METADATA"
+"""what Orbax writes last into a checkpoint's directory"""
+
+ARRAYS = "arrays.json"
+"""checksums of the arrays of each model, in each of DTYPES"""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ModelStore:
@@ -30,12 +41,13 @@ class ModelStore:
         return self.directory / f"M{number}"
 
     def exists(self, number: int) -> bool:
-        """Checks whether M_number is there."""
-        return self.path(number).is_dir()
+        """Checks whether M_number is there: its directory has the file that is written last."""
+        return (self.path(number) / COMMITTED).is_file()
 
     def numbers(self) -> list[int]:
         """Lists the numbers of the models that are there, in order."""
-        return sorted(int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit())
+        found = (int(p.name[1:]) for p in self.directory.glob("M*") if p.name[1:].isdigit())
+        return sorted(number for number in found if self.exists(number))
 
     def latest(self) -> int | None:
         """Returns the number of the newest model, or None without one."""
@@ -43,16 +55,26 @@ class ModelStore:
 
     def save(self, number: int, params: Any) -> None:
         """Saves parameters as M_number, in the place of an older one."""
+        # Models are loaded in the dtype of the computation too.
+        sums = {dtype: checksums(params, dtype) for dtype in DTYPES}
+        if hosts.first():
+            # Before the model: it is never there without them.
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / ARRAYS, {**self._recorded(), f"M{number}": sums})
         ocp.save(self.path(number), params, overwrite=True)
+
+    def _recorded(self) -> dict[str, dict[str, dict[str, int]]]:
+        path = self.directory / ARRAYS
+        return read_json(path) if path.exists() else {}
 
     def load(self, number: int, abstract: Any) -> Any:
         """Loads parameters straight into the shardings of `abstract`.
 
         Raises:
-          InputError: the checkpoint is another model's, or cannot be read.
+          InputError: the checkpoint is another model's, cannot be read, or its arrays are not those that were saved.
         """
         try:
-            return ocp.load(self.path(number), abstract)
+            found = ocp.load(self.path(number), abstract)
         except Exception as error:
             if difference := self._difference(number, abstract):
                 raise InputError(
@@ -61,6 +83,15 @@ class ModelStore:
                 ) from None
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
+        dtype = str(jax.tree.leaves(found)[0].dtype)
+        expected = self._recorded().get(f"M{number}", {}).get(dtype)
+        if expected is None:
+            raise InputError(f"{self.directory / ARRAYS}: holds no checksums of M{number} in {dtype}; restore it")
+        if name := first_change(checksums(found), expected):
+            raise InputError(
+                f"{self.path(number)}: was changed since it was saved ({name} is not what it was); restore it"
+            )
+        return found
 
     def _difference(self, number: int, abstract: Any) -> str | None:
         """Names the first array that is not the same there and here."""
@@ -84,7 +115,8 @@ class ModelStore:
 class StageCheckpoints:
     """Training states of one stage; saving goes on in the background while training does.
 
-    A checkpoint holds the state, the step and the data iterator's position, so that training goes on to the bit.
+    A checkpoint holds the state, the step and the data iterator's position, so that training goes on to the bit, and
+    checksums of all that.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -99,7 +131,9 @@ class StageCheckpoints:
         self.wait()
         if self._checkpointer.latest is not None and self._checkpointer.latest.step == step:
             return
-        self._pending = self._checkpointer.save_checkpointables_async(step, dict(state=state, meta=meta))
+        meta = {**meta, "arrays": checksums(state)}
+        content = dict(state=state, meta={**meta, "sha256": _sha256(meta)})
+        self._pending = self._checkpointer.save_checkpointables_async(step, content)
 
     def wait(self) -> None:
         """Waits for the save that is under way, if there is one."""
@@ -115,12 +149,28 @@ class StageCheckpoints:
 
         Returns:
           (step, state, meta), or None without a checkpoint.
+
+        Raises:
+          InputError: it cannot be read, or is not what was saved.
         """
         latest = self._checkpointer.latest
         if latest is None:
             return None
-        found = self._checkpointer.load_checkpointables(latest.step, dict(state=abstract, meta=None))
-        return latest.step, found["state"], found["meta"]
+        path = self.directory / str(latest.step)
+        way = "remove it, and the same command goes on from the one before it"
+        try:
+            found = self._checkpointer.load_checkpointables(latest.step, dict(state=abstract, meta=None))
+            meta = dict(found["meta"])
+            digest = meta.pop("sha256")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: the checkpoint cannot be read; {way}: {reason}") from error
+        changed = "the record of its step"
+        if digest == _sha256(meta):
+            changed = first_change(checksums(found["state"]), meta.pop("arrays"))
+        if changed:
+            raise InputError(f"{path}: was changed since it was saved ({changed} is not what it was); {way}")
+        return latest.step, found["state"], meta
 
     def close(self) -> None:
         """Waits for the save that is under way, and closes the checkpoints."""
@@ -133,6 +183,10 @@ class StageCheckpoints:
         hosts.barrier(f"left {self.directory}")
         if hosts.first():
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _sha256(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def abstract_params(model, mesh) -> Any:

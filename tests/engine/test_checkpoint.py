@@ -1,11 +1,14 @@
 """Checkpoints: models and states of a stage, to the bit, and what cannot be read."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
+from scir_jax.engine.checkpoint import ARRAYS, ModelStore, StageCheckpoints
+from scir_jax.engine.checksums import checksums
 from scir_jax.errors import InputError
 from scir_jax.run.setup import prepare
 from tests.training import assert_same_bytes, host
@@ -92,3 +95,74 @@ def test_a_model_that_cannot_be_read(abstract, params, tmp_path, damage):
     elif damage == "other arrays":
         expected = "is a checkpoint of another model (norm/scale is "
     assert str(error.value).startswith(f"{path}: {expected}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_checksums_are_weighted_sums_of_words(dtype):
+    values = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 7)) * 9).astype(dtype))
+    words = values.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[values.dtype.itemsize]).astype(object).reshape(-1)
+    expected = sum(int(word) * (2 * i + 1) for i, word in enumerate(words)) % 2**32
+    assert checksums({"a": {"b": jnp.asarray(values)}}) == {"a/b": expected}
+    if dtype == "float32":
+        halves = values.astype(jnp.bfloat16)
+        assert checksums([jnp.asarray(values)], "bfloat16") == checksums([jnp.asarray(halves)])
+
+
+def flip(rng, root):
+    """Flips one bit of one file below a directory -> its path."""
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.stat().st_size)
+    sizes = np.array([file.stat().st_size for file in files], float)
+    # Large and small files alike.
+    file = files[rng.choice(len(files), p=0.5 * sizes / sizes.sum() + 0.5 / len(files))]
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flipped_bit_of_a_model_is_found_or_harmless(tmp_path, dtype):
+    rng = np.random.default_rng(1)
+    params = {"a": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32), "b": jnp.zeros(7, jnp.float32)}
+    ModelStore(tmp_path / "good").save(1, params)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), params)
+    expected = jax.tree.map(lambda x: x.astype(dtype), params)
+    found = 0
+    for _ in range(25):
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", broken)
+        flip(rng, broken)
+        try:
+            assert_same_bytes(ModelStore(broken).load(1, abstract), expected)
+        except InputError as error:
+            found += 1
+            assert str(error).startswith((f"{broken / 'M1'}: ", f"{broken / ARRAYS}: ")), error
+    assert found > 5
+
+
+def test_a_flipped_bit_of_a_stages_checkpoint_is_found_or_harmless(tmp_path):
+    rng = np.random.default_rng(2)
+    state = {"a": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32), "n": jnp.asarray(3)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = StageCheckpoints(tmp_path / "good", 2)
+    checkpoints.save(4, state, {"data": {"next_index": 123456789}})
+    checkpoints.close()
+    found = 0
+    for _ in range(25):
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", broken)
+        flip(rng, broken / "4")
+        again = StageCheckpoints(broken, 2)
+        try:
+            step, values, meta = again.restore(abstract)
+            assert step == 4 and meta == {"data": {"next_index": 123456789}}
+            assert_same_bytes(values, state)
+        except InputError as error:
+            found += 1
+            assert str(error).startswith(f"{broken / '4'}: ") and "goes on from the one before it" in str(error)
+        finally:
+            again.close()
+    assert found > 5
