@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve
 from scir_jax.config.files import to_dict
+from scir_jax.config.names import differing
 from scir_jax.config.schema import Config
 from scir_jax.run import command
 
 
-def train(config: Config) -> list[dict]:
+def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     """Runs or resumes the run of a configuration.
+
+    Args:
+      given: keys of the settings that are not to be proposed where run.auto is set; by default those that differ from
+        the defaults.
 
     Returns:
       The rows of its final table (also in summary.json).
@@ -26,11 +31,11 @@ def train(config: Config) -> list[dict]:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console
+    from scir_jax.run import auto, console
     from scir_jax.run.directory import RunDirectory
 
     command.join(config)
-    config = resolve(config)
+    config = auto.settle(resolve(config), differing(config) if given is None else given)
     check(config)
     if config.run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.compilation_cache).absolute()))
@@ -117,8 +122,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     started = time.monotonic()
-    config, _ = cli.parse("train", __doc__, argv, default_config=cli.QUICKSTART)
-    train(config)
+    line = cli.line("train", __doc__, argv, default_config=cli.QUICKSTART)
+    train(line.config, line.given)
     from scir_jax.run import console
 
     console.say(f"total {time.monotonic() - started:.0f} s")

@@ -137,6 +137,7 @@ def evaluate(
             evidence = scoring.score_pairs(
                 encoder, programs, pairs, config=config, model=model, reference=reference, advance=advance
             )
+            evidence = without_own_reference(evidence)
             values |= pair_metrics(config, evidence, labels)
         for greedy, responses, sampling in kinds:
             rows += [
@@ -219,6 +220,14 @@ def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict
     if "generative" in logits and "implicit" in logits:
         result["agreement"] = float(np.mean(np.sign(logits["generative"]) * np.sign(logits["implicit"]) > 0))
     return result
+
+
+def without_own_reference(evidence: Evidence) -> Evidence:
+    """Leaves the reference's log-probabilities out where they are the model's own: M1 without SFT, say, is M0."""
+    theirs, ours = evidence.cached.get("implicit_logps"), evidence.fresh.get("logps")
+    if theirs is None or ours is None or not np.allclose(theirs, ours, atol=1e-6):
+        return evidence
+    return evidence._replace(cached={name: x for name, x in evidence.cached.items() if name != "implicit_logps"})
 
 
 def reward_logits(config: Config, evidence: Evidence) -> dict[str, np.ndarray]:

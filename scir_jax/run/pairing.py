@@ -215,8 +215,8 @@ def score_candidates(
     by_role = {role: read[numbers[role]] for role in asked}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
-            f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at first; "
-            "implicit.reference names a model that lags"
+            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first step it "
+            "is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before its tuning"
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}
