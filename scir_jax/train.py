@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from scir_jax.config import cli
-from scir_jax.config.checks import check, resolve
+from scir_jax.config.checks import check, resolve, until_of
 from scir_jax.config.files import to_dict
 from scir_jax.config.names import differing
 from scir_jax.config.schema import Config
@@ -22,7 +22,7 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
         the defaults.
 
     Returns:
-      The rows of its final table (also in summary.json).
+      The rows of its final table (also in summary.json); none where run.until ends it before.
 
     Raises:
       InputError: something of the configuration, the model or the data cannot be used.
@@ -48,6 +48,9 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     finally:
         if hosts.first():
             directory.close()
+    if not rows:
+        console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
+        return rows
     console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
     console.say(f"report: {report}")
     return rows
@@ -63,6 +66,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.report.page import write_report
     from scir_jax.run import console, iteration, preflight
     from scir_jax.run.base_model import build_world
+    from scir_jax.run.changes import ADDED
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.metrics import Metrics, NoMetrics
@@ -88,10 +92,17 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     hosts.same(data, "data")
 
     def record() -> None:
-        directory.check_manifest(manifest(config, templates))
+        made_of = manifest(config, templates)
+        if adapted:
+            preflight.check_frozen(config, made_of["sha256"])
+        directory.check_manifest(made_of)
         write_json(directory.path / "data.json", data)
 
     hosts.decide(record)
+    for change in directory.changes:
+        console.say(f"changed since the run began: {change.key}, from {change.before!r} to {change.now!r}")
+    if any(change.key in ADDED for change in directory.changes):
+        console.say(f"models that are evaluated already: python -m scir_jax.evaluate --run {directory.path} --again")
 
     def metrics_here() -> Metrics:
         if not hosts.first():
@@ -106,7 +117,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         if not hosts.decide(lambda: models.store.exists(last)):
             preflight.check_memory(config, programs)
         stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
-        iteration.run_stages(stages, directory, stopper)
+        if not iteration.run_stages(stages, directory, stopper, until_of(config)):
+            return [], ""
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()

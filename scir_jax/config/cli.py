@@ -128,7 +128,7 @@ def distributed(config: Config, several: bool) -> Config:
 
 
 def of_run(directory: Path, several: bool = False) -> Config:
-    """Reads the configuration that a run directory records, with run.distributed as it is here.
+    """Reads the configuration that a run directory records, with run.directory and run.distributed as they are here.
 
     Args:
       several: whether this is one of several processes.
@@ -139,7 +139,9 @@ def of_run(directory: Path, several: bool = False) -> Config:
     recorded = directory / "config.yaml"
     if not recorded.is_file():
         raise InputError(f"{directory}: not a run directory (no config.yaml)")
-    return distributed(parse("train", "", ["--config", str(recorded)])[0], several)
+    config = parse("train", "", ["--config", str(recorded)])[0]
+    run = dataclasses.replace(config.run, directory=str(directory), distributed=several)
+    return dataclasses.replace(config, run=run)
 
 
 def output_file(name: str) -> Path:

@@ -25,11 +25,11 @@ class ModelStore:
     def __init__(self, directory: Path):
         self.directory = directory.absolute()
 
-    def path(self, number: int) -> Path:
-        """Returns the directory of M_number."""
-        return self.directory / f"M{number}"
+    def path(self, number: int | str) -> Path:
+        """Returns the directory of M_number, or of a model that is kept by name."""
+        return self.directory / (f"M{number}" if isinstance(number, int) else number)
 
-    def exists(self, number: int) -> bool:
+    def exists(self, number: int | str) -> bool:
         """Checks whether M_number is there."""
         return self.path(number).is_dir()
 
@@ -41,11 +41,11 @@ class ModelStore:
         """Returns the number of the newest model, or None without one."""
         return max(self.numbers(), default=None)
 
-    def save(self, number: int, params: Any) -> None:
+    def save(self, number: int | str, params: Any) -> None:
         """Saves parameters as M_number, in the place of an older one."""
         ocp.save(self.path(number), params, overwrite=True)
 
-    def load(self, number: int, abstract: Any) -> Any:
+    def load(self, number: int | str, abstract: Any) -> Any:
         """Loads parameters straight into the shardings of `abstract`.
 
         Raises:
@@ -62,7 +62,7 @@ class ModelStore:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
 
-    def _difference(self, number: int, abstract: Any) -> str | None:
+    def _difference(self, number: int | str, abstract: Any) -> str | None:
         """Names the first array that is not the same there and here."""
 
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -186,7 +186,8 @@ def score_candidates(
     """
     wanted, numbers = objective.needs(config), roles(config, iteration)
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
-    loads = sorted({numbers[role] for role in asked})  # M_t is the largest
+    # M_t, the largest number, comes last.
+    loads = sorted({numbers[role] for role in asked}, key=lambda which: (isinstance(which, int), which))
     title = f"iteration {iteration}: pair and score"
     passes = programs.judge_passes if wanted.verdicts else 0
     pairs = [_pair(items, choice) for choice in candidates]
@@ -194,7 +195,7 @@ def score_candidates(
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
     total = len(loads) * len(used) + (wanted.judged + passes) * len(pairs)
-    read: dict[int, dict[str, np.ndarray]] = {}
+    read: dict[int | str, dict[str, np.ndarray]] = {}
     judged = verdicts = None
     with console.stage(title, total) as bar:
 
