@@ -35,7 +35,7 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     from scir_jax.run.directory import RunDirectory
 
     command.join(config)
-    config = auto.settle(resolve(config), differing(config) if given is None else given)
+    config = auto.settle(resolve(config), differing(config) if given is None else given, begun=True)
     check(config)
     if config.run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.compilation_cache).absolute()))

@@ -175,7 +175,8 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
     everything = [f.name for f in dataclasses.fields(Config)]
     in_files = known | set(everything) | set(names.fields(everything))
     # Keys of mappings are the user's own.
-    mappings = {k for k, field in names.fields(everything).items() if str(field.type).startswith("dict")}
+    found = names.fields(everything).items()
+    mappings = tuple(f"{key}." for key, field in found if str(field.type).startswith("dict"))
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
             continue
@@ -183,7 +184,7 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
         if name == "config":
             file = find(value or (argv[position + 1] if position + 1 < len(argv) else ""))
             for key in keys(read(file)):
-                if key not in in_files and key.rpartition(".")[0] not in mappings:
+                if key not in in_files and not key.startswith(mappings):
                     raise InputError(f"{file}: unknown key {key!r}{names.nearest(key, known)}")
         elif name not in allowed:
             raise InputError(f"unknown option --{name}{names.nearest(name, known | short)}")

@@ -103,7 +103,7 @@ def fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
 
 
 def nearest(key: str, known: Collection[str]) -> str:
-    """Names the known name that is nearest to an unknown one, as the end of a sentence."""
+    """Returns the end of a sentence about an unknown name: the known one that is nearest."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # the right name in the wrong section
         leaf = key.rpartition(".")[2]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import yaml
@@ -31,15 +32,39 @@ SAMPLE = 2000
 """rows of a file whose tokens are counted, evenly over the file"""
 
 
-def settle(config: Config, given: Collection[str], kinds: Collection[str] = tuple(proposals.PROPOSALS)) -> Config:
-    """Returns the configuration with proposals where nothing is given, if run.auto is set; says what they are.
+class Target(NamedTuple):
+    """Devices to propose for: what they are ("cpu", "gpu" or "tpu"), how many, and the bytes that each has for programs."""
 
-    A run that has begun keeps what was proposed for it.
+    backend: str
+    devices: int
+    limit: int
+
+
+def here() -> Target:
+    """Describes the devices that are here, all hosts' together."""
+    backend = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
+    return Target(backend, jax.device_count(), min(hosts.gather(memory.limit())))
+
+
+def settle(
+    config: Config,
+    given: Collection[str],
+    kinds: Collection[str] = tuple(proposals.PROPOSALS),
+    *,
+    sections: Collection[str] = tuple(field.name for field in dataclasses.fields(Config)),
+    target: Target | None = None,
+    known: Callable[[str], tuple[dict, str]] | None = None,
+    begun: bool = False,
+) -> Config:
+    """Returns the configuration with proposals where nothing is given, if run.auto is set; says what they are.
 
     Args:
       config: resolved.
       given: keys of the settings that the user set.
-      kinds: of proposals.PROPOSALS, those that the command has a use for.
+      kinds, sections: of proposals.PROPOSALS and of the configuration, those that the command has a use for.
+      target: devices to propose for; those here by default.
+      known: model.path -> its config.json, and where that is, for a model that need not be there.
+      begun: a run that has begun in run.directory keeps what was proposed for it.
 
     Raises:
       InputError: the model or the prompts are missing or cannot be read.
@@ -53,12 +78,12 @@ def settle(config: Config, given: Collection[str], kinds: Collection[str] = tupl
         )
     if not {"model.path", "model"} & set(given):
         raise InputError("no model: give --model DIR, the directory with config.json, *.safetensors and the tokenizer")
-    before = _recorded(config)
+    before = _recorded(config) if begun else None
     if before is not None:
         return _as_before(config, given, before)
-    limit = min(hosts.gather(memory.limit()))
-    facts = hosts.together(lambda: facts_of(config, limit))
-    config, found = proposals.propose(facts, config, given, kinds)
+    target = target or here()
+    facts = hosts.together(lambda: facts_of(config, target, known))
+    config, found = proposals.propose(facts, config, given, kinds, sections)
     if found:
         _show(found)
     reasons = {key: proposal.reason for key, proposal in found.items()}
@@ -67,15 +92,16 @@ def settle(config: Config, given: Collection[str], kinds: Collection[str] = tupl
     return config
 
 
-def facts_of(config: Config, limit: int) -> Facts:
-    """Collects the facts that proposals follow from, on the devices here.
-
-    Args:
-      limit: bytes that programs may use on a device.
-    """
+def facts_of(config: Config, target: Target, known: Callable[[str], tuple[dict, str]] | None = None) -> Facts:
+    """Collects the facts that proposals follow from; without a tokenizer, of a `known` model, nothing about texts."""
     directory = Path(config.model.path)
-    hf_config = weights.hf_config(directory)
-    arch = families.read(hf_config, str(directory / "config.json"))
+    if known is None:
+        hf_config, where = weights.hf_config(directory), str(directory / "config.json")
+    else:
+        hf_config, where = known(config.model.path)
+    arch = families.read(hf_config, where)
+    if known is not None and not any(directory.glob("tokenizer*")):
+        return Facts(arch, *target)
     tokenizer = load_tokenizer(directory)
     options = config.text.chat_template_kwargs
     thinks = not options and "enable_thinking" in str(tokenizer.chat_template)
@@ -89,8 +115,7 @@ def facts_of(config: Config, limit: int) -> Facts:
         except InputError:  # another template may do, and where none does the run says why
             continue
     prompts, rows, answers = _lengths(config, chat)
-    backend = {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
-    return Facts(arch, backend, jax.device_count(), limit, prompts, rows, answers, judges, thinks)
+    return Facts(arch, *target, prompts, rows, answers, judges, thinks)
 
 
 def _lengths(config: Config, chat: Chat) -> tuple[list[int], int, list[int]]:
@@ -138,6 +163,10 @@ def _recorded(config: Config) -> dict | None:
 def _as_before(config: Config, given: Collection[str], before: dict) -> Config:
     """Takes the settings that were proposed for a run when it began."""
     reasons = (before.get("run") or {}).get("proposed") or {}
+    if reasons:
+        console.say(
+            f"settings that were proposed when the run began stay: see run.proposed in {config.run.directory}/config.yaml"
+        )
     for key in reasons:
         section, name = key.split(".")
         if key not in given and name in before.get(section, {}):
@@ -153,6 +182,12 @@ def _show(found: dict[str, proposals.Proposal]) -> None:
         table.add_column(name)
     for key, proposal in found.items():
         value = proposal.value
-        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else json.dumps(value)
+        shown = (
+            ", ".join(map(str, value))
+            if isinstance(value, tuple)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+        )
         table.add_row(key, shown, proposal.reason)
     console.show(table)

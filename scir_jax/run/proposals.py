@@ -71,12 +71,12 @@ class Facts:
 
 
 def propose(
-    facts: Facts, config: Config, given: Collection[str], kinds: Collection[str]
+    facts: Facts, config: Config, given: Collection[str], kinds: Collection[str], sections: Collection[str]
 ) -> tuple[Config, dict[str, Proposal]]:
     """Proposes what is not given.
 
     Args:
-      kinds: of PROPOSALS, those that the command has a use for.
+      kinds, sections: of PROPOSALS and of the configuration, those that the command has a use for.
 
     Returns:
       The configuration with the proposals in it, and the proposals by key.
@@ -86,7 +86,7 @@ def propose(
         if kind not in kinds:
             continue
         for key, proposal in function(facts, config, given):
-            if key not in given:
+            if key not in given and key.partition(".")[0] in sections:
                 found[key] = proposal
                 config = with_value(config, key, proposal.value)
     return config, found
@@ -129,13 +129,13 @@ def text(facts: Facts, config: Config, given: Collection[str]) -> Found:
     if "text.max_prompt_tokens" in given:
         prompt = config.text.max_prompt_tokens
     yield "text.max_prompt_tokens", Proposal(prompt, why)
-    answer, why = RESPONSE, "no answers tell how long they are"
+    answer, why = RESPONSE, "no data have answers to count"
     if len(facts.answers):
         high = int(np.percentile(facts.answers, 99, method="higher"))
         answer, why = round_up(max(2 * high, 64)), f"twice what 99 % of the given answers have ({high})"
     fits = (room - prompt) // 2
     if fits < answer:
-        answer, why = max(fits // 8 * 8 or fits, 1), f"a judge's question holds two in {context} tokens of context"
+        answer, why = max(fits // 8 * 8 or fits, 1), f"a question to the judge holds two, of {context}"
     yield "text.max_response_tokens", Proposal(answer, why)
 
 
@@ -158,10 +158,9 @@ def devices(facts: Facts, config: Config, given: Collection[str]) -> Found:
     else:
         yield "model.dtype", Proposal("float32", "what a CPU is fast in")
     if facts.devices == 1:
-        yield "mesh.data", Proposal(1, "one device")
-        yield "mesh.fsdp", Proposal(1, "one device")
-    elif facts.arch.hidden_size % facts.devices == 0:
-        yield "mesh.data", Proposal(1, "weights are split over all devices")
+        return
+    if facts.arch.hidden_size % facts.devices == 0:
+        yield "mesh.data", Proposal(1, f"weights are split over {facts.devices} devices")
         yield "mesh.fsdp", Proposal(-1, f"weights are split over {facts.devices} devices")
     else:
         yield "mesh.data", Proposal(-1, f"{facts.devices} devices do not divide the hidden width")
