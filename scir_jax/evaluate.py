@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check_positive, check_sampling, resolve
+from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 from scir_jax.run import command
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.run import console
 
     if own["run"]:
-        rows = _run(Path(own["run"]), own["again"], own["distributed"])
+        rows = _run(Path(run_directory(own["run"])), own["again"], own["distributed"])
         console.print_table(rows, own["run"])
         return 0
     config = cli.distributed(config, own["distributed"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scir_jax.config import cli
+from scir_jax.config.names import run_directory
 from scir_jax.errors import InputError
 from scir_jax.run import command
 
@@ -15,7 +16,7 @@ from scir_jax.run import command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or NAME for runs/NAME")
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--model", help="M0, M1, ...; the newest by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.setup import prepare
 
+    arguments.run = Path(run_directory(str(arguments.run)))
     config = cli.of_run(arguments.run, arguments.distributed)
     command.join(config)
     config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "generative
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    config, own = cli.parse(
+    config, own, given = cli.line(
         "judge",
         __doc__,
         argv,
@@ -36,13 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.data.jsonl import write_rows
     from scir_jax.engine.hosts import hosts
     from scir_jax.method.rewards import REWARDS
-    from scir_jax.run import console, scoring
+    from scir_jax.run import auto, console, scoring
     from scir_jax.run.evaluation import accuracy, reward_logits
     from scir_jax.run.setup import prepare
 
     config = resolve(config)
-    check_positive(config, "text", "generative", "evaluate")
     command.join(config)
+    # The input's prompts and answers are those whose tokens count.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pairs=own["input"]))
+    config = auto.settle(config, given, ("text", "devices", "inference"), sections=SECTIONS)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pairs=None))
+    check_positive(config, "text", "generative", "evaluate")
     output = hosts.together(lambda: cli.output_file(own["output"]))
     found: dict[str, list] = {}
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from scir_jax.config import cli
-from scir_jax.config.checks import check
+from scir_jax.config.checks import check, resolve
 from scir_jax.run import command
 
 STAGES = ("prefill", "decode", "score", "judge", "sft", "optimise")
@@ -21,7 +21,11 @@ OPTIONS = {
         None,
         "pairs per step (optimise.batch_size), or `largest`: look for the largest batches that fit",
     ),
-    "prompts": (int | None, None, "prompts of an iteration; by default sample.prompts, or the rows of data.prompts"),
+    "prompts": (
+        str | None,
+        None,
+        "a FILE of prompts, or the number of prompts of an iteration; by default sample.prompts, or the file's rows",
+    ),
     "lengths": (
         str | None,
         None,
@@ -40,13 +44,15 @@ OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    config, own = cli.parse("plan", __doc__, argv, options=OPTIONS, default_config=cli.QUICKSTART)
+    config, own, given = cli.line("plan", __doc__, argv, options=OPTIONS, default_config=cli.QUICKSTART)
 
     import jax
 
     from scir_jax.errors import InputError
     from scir_jax.planning import machine, tables, workload
+    from scir_jax.planning.architectures import architecture
     from scir_jax.planning.batches import largest
+    from scir_jax.run import auto
 
     if not 0 < own["efficiency"] <= 1:
         raise InputError(f"--efficiency must be in (0, 1], not {own['efficiency']}")
@@ -56,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--batch must be a number of pairs or `largest`, not {own['batch']!r}")
         batch = dataclasses.replace(config.optimise, batch_size=int(own["batch"]))
         config = dataclasses.replace(config, optimise=batch)
-    check(config)
+    count = int(own["prompts"]) if own["prompts"] and own["prompts"].isdigit() else None
+    if own["prompts"] and count is None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=own["prompts"]))
     kinds = own["programs"].split(",") if own["programs"] else list(STAGES)
     if unknown := [kind for kind in kinds if kind not in STAGES]:
         raise InputError(f"--programs: {unknown[0]!r} is none of {', '.join(STAGES)}")
-    stated = workload.stated(own["lengths"], config) if own["lengths"] else None
     if own["compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", own["compilation_cache"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
@@ -68,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The compiler alone is asked: no device that may be here is taken.
         jax.config.update("jax_platforms", "cpu")
     target = machine.describe(own["topology"])
+    config = auto.settle(resolve(config), given, target=machine.proposed_for(target), known=architecture)
+    check(config)
+    stated = workload.stated(own["lengths"], config) if own["lengths"] else None
     run = machine.plan(config, target)
     load = workload.workload(run, stated) if stated else None
     tables.show_machine(run, target, load)
@@ -77,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.show_stages(run, stages, target)
     if target.chip is not None and any(stage.reason is None for stage in stages):
         tables.show_times(run, stages, target)
-        tables.show_iteration(run, stages, target, load, own["prompts"], own["efficiency"])
+        tables.show_iteration(run, stages, target, load, count, own["efficiency"])
     if search:
         tables.show_largest(config, largest(config, target), target)
     return tables.verdict(run, stages, search)

@@ -16,7 +16,7 @@ SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "sample")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    config, own = cli.parse(
+    config, own, given = cli.line(
         "sample",
         __doc__,
         argv,
@@ -25,16 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from scir_jax.engine.hosts import hosts
     from scir_jax.engine.sampler import stream_key
-    from scir_jax.run import console, sampling
+    from scir_jax.run import auto, console, sampling
     from scir_jax.run.setup import prepare
 
+    config = resolve(config)
+    if not config.data.prompts:
+        raise InputError("no prompts: give --prompts FILE")
+    command.join(config)
+    config = auto.settle(config, given, ("text", "devices", "inference"), sections=SECTIONS)
     # No judge is asked here, and the model need not have room for one.
-    config = resolve(dataclasses.replace(config, generative=GenerativeConfig(templates=())))
+    config = dataclasses.replace(config, generative=GenerativeConfig(templates=()))
     check_positive(config, "sample", "text")
     check_sampling(config)
-    if not config.data.prompts:
-        raise InputError("no prompts: give --data.prompts FILE")
-    command.join(config)
     output = hosts.together(lambda: cli.output_file(own["output"]))
     hosts.shares(output.parent)
     if hosts.first():

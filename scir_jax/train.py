@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from scir_jax.config import cli
-from scir_jax.config.checks import check, resolve
+from scir_jax.config.checks import check, resolve, until_of
 from scir_jax.config.files import to_dict
+from scir_jax.config.names import differing
 from scir_jax.config.schema import Config
 from scir_jax.run import command
 
 
-def train(config: Config) -> list[dict]:
+def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     """Runs or resumes the run of a configuration.
 
+    Args:
+      given: keys of the settings that are not to be proposed where run.auto is set; by default those that differ from
+        the defaults.
+
     Returns:
-      The rows of its final table (also in summary.json).
+      The rows of its final table (also in summary.json); none where run.until ends it before.
 
     Raises:
       InputError: something of the configuration, the model or the data cannot be used.
@@ -26,11 +31,11 @@ def train(config: Config) -> list[dict]:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console
+    from scir_jax.run import auto, console
     from scir_jax.run.directory import RunDirectory
 
     command.join(config)
-    config = resolve(config)
+    config = auto.settle(resolve(config), differing(config) if given is None else given, begun=True)
     check(config)
     if config.run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.compilation_cache).absolute()))
@@ -43,6 +48,9 @@ def train(config: Config) -> list[dict]:
     finally:
         if hosts.first():
             directory.close()
+    if not rows:
+        console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
+        return rows
     console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
     console.say(f"report: {report}")
     return rows
@@ -58,6 +66,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.report.page import write_report
     from scir_jax.run import console, iteration, preflight
     from scir_jax.run.base_model import build_world
+    from scir_jax.run.changes import ADDED
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.metrics import Metrics, NoMetrics
@@ -83,10 +92,17 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     hosts.same(data, "data")
 
     def record() -> None:
-        directory.check_manifest(manifest(config, templates))
+        made_of = manifest(config, templates)
+        if adapted:
+            preflight.check_frozen(config, made_of["sha256"])
+        directory.check_manifest(made_of)
         write_json(directory.path / "data.json", data)
 
     hosts.decide(record)
+    for change in directory.changes:
+        console.say(f"changed since the run began: {change.key}, from {change.before!r} to {change.now!r}")
+    if any(change.key in ADDED for change in directory.changes):
+        console.say(f"models that are evaluated already: python -m scir_jax.evaluate --run {directory.path} --again")
 
     def metrics_here() -> Metrics:
         if not hosts.first():
@@ -101,7 +117,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         if not hosts.decide(lambda: models.store.exists(last)):
             preflight.check_memory(config, programs)
         stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
-        iteration.run_stages(stages, directory, stopper)
+        if not iteration.run_stages(stages, directory, stopper, until_of(config)):
+            return [], ""
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
@@ -117,8 +134,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     started = time.monotonic()
-    config, _ = cli.parse("train", __doc__, argv, default_config=cli.QUICKSTART)
-    train(config)
+    line = cli.line("train", __doc__, argv, default_config=cli.QUICKSTART)
+    train(line.config, line.given)
     from scir_jax.run import console
 
     console.say(f"total {time.monotonic() - started:.0f} s")

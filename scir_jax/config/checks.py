@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from scir_jax.config.schema import Config
@@ -34,6 +35,11 @@ DIVIDED = (
     "replay.eft_batch_size",
 )
 """batch sizes that micro-batches divide"""
+
+STAGES = ("sample", "score", "optimise", "evaluate")
+"""of an iteration"""
+REFERENCES = {"implicit.reference": ("previous", "sft", "base"), "preference.reference": ("start", "sft", "base")}
+"""models of a run that may be references"""
 
 
 def resolve(config: Config) -> Config:
@@ -124,6 +130,15 @@ def check(config: Config) -> None:
         )
     if config.run.iterations < 0:
         raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
+    until_of(config)
+    for key, names in REFERENCES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in names and not (Path(value) / "config.json").is_file():
+            raise InputError(
+                f"{key} is {value!r}: it is one of {', '.join(names)}, or a model directory, and there is no "
+                f"{Path(value) / 'config.json'}"
+            )
     check_sampling(config)
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
@@ -133,6 +148,29 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if value % micro:
             raise InputError(f"{key}={value} does not divide into training.accumulate={micro} micro-batches")
+
+
+def until_of(config: Config) -> tuple[str, int] | None:
+    """Returns the name and the iteration of the stage that run.until names, or None without one.
+
+    Raises:
+      InputError: the run has no such stage.
+    """
+    if config.run.until is None:
+        return None
+    name, _, number = config.run.until.partition(":")
+    iterations = config.run.iterations
+    if name == "sft" and number in ("", "0"):
+        return ("sft", 0)
+    first = 0 if name == "evaluate" else 1
+    if name not in STAGES or not number.isdigit() or not first <= int(number) <= iterations:
+        raise InputError(
+            f"run.until is {config.run.until!r}: this run's stages are sft, evaluate:0, and {', '.join(STAGES)} with the "
+            f"number of an iteration, 1 to {iterations}, as in sample:1"
+        )
+    if name == "sample" and config.data.pairs:
+        raise InputError(f"run.until is {config.run.until!r}, but with data.pairs nothing is sampled")
+    return name, int(number)
 
 
 def check_positive(config: Config, *sections: str) -> None:

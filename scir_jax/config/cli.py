@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 import yaml
 
+from scir_jax.config import help, names
 from scir_jax.config.files import find, keys, read
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 
 QUICKSTART = "quickstart"
+PAPER = "mistral-7b"
+"""the settings that a model of the user's own begins with"""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def parse(
+class Line(NamedTuple):
+    """What a command line says.
+
+    Attributes:
+      config: the configuration.
+      options: the values of the command's own options by name.
+      given: the settings that the line and its files set, by dotted key.
+    """
+
+    config: Config
+    options: dict[str, Any]
+    given: frozenset[str]
+
+
+def parse(command: str, description: str, argv: Sequence[str] | None = None, **arguments) -> tuple[Config, dict]:
+    """Reads a command line as `line` does -> the configuration, and the values of the command's own options by name."""
+    return line(command, description, argv, **arguments)[:2]
+
+
+def line(
     command: str,
     description: str,
     argv: Sequence[str] | None = None,
@@ -29,25 +50,24 @@ def parse(
     sections: Sequence[str] | None = None,
     options: dict[str, tuple[type, Any, str]] | None = None,
     default_config: str | None = None,
-) -> tuple[Config, dict[str, Any]]:
+) -> Line:
     """Reads the configuration and a command's own options from its command line.
 
     Args:
       sections: the sections of `Config` that the command reads; all by default. Others keep their defaults.
       options: name -> (type, default or ..., help) of options outside the configuration; `...` means required.
-      default_config: the configuration used when no --config is given.
-
-    Returns:
-      The configuration, and the values of `options` by name.
+      default_config: the configuration used when no --config is given; where a model or prompts of the user's own are,
+        it is the paper's instead.
 
     Raises:
       InputError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong type.
     """
     options = options or {}
-    flags = {f"--{name}" for name, (kind, _, _) in options.items() if kind is bool}
-    argv = _with_values(list(sys.argv[1:] if argv is None else map(str, argv)), flags)
     types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    names = list(sections or types)
+    sections = list(sections or types)
+    fields = names.fields(sections)
+    flags = {f"--{name}" for name, (kind, _, _) in options.items() if kind is bool} | {"--auto"}
+    argv = _with_values(list(sys.argv[1:] if argv is None else map(str, argv)), flags)
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m scir_jax.{command}", description=description, exit_on_error=False
     )
@@ -61,23 +81,45 @@ def parse(
             parser.add_argument(f"--{name}", type=kind, required=True, help=text)
         else:
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    for name in names:
+    for name in sections:
         parser.add_class_arguments(types[name], name)
-    if default_config and "--config" not in argv and not any(a.startswith("--config=") for a in argv):
-        argv = ["--config", default_config, *argv]
-    known = _known_keys(names) | set(options)
-    argv = _checked(argv, known, names)
+    _help(parser, description, argv, options, fields)
+    argv = names.expand(argv, fields, options)
+    configured = any(a == "--config" or a.startswith("--config=") for a in argv)
+    own = any(a.removeprefix("--").partition("=")[0] in names.OWN for a in argv if a.startswith("--"))
+    known = set(fields) | set(options)
+    argv = _checked(argv, known, sections)
+    given = names.given(argv, sections)
+    if default_config and not configured:
+        argv = [*_checked(["--config", PAPER if own else default_config], known, sections), *argv]
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
     except jsonargparse.ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
-    config = Config(**{name: parsed[name] for name in names})
-    for name in names:
+    config = Config(**{name: parsed[name] for name in sections})
+    for name in sections:
         for field in dataclasses.fields(types[name]):
             default = getattr(types[name](), field.name)
             if getattr(parsed[name], field.name) is None and default is not None:
                 raise InputError(f"{name}.{field.name} must not be null; leave it out for its default, {default!r}")
-    return config, {name: parsed[name] for name in options}
+    if own and not configured and "run" in sections and "run.auto" not in given:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, auto=True))
+    return Line(config, {name: parsed[name] for name in options}, given)
+
+
+def _help(
+    parser: jsonargparse.ArgumentParser, description: str, argv: list[str], options: dict, fields: Collection[str]
+) -> None:
+    """Prints the help that the command line asks for, and ends the command."""
+    place = next((i for i, argument in enumerate(argv) if argument in ("--help", "-h")), None)
+    if place is None:
+        return
+    what = argv[place + 1] if place + 1 < len(argv) else ""
+    if what == "all":
+        print(parser.format_help())
+    else:
+        print(help.screen(parser, description, options, fields))
+    raise SystemExit(0)
 
 
 def distributed(config: Config, several: bool) -> Config:
@@ -86,7 +128,7 @@ def distributed(config: Config, several: bool) -> Config:
 
 
 def of_run(directory: Path, several: bool = False) -> Config:
-    """Reads the configuration that a run directory records, with run.distributed as it is here.
+    """Reads the configuration that a run directory records, with run.directory and run.distributed as they are here.
 
     Args:
       several: whether this is one of several processes.
@@ -97,7 +139,9 @@ def of_run(directory: Path, several: bool = False) -> Config:
     recorded = directory / "config.yaml"
     if not recorded.is_file():
         raise InputError(f"{directory}: not a run directory (no config.yaml)")
-    return distributed(parse("train", "", ["--config", str(recorded)])[0], several)
+    config = parse("train", "", ["--config", str(recorded)])[0]
+    run = dataclasses.replace(config.run, directory=str(directory), distributed=several)
+    return dataclasses.replace(config, run=run)
 
 
 def output_file(name: str) -> Path:
@@ -124,32 +168,15 @@ def _with_values(argv: list[str], flags: set[str]) -> list[str]:
     return result
 
 
-def _fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
-    """Returns the fields of sections, and of the sections within them, by dotted key."""
-
-    def fields(kind: type, prefix: str) -> dict[str, dataclasses.Field]:
-        result = {}
-        for field in dataclasses.fields(kind):
-            result[f"{prefix}.{field.name}"] = field
-            if dataclasses.is_dataclass(field.default_factory):
-                result |= fields(field.default_factory, f"{prefix}.{field.name}")
-        return result
-
-    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return {key: field for section in sections for key, field in fields(types[section], section).items()}
-
-
-def _known_keys(sections: Sequence[str]) -> set[str]:
-    return set(_fields(sections))
-
-
 def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[str]:
     """Refuses unknown keys of files and options with the nearest known key."""
+    short = {name for name, (key, _) in names.SHORT.items() if key in known}
     allowed = known | set(sections) | {"config", "help", "print_config"}
     everything = [f.name for f in dataclasses.fields(Config)]
-    in_files = known | set(everything) | _known_keys(everything)
+    in_files = known | set(everything) | set(names.fields(everything))
     # Keys of mappings are the user's own.
-    mappings = {k for k, field in _fields(everything).items() if str(field.type).startswith("dict")}
+    found = names.fields(everything).items()
+    mappings = tuple(f"{key}." for key, field in found if str(field.type).startswith("dict"))
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
             continue
@@ -157,10 +184,10 @@ def _checked(argv: list[str], known: set[str], sections: Sequence[str]) -> list[
         if name == "config":
             file = find(value or (argv[position + 1] if position + 1 < len(argv) else ""))
             for key in keys(read(file)):
-                if key not in in_files and key.rpartition(".")[0] not in mappings:
-                    raise InputError(f"{file}: unknown key {key!r}{_nearest(key, known)}")
+                if key not in in_files and not key.startswith(mappings):
+                    raise InputError(f"{file}: unknown key {key!r}{names.nearest(key, known)}")
         elif name not in allowed:
-            raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+            raise InputError(f"unknown option --{name}{names.nearest(name, known | short)}")
     return _only_sections(argv, known | set(sections))
 
 
@@ -178,11 +205,3 @@ def _only_sections(argv: list[str], names: set[str]) -> list[str]:
         else:
             result.append(argument)
     return result
-
-
-def _nearest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not close:  # the right name in the wrong section
-        leaf = key.rpartition(".")[2]
-        close = [k for k in sorted(known) if k.rpartition(".")[2] == leaf]
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"

@@ -6,8 +6,10 @@ A YAML file holds one mapping per section (``model:``, ``data:``, ...); a later 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from scir_jax.config.columns import ColumnsConfig
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,17 @@ class RunConfig:
     Slurm, elsewhere by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
     host_timeout: float = 60.0
     """seconds without a sign of another host after which the others stop"""
+    until: str | None = None
+    """stop when this stage is done, for example sample:2 (sft, or sample, score, optimise, evaluate with the number of the
+    iteration); the same command without it goes on"""
     start_from: str | None = None
-    """run directory whose M0 and M1 are taken instead of SFT, so that methods start from one model"""
+    """RUN or RUN:M3, another run whose model is M1 here, instead of SFT; its references come with it. RUN alone is RUN:M1,
+    so that methods start from one model"""
+    auto: bool = False
+    """propose what is not given from the model, the data's lengths and the device's memory; the default where --model or
+    --prompts are given and --config is not"""
+    proposed: dict[str, str] = field(default_factory=dict)
+    """written by the program: setting -> why it was proposed; a resumed run keeps these settings"""
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
     wandb: bool = False
@@ -73,7 +84,7 @@ class LoraConfig:
     """Low-rank adapters: only they are trained and checkpointed, the model's own weights stay as they are."""
 
     rank: int = 0
-    """0: no adapters, full fine-tuning"""
+    """of the adapters; 0: none, full fine-tuning"""
     alpha: float = 16.0
     """an adapter's output is multiplied by alpha / rank"""
     rslora: bool = False
@@ -99,35 +110,6 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class ColumnsConfig:
-    """Names of columns in the data files, one or several: then the first that a row has."""
-
-    prompt: tuple[str, ...] | str = ("prompt",)
-    """a text or a list of messages"""
-    messages: tuple[str, ...] | str = ("messages", "conversations")
-    """a conversation, `role` and `content` or ShareGPT's `from` and `value`"""
-    response: tuple[str, ...] | str = ("response", "completion")
-    """the answer beside a prompt"""
-    chosen: tuple[str, ...] | str = ("chosen",)
-    """the better answer, alone or as the end of a conversation"""
-    rejected: tuple[str, ...] | str = ("rejected",)
-    """the worse answer, likewise"""
-    response_a: tuple[str, ...] | str = ("response_a",)
-    """the first answer of a pair with a label, or without"""
-    response_b: tuple[str, ...] | str = ("response_b",)
-    """the second answer"""
-    label: tuple[str, ...] | str = ("label",)
-    """1 where response_a is better, 0 where response_b is, or the probability that response_a is; also the column that
-    external labels have in an iteration's pairs.jsonl"""
-
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            names = getattr(self, column.name)
-            if isinstance(names, str):
-                object.__setattr__(self, column.name, (names,))
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """The user's data: JSON Lines, JSON, Parquet, a directory, or OWNER/NAME:CONFIG:SPLIT of the Hugging Face hub."""
 
@@ -139,6 +121,8 @@ class DataConfig:
     """judging examples: `prompt`, `chosen`, `rejected`"""
     heldout_prompts: str | None = None
     """prompts for evaluation only"""
+    holdout: int = 0
+    """rows of data.prompts that are kept from training and evaluated on where data.heldout_prompts is not set"""
     heldout_pairs: str | None = None
     """labelled pairs for evaluation only: `prompt`, `chosen`, `rejected`"""
     pairs: str | None = None
@@ -156,9 +140,9 @@ class TextConfig:
     """Token limits, and how the rows of training are packed."""
 
     max_prompt_tokens: int = 512
-    """with the chat template's tokens"""
+    """most tokens of a prompt, with the chat template's"""
     max_response_tokens: int = 512
-    """with the stop token"""
+    """most tokens of a response, with the stop token"""
     long_prompts: Literal["middle", "drop", "error"] = "middle"
     """an over-long prompt loses its middle, is left out, or stops the run"""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -224,7 +208,7 @@ class SampleConfig:
     prompts: int | None = None
     """prompts per iteration; null: the file is divided evenly over the iterations"""
     temperature: float = 1.0
-    """0 is greedy"""
+    """of sampling; 0 is greedy"""
     top_p: float = 1.0
     """nucleus"""
     top_k: int = 0
@@ -265,8 +249,8 @@ class ImplicitConfig:
 
     beta: float = 0.1
     """reward per nat"""
-    reference: Literal["previous", "sft", "base"] = "previous"
-    """reference model, which must lag the policy: M_{t-1}, M1 or M0"""
+    reference: str = "previous"
+    """reference model, which must lag the policy: previous (M_{t-1}), sft (M1), base (M0), or a model directory"""
     length: Literal["none", "mean", "penalty"] = "none"
     """mean: per token; penalty: r - alpha |y|, alpha fitted once per iteration"""
 
@@ -328,8 +312,8 @@ class PreferenceConfig:
     """share of the loss on the reversed pair"""
     length_normalised: bool = False
     """log-ratios per token"""
-    reference: Literal["start", "sft", "base"] = "start"
-    """reference model; start: M_t, so that the first step's loss is ln 2"""
+    reference: str = "start"
+    """reference model: start (M_t, so that the first step's loss is ln 2), sft (M1), base (M0), or a model directory"""
     labels: Literal[
         "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
     ] = "agreement"
@@ -362,7 +346,7 @@ class OptimiseConfig:
     epochs: int = 1
     """passes over the pairs"""
     learning_rate: float = 1e-6
-    """peak of the schedule"""
+    """peak of the schedule, in SCIR training"""
 
 
 @dataclass(frozen=True)

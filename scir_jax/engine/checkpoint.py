@@ -36,11 +36,11 @@ class ModelStore:
     def __init__(self, directory: Path):
         self.directory = directory.absolute()
 
-    def path(self, number: int) -> Path:
-        """Returns the directory of M_number."""
-        return self.directory / f"M{number}"
+    def path(self, number: int | str) -> Path:
+        """Returns the directory of M_number, or of a model that is kept by name."""
+        return self.directory / (f"M{number}" if isinstance(number, int) else number)
 
-    def exists(self, number: int) -> bool:
+    def exists(self, number: int | str) -> bool:
         """Checks whether M_number is there: its directory has the file that is written last."""
         return (self.path(number) / COMMITTED).is_file()
 
@@ -53,21 +53,21 @@ class ModelStore:
         """Returns the number of the newest model, or None without one."""
         return max(self.numbers(), default=None)
 
-    def save(self, number: int, params: Any) -> None:
+    def save(self, number: int | str, params: Any) -> None:
         """Saves parameters as M_number, in the place of an older one."""
         # Models are loaded in the dtype of the computation too.
         sums = {dtype: checksums(params, dtype) for dtype in DTYPES}
         if hosts.first():
             # Before the model: it is never there without them.
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / ARRAYS, {**self._recorded(), f"M{number}": sums})
+            write_json(self.directory / ARRAYS, {**self._recorded(), self.path(number).name: sums})
         ocp.save(self.path(number), params, overwrite=True)
 
     def _recorded(self) -> dict[str, dict[str, dict[str, int]]]:
         path = self.directory / ARRAYS
         return read_json(path) if path.exists() else {}
 
-    def load(self, number: int, abstract: Any) -> Any:
+    def load(self, number: int | str, abstract: Any) -> Any:
         """Loads parameters straight into the shardings of `abstract`.
 
         Raises:
@@ -84,16 +84,16 @@ class ModelStore:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path(number)}: the checkpoint cannot be read: {reason}") from error
         dtype = str(jax.tree.leaves(found)[0].dtype)
-        expected = self._recorded().get(f"M{number}", {}).get(dtype)
+        expected = self._recorded().get(self.path(number).name, {}).get(dtype)
         if expected is None:
-            raise InputError(f"{self.directory / ARRAYS}: holds no checksums of M{number} in {dtype}; restore it")
+            raise InputError(f"{self.directory / ARRAYS}: holds no checksums of {self.path(number).name} in {dtype}; restore it")
         if name := first_change(checksums(found), expected):
             raise InputError(
                 f"{self.path(number)}: was changed since it was saved ({name} is not what it was); restore it"
             )
         return found
 
-    def _difference(self, number: int, abstract: Any) -> str | None:
+    def _difference(self, number: int | str, abstract: Any) -> str | None:
         """Names the first array that is not the same there and here."""
 
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -38,13 +38,17 @@ def facts(config: Config, context: int) -> Facts:
     question = max(encoder.lengths(prompts).judges)
     conversation = min(text.max_prompt_tokens + text.max_response_tokens, context)
     keys = ("ift", "eft", "heldout_prompts", "heldout_pairs")
+    present = {key for key in keys if getattr(data, key)} | ({"heldout_prompts"} if data.holdout else set())
+    if not present and not data.prompts and not data.pairs:
+        # The paper's setting has them all.
+        present = set(keys)
     return Facts(
         lengths=encoder.lengths(prompts, {"ift": conversation, "eft": question}),
         verdict_ids=tuple(judge.verdict_ids for judge in judges),
         continued=encoder.continued,
         stop_ids=(2,),
         pad_id=0,
-        present=frozenset(key for key in keys if getattr(data, key)),
+        present=frozenset(present),
     )
 
 

@@ -18,6 +18,7 @@ from scir_jax.model import families
 from scir_jax.planning.architectures import architecture
 from scir_jax.planning.limits import planned
 from scir_jax.planning.topology import topology
+from scir_jax.run.auto import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,12 @@ def describe(name: str | None) -> Machine:
     devices = tuple(jax.devices())
     kind = devices[0].device_kind
     return Machine(f"{len(devices)} x {kind}", devices, of_device(kind), memory.limit(), jax.process_count())
+
+
+def proposed_for(machine: Machine) -> Target:
+    """Returns what proposals of settings take the machine for."""
+    backend = {"cuda": "gpu", "rocm": "gpu"}.get(machine.devices[0].platform, machine.devices[0].platform)
+    return Target(backend, len(machine.devices), machine.limit)
 
 
 def plan(config: Config, machine: Machine) -> Programs:

@@ -24,6 +24,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from scir_jax.config.names import run_directory
 from scir_jax.errors import InputError
 from scir_jax.report.contents import (
     MAX_CHARACTERS,
@@ -315,9 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write RUN_DIRECTORY/report.html: headline table, curves, lengths and sampled pairs of a run.",
         epilog="The run may be unfinished: the page says what is not there.",
     )
-    parser.add_argument("run_directory", type=Path, help="directory that a training run writes")
+    parser.add_argument("run_directory", type=Path, help="directory that a training run writes, or NAME for runs/NAME")
     try:
-        print(write_report(parser.parse_args(arguments).run_directory))
+        print(write_report(Path(run_directory(str(parser.parse_args(arguments).run_directory)))))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
+from scir_jax.run.changes import ADDED, MODELS, Change, compare
 
 PACKAGES = (
     "scir_jax",
@@ -36,16 +37,20 @@ PACKAGES = (
 
 LAYOUT = 2
 """of the files of a run; a directory of another one is refused"""
-# Keys that say where a run is computed, beside the mesh.
-ELSEWHERE = ("run.distributed", "run.host_timeout", "run.compilation_cache")
 
 
 class RunDirectory:
-    """Paths of a run. Iteration 0 is SFT; iteration t turns M_t into M_{t+1}."""
+    """Paths of a run. Iteration 0 is SFT; iteration t turns M_t into M_{t+1}.
+
+    Attributes:
+      changes: harmless changes of the configuration that `open` found; `check_manifest` records them.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.changes: list[Change] = []
+        self._config: Config | None = None
         self._lock: FileLock | None = None
 
     def stage_checkpoints(self, iteration: int) -> Path:
@@ -66,11 +71,11 @@ class RunDirectory:
     def open(self, config: Config) -> bool:
         """Locks the directory and records the configuration; True if a run is there to be resumed.
 
-        On which devices and how many hosts a run goes on is no part of its configuration.
+        On which devices and how many hosts a run goes on is no part of its configuration, nor where it lies.
 
         Raises:
-          InputError: another process uses the directory, it holds a run of another configuration (the keys that
-            differ are listed), or it holds other files.
+          InputError: another process uses the directory, it holds a run of a configuration that would give other
+            results (the keys that differ are listed), or it holds other files.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,10 +94,13 @@ class RunDirectory:
         recorded = self.path / "config.yaml"
         # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
         if recorded.exists() and any(self.checkpoints.glob("M0")):
-            before, now = self._recorded(recorded), to_dict(config)
-            self._compare(before, now)
-            if now["run"]["iterations"] > before["run"]["iterations"]:
-                self._grow(recorded, config)
+            found = compare(self._recorded(recorded), to_dict(config))
+            if found.refused:
+                raise InputError(
+                    f"{self.path}: holds a run of another configuration; these keys differ: "
+                    f"{', '.join(map(str, found.refused))}"
+                )
+            self.changes, self._config = found.allowed, config
             return True
         own = {".lock", "config.yaml.partial"}
         if self._is_ours(recorded):
@@ -121,7 +129,7 @@ class RunDirectory:
             self._lock.release()
 
     def check_manifest(self, manifest: dict[str, Any]) -> None:
-        """Records what the run is made of; on resuming, refuses files that have changed.
+        """Records what the run is made of; on resuming, refuses files that have changed, and records harmless changes.
 
         Raises:
           InputError: files have changed; they are named.
@@ -132,12 +140,33 @@ class RunDirectory:
             return
         before = read_json(path)
         names = sorted(before["sha256"].keys() | manifest["sha256"].keys())
-        changed = [k for k in names if before["sha256"].get(k) != manifest["sha256"].get(k)]
+        added = {change.key for change in self.changes if change.key in ADDED and change.before is None}
+        changed = [k for k in names if before["sha256"].get(k) != manifest["sha256"].get(k) and k not in added]
         if changed:
             raise InputError(
                 f"{self.path}: changed since this run began: {', '.join(changed)}; "
                 "restore them or choose another run.directory"
             )
+        if self.changes:
+            self._record(before | {"sha256": manifest["sha256"]})
+
+    def _record(self, manifest: dict[str, Any]) -> None:
+        """Writes the changed configuration, and the changes with the step at which they came into the manifest."""
+        if any(change.key == "run.iterations" for change in self.changes):
+            # What was made of the last model so far is made again.
+            for name in ("export", "adapter"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / "summary.json").unlink(missing_ok=True)
+        step = self._last_step()
+        found = [{"step": step, "key": c.key, "before": c.before, "now": c.now} for c in self.changes]
+        write_json(self.path / "manifest.json", {**manifest, "changes": [*manifest.get("changes", []), *found]})
+        _write_config(self.path / "config.yaml", self._config)
+
+    def _last_step(self) -> int:
+        """Returns the last training step of the run so far."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return max((json.loads(line).get("step") or 0 for line in lines[-50:] if line.endswith("}")), default=0)
 
     def _is_ours(self, recorded: Path) -> bool:
         """Checks whether a config.yaml is one that `open` wrote: it has every section with every key."""
@@ -171,27 +200,6 @@ class RunDirectory:
             )
         return content
 
-    def _grow(self, recorded: Path, config: Config) -> None:
-        """Lets a run go on to more iterations; what was made of its last model so far is made again."""
-        for name in ("export", "adapter"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "summary.json").unlink(missing_ok=True)
-        _write_config(recorded, config)
-
-    def _compare(self, before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
-        more = now["run"]["iterations"] > before["run"]["iterations"]
-        free = (*ELSEWHERE, "run.iterations") if more else ELSEWHERE
-        keys = sorted({(s, k) for c in (before, now) for s, values in c.items() for k in values})
-        differ = [
-            f"{s}.{k} ({before.get(s, {}).get(k)!r} there, {now.get(s, {}).get(k)!r} here)"
-            for s, k in keys
-            if before.get(s, {}).get(k) != now.get(s, {}).get(k) and s != "mesh" and f"{s}.{k}" not in free
-        ]
-        if differ:
-            raise InputError(
-                f"{self.path}: holds a run of another configuration; these keys differ: {', '.join(differ)}"
-            )
-
 
 def _write_config(path: Path, config: Config) -> None:
     partial = path.with_name("config.yaml.partial")
@@ -205,17 +213,13 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     Args:
       weights: read the model's weights too; else their bytes are counted.
     """
-    read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
-    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file() and p.suffix in read}
-    hashes = {
-        f"model.path/{name}": sha256(path)
-        if weights or path.suffix != ".safetensors"
-        else f"{path.stat().st_size} bytes"
-        for name, path in files.items()
-    }
+    hashes = {f"model.path/{name}": value for name, value in _hashes(Path(config.model.path), weights).items()}
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sources.sha256(name)
+    for key, name in (("implicit", config.implicit.reference), ("preference", config.preference.reference)):
+        if name not in MODELS:
+            hashes |= {f"{key}.reference/{file}": value for file, value in _hashes(Path(name), weights).items()}
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
@@ -236,6 +240,16 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
         "iterations": config.run.iterations,
         "sha256": hashes,
         "templates": templates,
+    }
+
+
+def _hashes(directory: Path, weights: bool) -> dict[str, str]:
+    """Computes the SHA-256 of the files of a model directory that are read, by name."""
+    read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
+    return {
+        path.name: sha256(path) if weights or path.suffix != ".safetensors" else f"{path.stat().st_size} bytes"
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.suffix in read
     }
 
 

@@ -69,8 +69,9 @@ def evaluate_model(
     load_reference = (lambda: models.load(reference)) if reference != number else None
     title = f"evaluation of M{number}"
     against = None
-    if t and inputs.heldout_prompts:
-        against = [row for _, row in read_rows(directory.iteration(0) / "heldout_responses.jsonl")]
+    first = directory.iteration(0) / "heldout_responses.jsonl"
+    if t and first.exists():  # the file of held-out prompts may have been added later
+        against = [row for _, row in read_rows(first)]
     values, rows = evaluate(
         config,
         encoder,
@@ -137,6 +138,7 @@ def evaluate(
             evidence = scoring.score_pairs(
                 encoder, programs, pairs, config=config, model=model, reference=reference, advance=advance
             )
+            evidence = without_own_reference(evidence)
             values |= pair_metrics(config, evidence, labels)
         for greedy, responses, sampling in kinds:
             rows += [
@@ -173,7 +175,8 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     """Measures length, end-of-sequence rate and diversity of sampled responses; with a grader quality and the win rate.
 
     Args:
-      against: M1's responses to the same prompts; the win rate is over all pairs of samples, ties count 1/2.
+      against: M1's responses; the win rate is over all pairs of samples, ties count 1/2. There is none where the prompts
+        are not the same, as in a run that was given other ones since.
     """
     sampled = [r for r in rows if not r["greedy"]]
     result = {
@@ -189,7 +192,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     result |= {name: float(np.mean([g[name] for g in grades])) for name in grades[0]}
     if greedy := [grader(r["prompt"], r["response"]) for r in rows if r["greedy"]]:
         result |= {f"greedy_{name}": float(np.mean([g[name] for g in greedy])) for name in greedy[0]}
-    if against is not None:
+    if against is not None and _prompts(against) == _prompts(rows):
 
         def quality(r: dict) -> float:
             return grader(r["prompt"], r["response"])["quality"]
@@ -219,6 +222,14 @@ def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict
     if "generative" in logits and "implicit" in logits:
         result["agreement"] = float(np.mean(np.sign(logits["generative"]) * np.sign(logits["implicit"]) > 0))
     return result
+
+
+def without_own_reference(evidence: Evidence) -> Evidence:
+    """Leaves the reference's log-probabilities out where they are the model's own: M1 without SFT, say, is M0."""
+    theirs, ours = evidence.cached.get("implicit_logps"), evidence.fresh.get("logps")
+    if theirs is None or ours is None or not np.allclose(theirs, ours, atol=1e-6):
+        return evidence
+    return evidence._replace(cached={name: x for name, x in evidence.cached.items() if name != "implicit_logps"})
 
 
 def reward_logits(config: Config, evidence: Evidence) -> dict[str, np.ndarray]:
@@ -279,6 +290,10 @@ def labelled_pairs(given: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:
 def clean(values: dict[str, Any]) -> dict[str, Any]:
     """Leaves out values that are None or NaN, which JSON does not have."""
     return {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+
+
+def _prompts(rows: Sequence[dict]) -> dict[int, str]:
+    return {row["prompt_number"]: row["prompt"] for row in rows}
 
 
 def _by_prompt(rows: Sequence[dict], value: Callable[[dict], Any]) -> dict[int, list]:

@@ -44,11 +44,26 @@ class Inputs:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        return self._prompts("prompts")
+        """The prompts to train on."""
+        return self._divided[0]
 
     @cached_property
     def heldout_prompts(self) -> list[Prompt]:
-        return self._prompts("heldout_prompts")
+        """The prompts to evaluate on: a file's, or those that data.holdout keeps from training."""
+        return self._prompts("heldout_prompts") if self.config.data.heldout_prompts else self._divided[1]
+
+    @cached_property
+    def _divided(self) -> tuple[list[Prompt], list[Prompt]]:
+        """The rows of data.prompts for training, and those held out: evenly over the file, the same prompt on one side."""
+        prompts, count = self._prompts("prompts"), self.config.data.holdout
+        if not count or not prompts:
+            return prompts, []
+        if count >= len(prompts):
+            raise InputError(
+                f"data.holdout {count} leaves nothing of the {len(prompts)} prompts of {self.config.data.prompts} to train on"
+            )
+        held = {prompts[len(prompts) * i // count].ids for i in range(count)}
+        return [p for p in prompts if p.ids not in held], [p for p in prompts if p.ids in held]
 
     @cached_property
     def heldout_pairs(self) -> list[Pair]:
@@ -146,7 +161,7 @@ class Inputs:
         lengths, targets, conversations = self.lengths, self.targets, self.conversations
         context = self.encoder.context
         files = {
-            "prompts": _of_prompts(self.prompts, lengths.prompt),
+            "prompts": _of_prompts([p for part in self._divided for p in part], lengths.prompt),
             "ift": {
                 "prompts": [n - answers for n, answers in zip(conversations.tokens, conversations.answers)],
                 "answers": conversations.answers,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import read_json, write_json
@@ -19,7 +20,7 @@ from scir_jax.run import console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
-from scir_jax.run.models import Models
+from scir_jax.run.models import KEPT, ModelName, Models, start_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,9 @@ def recipe(
         needs = (config, encoder, inputs, programs, models, directory, metrics, grader, stopper)
         return Stage("evaluate", t, done, lambda: evaluation.evaluate_model(*needs, t))
 
-    if config.run.start_from:
-        other = ModelStore(RunDirectory(config.run.start_from).checkpoints)
-        for number in (0, 1):
-            yield Stage("start", 0, partial(store.exists, number), partial(copy_model, other, number, store, programs))
+    for ours, theirs in copied(config).items():
+        copy = partial(copy_model, config, theirs, store, ours, programs)
+        yield Stage("start", 0, partial(store.exists, ours), copy)
     yield Stage("start", 0, partial(store.exists, 0), lambda: store.save(0, models.parameters.initial()))
     yield Stage("sft", 0, partial(store.exists, 1), lambda: training.run_sft(*training_needs))
     yield evaluate(0)
@@ -93,23 +93,39 @@ def recipe(
         yield evaluate(t)
 
 
-def run_stages(stages: Iterable[Stage], directory: RunDirectory, stopper: console.Stopper) -> None:
-    """Runs every stage that is not done, and keeps its time (of the last try) in seconds.json of its iteration."""
+def run_stages(
+    stages: Iterable[Stage], directory: RunDirectory, stopper: console.Stopper, until: tuple[str, int] | None = None
+) -> bool:
+    """Runs every stage that is not done, and keeps its time (of the last try) in seconds.json of its iteration.
+
+    Args:
+      until: name and iteration of the last stage to be run.
+
+    Returns:
+      Whether all stages are done.
+    """
     for stage in stages:
-        if hosts.decide(stage.done):
-            # A process that was killed between saving the model and removing its checkpoints left these.
-            if stage.name in ("sft", "optimise") and hosts.first():
-                shutil.rmtree(directory.stage_checkpoints(stage.iteration), ignore_errors=True)
-            continue
-        started = time.monotonic()
-        stage.run()
-        if hosts.first():
-            path = directory.iteration(stage.iteration) / "seconds.json"
-            seconds = read_json(path) if path.exists() else {}
-            write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
-        hosts.barrier(f"{stage.name} {stage.iteration}")
-        if stage.name == "start":
-            stopper.check("start-up")
+        _run_stage(stage, directory, stopper)
+        if until == (stage.name, stage.iteration):
+            return False
+    return True
+
+
+def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) -> None:
+    if hosts.decide(stage.done):
+        # A process that was killed between saving the model and removing its checkpoints left these.
+        if stage.name in ("sft", "optimise") and hosts.first():
+            shutil.rmtree(directory.stage_checkpoints(stage.iteration), ignore_errors=True)
+        return
+    started = time.monotonic()
+    stage.run()
+    if hosts.first():
+        path = directory.iteration(stage.iteration) / "seconds.json"
+        seconds = read_json(path) if path.exists() else {}
+        write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
+    hosts.barrier(f"{stage.name} {stage.iteration}")
+    if stage.name == "start":
+        stopper.check("start-up")
 
 
 def rows(directory: RunDirectory, iterations: int) -> list[dict]:
@@ -123,12 +139,35 @@ def rows(directory: RunDirectory, iterations: int) -> list[dict]:
     return result
 
 
-def copy_model(source: ModelStore, number: int, store: ModelStore, programs: Programs) -> None:
-    """Copies M_number of another run.
+def copied(config: Config) -> dict[ModelName, ModelName]:
+    """Returns the models that are copied from the run of run.start_from: name here -> name there.
+
+    The start is M1 here and the model before it M0. What `sft` and `base` mean there is kept by name, where a reference
+    of this run asks for it.
+    """
+    start = start_of(config)
+    if start is None or start[1] == 1:
+        return {} if start is None else {0: 0, 1: 1}
+    directory, number = start
+    recorded = directory / "config.yaml"
+    kept = {"sft": 1, "base": 0}
+    if recorded.is_file():
+        other = start_of(cli.of_run(directory))
+        if other is not None and other[1] != 1:
+            kept = {name: name for name in KEPT}
+    asked = {config.implicit.reference, config.preference.reference}
+    return {0: number - 1, 1: number, **{name: kept[name] for name in KEPT if name in asked}}
+
+
+def copy_model(config: Config, theirs: ModelName, store: ModelStore, ours: ModelName, programs: Programs) -> None:
+    """Copies a model of the run of run.start_from.
 
     Raises:
       InputError: that run has none.
     """
-    if not hosts.decide(lambda: source.exists(number)):
-        raise InputError(f"run.start_from {source.directory.parent}: holds no model M{number}")
-    store.save(number, source.load(number, programs.abstract_trained))
+    directory, _ = start_of(config)
+    source = ModelStore(RunDirectory(directory).checkpoints)
+    if not hosts.decide(lambda: source.exists(theirs)):
+        name = f"M{theirs}" if isinstance(theirs, int) else f"{theirs!r}, which a reference of this run asks for"
+        raise InputError(f"run.start_from {config.run.start_from}: {directory} holds no model {name}")
+    store.save(ours, source.load(theirs, programs.abstract_trained))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config, LoraConfig
 from scir_jax.engine import sampler
 from scir_jax.engine.checkpoint import ModelStore
@@ -15,6 +16,11 @@ from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.model import families, lora
 from scir_jax.model.hf import adapters, weights
+
+KEPT = ("base", "sft")
+"""models of another run that are kept by name, see run.start_from"""
+ModelName = int | str
+"""the number of a run's model, a name of KEPT, or a model directory"""
 
 
 class Parameters:
@@ -54,6 +60,10 @@ class Parameters:
         if self._programs.model.lora is None:
             return {}
         return self._stored(Path(self._config.model.path), self._programs.abstract_inference)
+
+    def release(self) -> None:
+        """Lets the frozen parameters go; they are loaded again when they are asked for."""
+        self.__dict__.pop("frozen", None)
 
     @property
     def _given_adapter(self) -> Path | None:
@@ -97,10 +107,14 @@ class Models:
         self.store = store
         self.parameters = parameters
         self._programs = programs
-        self._loaded: tuple[int, Any] | None = None
+        self._loaded: tuple[ModelName, Any] | None = None
 
-    def load(self, number: int) -> Any:
-        """Loads M_number's parameters to compute with; the model loaded before is let go first."""
+    def load(self, number: ModelName) -> Any:
+        """Loads a model's parameters to compute with; the model loaded before is let go first."""
+        if isinstance(number, str) and number not in KEPT:
+            self._loaded = None
+            self.parameters.release()
+            return self.parameters.of_directory(Path(number), inference=True)
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
             self._loaded = (number, self.store.load(number, self._programs.abstract_inference))
@@ -116,20 +130,44 @@ class Models:
         return self.store.load(number, programs.abstract_trained)
 
 
-def roles(config: Config, iteration: int) -> dict[str, int]:
-    """Returns the number of the model in each role of iteration t (0: evaluation of M1 after SFT).
+def roles(config: Config, iteration: int) -> dict[str, ModelName]:
+    """Returns the model in each role of iteration t (0: evaluation of M1 after SFT).
 
     "start" is M_t; "before" is M_{t-1}; "preference" is DPO's reference; "implicit" is the implicit reward's reference,
     which must lag M_t.
     """
-    fixed = {"sft": 1, "base": 0}
+    start = start_of(config)
+    # M0 and M1 of a run that begins with a later model of another run are not that run's.
+    fixed: dict[str, ModelName] = (
+        {"sft": 1, "base": 0} if start is None or start[1] == 1 else {"sft": "sft", "base": "base"}
+    )
     before = max(iteration - 1, 0)
+    named: dict[str, ModelName] = {**fixed, "previous": before, "start": iteration}
     return {
         "start": iteration,
         "before": before,
-        "preference": fixed.get(config.preference.reference, iteration),
-        "implicit": fixed.get(config.implicit.reference, before),
+        "preference": named.get(config.preference.reference, config.preference.reference),
+        "implicit": named.get(config.implicit.reference, config.implicit.reference),
     }
+
+
+def start_of(config: Config) -> tuple[Path, int] | None:
+    """Returns the run directory and the number of the model that run.start_from names, or None without one.
+
+    Raises:
+      InputError: it names M0.
+    """
+    if not config.run.start_from:
+        return None
+    directory, _, number = config.run.start_from.rpartition(":M")
+    if not directory or not number.isdigit():
+        directory, number = config.run.start_from, "1"
+    if int(number) == 0:
+        raise InputError(
+            f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and give "
+            "that run's model"
+        )
+    return Path(run_directory(directory)), int(number)
 
 
 def adapters_of(config: LoraConfig) -> lora.Lora | None:

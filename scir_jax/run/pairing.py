@@ -186,7 +186,8 @@ def score_candidates(
     """
     wanted, numbers = objective.needs(config), roles(config, iteration)
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
-    loads = sorted({numbers[role] for role in asked})  # M_t is the largest
+    # M_t, the largest number, comes last.
+    loads = sorted({numbers[role] for role in asked}, key=lambda which: (isinstance(which, int), which))
     title = f"iteration {iteration}: pair and score"
     passes = programs.judge_passes if wanted.verdicts else 0
     pairs = [_pair(items, choice) for choice in candidates]
@@ -194,7 +195,7 @@ def score_candidates(
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
     total = len(loads) * len(used) + (wanted.judged + passes) * len(pairs)
-    read: dict[int, dict[str, np.ndarray]] = {}
+    read: dict[int | str, dict[str, np.ndarray]] = {}
     judged = verdicts = None
     with console.stage(title, total) as bar:
 
@@ -215,8 +216,8 @@ def score_candidates(
     by_role = {role: read[numbers[role]] for role in asked}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
-            f"note: the implicit reward's reference equals M{iteration}: it is 1/2 for every pair at first; "
-            "implicit.reference names a model that lags"
+            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first step it "
+            "is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before its tuning"
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}

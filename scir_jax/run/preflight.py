@@ -13,6 +13,7 @@ from rich.table import Table
 from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data import statistics
+from scir_jax.data.jsonl import read_json
 from scir_jax.data.packing import Shape
 from scir_jax.data.pipelines import check_bins
 from scir_jax.engine.checkpoint import ModelStore
@@ -22,10 +23,14 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.program import Program
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
+from scir_jax.model import families
+from scir_jax.model.hf import weights
 from scir_jax.run import console
+from scir_jax.run.changes import MODELS
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
-from scir_jax.run.models import adapters_of
+from scir_jax.run.models import adapters_of, start_of
+from scir_jax.text.chat import load_tokenizer
 
 
 def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
             "the run stops there until it is present"
         )
     _check_start(config, programs)
+    _check_references(config, inputs, programs)
     # Answers are not there yet; what else is learned is.
     check_bins(programs.way, ((len(row.ids), row.where) for rows in inputs.targets.values() for row in rows))
     console.show(statistics.table(inputs.statistics()))
@@ -59,15 +65,12 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
 
 def _check_start(config: Config, programs: Programs) -> None:
     """Refuses to start from models with other adapters, whose parameters may well have the shapes of this run's."""
-    settings = config.run
-    recorded = Path(settings.start_from or "") / "config.yaml"
-    if (
-        not settings.start_from
-        or not recorded.is_file()
-        or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1)
-    ):
+    settings, start = config.run, start_of(config)
+    if start is None or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1):
         return
-    other, _ = cli.parse("train", "", ["--config", str(recorded)])
+    if not (start[0] / "config.yaml").is_file():
+        return
+    other = cli.of_run(start[0])
     theirs, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
     if (theirs and theirs.computes) != (ours and ours.computes):
@@ -75,6 +78,38 @@ def _check_start(config: Config, programs: Programs) -> None:
             f"run.start_from {settings.start_from}: its models have {theirs or 'no adapters'}, this run's have "
             f"{ours or 'none'}; set lora as it is there"
         )
+
+
+def check_frozen(config: Config, hashes: dict[str, str]) -> None:
+    """Refuses to start from adapters that were trained on other weights than those of model.path.
+
+    Args:
+      hashes: this run's, as its manifest has them.
+    """
+    start = start_of(config)
+    recorded = start and start[0] / "manifest.json"
+    if not recorded or not recorded.is_file():
+        return
+    theirs = read_json(recorded)["sha256"]
+    for name, value in hashes.items():
+        if name.endswith(".safetensors") and name.startswith("model.path/") and theirs.get(name) != value:
+            raise InputError(
+                f"run.start_from {config.run.start_from}: its adapters belong to another model than {config.model.path} "
+                f"({name.removeprefix('model.path/')} differs); set model.path as it is there"
+            )
+
+
+def _check_references(config: Config, inputs: Inputs, programs: Programs) -> None:
+    """Refuses a reference that is a directory with another architecture or vocabulary."""
+    references = {"implicit.reference": config.implicit.reference, "preference.reference": config.preference.reference}
+    for key, name in references.items():
+        if name in MODELS:
+            continue
+        arch = families.read(weights.hf_config(Path(name)), str(Path(name) / "config.json"))
+        if arch != programs.arch:
+            raise InputError(f"{key} {name}: has another architecture than {config.model.path}")
+        if load_tokenizer(Path(name)).get_vocab() != inputs.encoder.chat.tokenizer.get_vocab():
+            raise InputError(f"{key} {name}: its tokenizer has another vocabulary than that of {config.model.path}")
 
 
 def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]:

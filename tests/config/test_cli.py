@@ -104,7 +104,7 @@ def test_a_flag_may_stand_alone():
         ("consistency.wieght", "did you mean 'consistency.weight'?"),
         ("sampling.responses", "did you mean 'sample.responses'?"),
         ("zzzzzzzz.reference", "did you mean 'implicit.reference'?"),
-        ("qqqq.xxxx", "--help lists the keys"),
+        ("qqqq.xxxx", "--help all lists the keys"),
     ],
 )
 def test_unknown_keys(tmp_path, key, nearest):
