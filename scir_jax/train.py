@@ -62,11 +62,13 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.metrics import Metrics, NoMetrics
     from scir_jax.run.models import Models
+    from scir_jax.run.scorer import open_scorer
     from scir_jax.run.setup import prepare, templates_of
 
     if config.world.directory:
         build_world(config, stopper)
     encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
+    scorer = hosts.together(lambda: open_scorer(config, encoder, programs))
     adapted = programs.model.lora
     console.say(
         f"{'resuming' if resumed else 'starting'} {directory.path}: "
@@ -99,8 +101,9 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     last = config.run.iterations + 1
     try:
         if not hosts.decide(lambda: models.store.exists(last)):
-            preflight.check_memory(config, programs)
-        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
+            prompts = [*inputs.prompts, *(pair.prompt for pair in inputs.given_pairs)]
+            preflight.check_memory(config, programs, scorer.programs(prompts) if scorer else ())
+        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper, scorer)
         iteration.run_stages(stages, directory, stopper)
         rows = iteration.rows(directory, config.run.iterations)
     finally:

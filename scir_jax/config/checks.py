@@ -85,6 +85,11 @@ def check(config: Config) -> None:
         raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
     if (labels == "cream") != (config.pairs.kind == "cream"):
         raise InputError("preference.labels cream and pairs.kind cream belong together; set both or neither")
+    if config.pairs.scorer and labels != "external":
+        raise InputError(
+            f"pairs.scorer labels the pairs, but preference.labels is {labels}; set it to external "
+            "(--config methods/external), or leave pairs.scorer out"
+        )
     if labels == "cream" and config.data.pairs:
         raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
     if labels == "cream" and (config.selection.rule == "certainty" or config.consistency.target == "consensus"):

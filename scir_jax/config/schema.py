@@ -241,6 +241,9 @@ class PairsConfig:
     """pairs per prompt (random and best_worst)"""
     likelihood_weight: float = 0.0
     """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
+    scorer: str | None = None
+    """who labels the pairs with preference.labels external, and ranks them with best_worst: `module:function` of
+    (conversations, answers) -> rewards, or a reward model, a Hugging Face directory or OWNER/NAME of the hub"""
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,7 @@ class PreferenceConfig:
     labels: Literal[
         "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
     ] = "agreement"
-    """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by
+    """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by M_t and by
     M_{t-1}, with pairs.kind cream"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""

@@ -20,6 +20,7 @@ from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
+from scir_jax.run.scorer import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,13 @@ def recipe(
     directory: RunDirectory,
     metrics: Metrics,
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> Iterator[Stage]:
-    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate."""
+    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate.
+
+    Args:
+      external: what pairs.scorer names.
+    """
     store = models.store
     grader = evaluation.load_grader(config.evaluate.grader)
     training_needs = (config, encoder, inputs, programs, models, directory, metrics, stopper)
@@ -87,7 +93,7 @@ def recipe(
             "score",
             t,
             pairs.exists,
-            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper),
+            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper, external),
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)

@@ -106,6 +106,10 @@ class Models:
             self._loaded = (number, self.store.load(number, self._programs.abstract_inference))
         return lora.join(self._loaded[1], self.parameters.frozen)
 
+    def release(self) -> None:
+        """Lets the loaded model go, so that another one has its place; frozen weights stay."""
+        self._loaded = None
+
     def take(self, number: int) -> Any:
         """Loads M_number's trained parameters, float32, for a training step to consume (donate)."""
         loaded, self._loaded = self._loaded, None

@@ -24,9 +24,10 @@ from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method import objective, rewards
 from scir_jax.method.pairing import PAIRING, Choice, Scores
-from scir_jax.run import console, scoring
+from scir_jax.run import console, scorer, scoring
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, roles
+from scir_jax.run.scorer import Scorer
 from scir_jax.run.scoring import Item
 
 
@@ -126,12 +127,14 @@ class Scored(NamedTuple):
       by_role: role -> reading -> [items] float32, NaN for items that nobody looks at.
       verdicts: [candidates, S] the judge's single verdicts under M_t, where the method looks at them.
       frozen: reward model -> [candidates, C] logits under M_t.
+      rewards: [items] those of pairs.scorer, float64, NaN for items that nobody looks at; None without one.
     """
 
     candidates: list[Choice]
     by_role: dict[str, dict[str, np.ndarray]]
     verdicts: np.ndarray | None
     frozen: dict[str, np.ndarray]
+    rewards: np.ndarray | None = None
 
 
 def make_pairs(
@@ -143,8 +146,12 @@ def make_pairs(
     source: Source,
     path: Path,
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> None:
     """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
+
+    Args:
+      external: says which answer of a pair is better.
 
     Raises:
       InputError: there is no pair.
@@ -161,7 +168,7 @@ def make_pairs(
             f"iteration {iteration}: no prompt has two different responses; "
             "raise sample.temperature or sample.responses"
         )
-    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper)
+    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
     chosen = candidates
     if way.choose and source.given is None:
         chosen = way.choose(groups, candidates, _scores(config, items, scored, iteration), config)
@@ -179,6 +186,7 @@ def score_candidates(
     items: Sequence[Item],
     candidates: list[Choice],
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> Scored:
     """Scores the candidates' items under the models in every role, and asks the judge where it is needed.
 
@@ -193,15 +201,18 @@ def score_candidates(
     # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
-    total = len(loads) * len(used) + (wanted.judged + passes) * len(pairs)
+    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes) * len(pairs)
     read: dict[int, dict[str, np.ndarray]] = {}
-    judged = verdicts = None
+    judged = verdicts = given = None
     with console.stage(title, total) as bar:
 
         def advance(by: int) -> None:
             bar.advance(by=by)
             stopper.check(title)
 
+        if external is not None:
+            models.release()
+            given = _spread(external.rewards([items[i] for i in used], advance), used, len(items), np.float64)
         for number in loads:
             found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
@@ -225,7 +236,8 @@ def score_candidates(
     cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
-    return Scored(candidates, by_role, verdicts, {name: np.asarray(values) for name, values in logits.items()})
+    frozen = {name: np.asarray(values) for name, values in logits.items()}
+    return Scored(candidates, by_role, verdicts, frozen, given)
 
 
 def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequence[Choice]) -> list[Pair]:
@@ -242,12 +254,16 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
             for role in ("start", "preference", "implicit")
             for reading, values in scored.by_role[role].items()
         }
+        said = choice.label
+        if scored.rewards is not None:
+            cached["external_reward"] = (float(scored.rewards[choice.a]), float(scored.rewards[choice.b]))
+            said = scorer.label(cached["external_reward"], soft=config.preference.soft)
         frozen, verdicts, i = {}, (), number_of.get(choice)
         if i is not None:
             frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
             if scored.verdicts is not None:
                 verdicts = tuple(map(float, scored.verdicts[i]))
-        pair = _pair(items, choice)
+        pair = _pair(items, choice._replace(label=said))
         pairs.append(dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha))
     return pairs
 
@@ -261,6 +277,7 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
         lengths=np.array([len(answer.ids) for _, answer in items]),
         wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
         reference_before=numbers["before"] == numbers["implicit"],
+        rewards=scored.rewards,
     )
 
 
@@ -268,9 +285,9 @@ def _pair(items: Sequence[Item], choice: Choice) -> Pair:
     return Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
-    """Returns [size] float32 with the values at their places, and NaN elsewhere."""
-    result = np.full(size, np.nan, np.float32)
+def _spread(values: np.ndarray, places: np.ndarray, size: int, dtype: type = np.float32) -> np.ndarray:
+    """Returns [size] with the values at their places, and NaN elsewhere."""
+    result = np.full(size, np.nan, dtype)
     result[places] = values
     return result
 
