@@ -88,9 +88,7 @@ class RewardPrograms:
         count = flops.inference(self.model.arch, [group], flash=self._flash)
         known = Memory(weights=memory.device_bytes(self.abstract) + self._remaining.weights)
         arguments: tuple[Any, ...] = (self.abstract, group.abstract())
-        return Program(
-            f"reward, {tokens} tokens", "reward", self.scorer, arguments, count, known, self._rows * tokens
-        )
+        return Program(f"reward, {tokens} tokens", "reward", self.scorer, arguments, count, known, self._rows * tokens)
 
     def _flash(self, tokens: int) -> bool:
         arch, backend = self.model.arch, backend_of(self.model.layout)
