@@ -130,6 +130,15 @@ def check(config: Config) -> None:
     if config.run.iterations < 0:
         raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
     check_sampling(config)
+    if config.sample.command:
+        missing = [place for place in ("{prompts}", "{output}") if place not in config.sample.command]
+        if missing:
+            raise InputError(
+                f"sample.command must say where {missing[0]} stands: the file of prompts that it reads is {{prompts}}, "
+                "the file of answers that it writes {output}"
+            )
+        if config.run.distributed:
+            raise InputError("sample.command runs on one host, but run.distributed is true; leave one of them out")
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
     micro = config.training.accumulate

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
@@ -15,7 +16,7 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import console, evaluation, pairing, sampling, training
+from scir_jax.run import answers, command_sampling, console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
@@ -78,16 +79,10 @@ def recipe(
             source = partial(pairing.given_pairs, inputs, directory.shares, t)
         else:
             prompts = sampling.iteration_prompts(config, inputs.prompts, directory.shares, t)
-            yield Stage(
-                "sample",
-                t,
-                responses.exists,
-                lambda: sampling.sample_iteration(
-                    config, encoder, programs, models.load(t), prompts, t, responses, stopper
-                ),
-            )
+            sample = partial(_sample, config, encoder, programs, models, directory, prompts, t, responses, stopper)
+            yield Stage("sample", t, responses.exists, sample)
             source = partial(
-                pairing.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
+                answers.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
             )
         yield Stage(
             "score",
@@ -97,6 +92,24 @@ def recipe(
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)
+
+
+def _sample(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    prompts: Sequence[sampling.Numbered],
+    t: int,
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
+    """Writes responses.jsonl of an iteration, by the run's own sampler or by sample.command."""
+    if config.sample.command:
+        command_sampling.sample_with_command(config, encoder, programs, models, directory, prompts, t, path, stopper)
+    else:
+        sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
 
 
 def run_stages(stages: Iterable[Stage], directory: RunDirectory, stopper: console.Stopper) -> None:

@@ -11,92 +11,21 @@ from typing import NamedTuple
 import numpy as np
 
 from scir_jax.config.schema import Config
-from scir_jax.data import records
-from scir_jax.data.encode import Encoder, Lengths
-from scir_jax.data.files import read_rows
+from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import write_rows
-from scir_jax.data.messages import answer_text, prompt_messages
-from scir_jax.data.pairs import Answer, Pair, Prompt, to_row, token_ids
-from scir_jax.data.tally import Tally
+from scir_jax.data.pairs import Pair, to_row
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method import objective, rewards
 from scir_jax.method.pairing import PAIRING, Choice, Scores
-from scir_jax.run import console, scorer, scoring
+from scir_jax.run import answers, console, scorer, scoring
+from scir_jax.run.answers import Source
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, roles
 from scir_jax.run.scorer import Scorer
 from scir_jax.run.scoring import Item
-
-
-class Source(NamedTuple):
-    """What pairs are made of.
-
-    Attributes:
-      items: prompts and answers.
-      given: pairs of places in `items` that are taken as they are; None: they are chosen as pairs.kind says.
-    """
-
-    items: list[Item]
-    given: list[Choice] | None = None
-
-
-def sampled_answers(encoder: Encoder, lengths: Lengths, vocabulary: int, path: Path) -> Source:
-    """Reads the answers of an iteration's file, our own or another engine's (then `prompt` and `response` are enough).
-
-    Ids that the file holds are taken as they are; only what it lacks is tokenised.
-
-    Args:
-      lengths: static lengths of the run, which prompts must not exceed.
-      vocabulary: size of the model's.
-
-    Raises:
-      InputError: a row is bad; its file and line are named.
-    """
-    limit = encoder.config.max_response_tokens
-    items = []
-    prompts: dict[str, Prompt | None] = {}
-    tally = Tally(str(path))
-    for where, row in read_rows(path):
-        given = row.get("messages", records.need(row, "prompt", where))
-        name = str(given)
-        if name not in prompts:
-            with tally.row(where):
-                messages = prompt_messages(given, f"{where}: prompt")
-                if "prompt_ids" in row and "prompt_quote_ids" in row:
-                    ids, quote = (
-                        token_ids(row[key], f"{where}: {key}", vocabulary) for key in ("prompt_ids", "prompt_quote_ids")
-                    )
-                    prompts[name] = Prompt(messages, ids, quote, where, len(ids))
-                else:
-                    prompts[name] = encoder.prompt(messages, where)
-                _check_length(prompts[name], lengths, where)
-        prompt = prompts[name]
-        if prompt is None:
-            continue
-        text = records.need(row, "response", where)
-        if "response_ids" not in row:
-            answer = encoder.answer(answer_text(text, f"{where}: response"))
-        elif "quote_ids" not in row:
-            answer = encoder.sampled(token_ids(row["response_ids"], f"{where}: response_ids", vocabulary)[:limit])
-        else:
-            ids, quote = (
-                token_ids(row[key], f"{where}: {key}", vocabulary)[:limit] for key in ("response_ids", "quote_ids")
-            )
-            answer = Answer(text, ids, quote, len(ids))
-        items.append((prompt, answer))
-    return Source(items)
-
-
-def _check_length(prompt: Prompt | None, lengths: Lengths, where: str) -> None:
-    for tokens, most in ((len(prompt.ids), lengths.prompt), (len(prompt.quote), lengths.quote)) if prompt else ():
-        if tokens > most:
-            raise InputError(
-                f"{where}: the prompt has {tokens} tokens, but the longest of this run's data has {most}, for which "
-                "its programs are compiled; answer the prompts of data.prompts"
-            )
 
 
 def given_pairs(inputs: Inputs, shares: int, iteration: int) -> Source:
@@ -169,6 +98,11 @@ def make_pairs(
             "raise sample.temperature or sample.responses"
         )
     scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
+    far = answers.check_claims(source.claims, items, scored.by_role["start"]["logps"])
+    if far is not None:
+        console.say(
+            f"log-probabilities of the engine that sampled: {far:.1g} nats per token from this model's (median)"
+        )
     chosen = candidates
     if way.choose and source.given is None:
         chosen = way.choose(groups, candidates, _scores(config, items, scored, iteration), config)

@@ -87,7 +87,7 @@ class FunctionScorer:
         return []
 
     def rewards(self, items: Sequence[Item], advance: Advance = nothing) -> np.ndarray:
-        """Calls the function, batch by batch.
+        """Asks the function, batch by batch.
 
         Raises:
           InputError: it fails, or does not give one finite number for each answer.
