@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model
+    hosts.together(lambda: directory.keep_models(config))
     programs = hosts.together(lambda: prepare(config)).programs
     export(config, programs, directory, int(name.removeprefix("M")), arguments.output)
     console.say(f"{name} of {arguments.run}: {arguments.output}")

@@ -67,6 +67,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
 
     if config.world.directory:
         build_world(config, stopper)
+    hosts.together(lambda: directory.keep_models(config))
     encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
     scorer = hosts.together(lambda: open_scorer(config, encoder, programs))
     adapted = programs.model.lora

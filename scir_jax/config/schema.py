@@ -58,7 +58,7 @@ class ModelConfig:
     """The model, a Hugging Face directory with safetensors and a chat template."""
 
     path: str = "{world}/model"
-    """directory with config.json, *.safetensors, tokenizer files"""
+    """directory with config.json, *.safetensors, tokenizer files, or OWNER/NAME or OWNER/NAME@REVISION of the hub"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation; trained weights and log-probabilities stay float32"""
     attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
@@ -83,7 +83,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """adapted layers"""
     adapter: str | None = None
-    """PEFT adapter directory to go on from; it says rank, alpha, targets and the rest"""
+    """PEFT adapter to go on from, a directory or a name like model.path; it says rank, alpha, targets and the rest"""
 
 
 @dataclass(frozen=True)

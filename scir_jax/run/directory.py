@@ -19,6 +19,7 @@ from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
+from scir_jax.run import hub
 
 PACKAGES = (
     "scir_jax",
@@ -56,6 +57,16 @@ class RunDirectory:
     def shares(self) -> int:
         """Into how many parts prompts and given pairs are divided: the iterations that the run began with."""
         return max(read_json(self.path / "manifest.json")["iterations"], 1)
+
+    def keep_models(self, config: Config) -> None:
+        """Lets the hub's names of a begun run stand for the commits that it began with.
+
+        Raises:
+          InputError: such a commit is not within reach.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.exists():
+            hub.keep(config, read_json(manifest).get("hub", {}))
 
     def iteration(self, number: int) -> Path:
         """Returns the directory of an iteration's files, made if it is not there."""
@@ -206,19 +217,23 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
       weights: read the model's weights too; else their bytes are counted.
     """
     read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
-    files = {p.name: p for p in sorted(Path(config.model.path).iterdir()) if p.is_file() and p.suffix in read}
+    models = {"model.path": config.model.path}
+    if config.pairs.scorer and not hub.is_function(config.pairs.scorer):
+        models["pairs.scorer"] = config.pairs.scorer
     hashes = {
-        f"model.path/{name}": sha256(path)
+        f"{key}/{path.name}": sha256(path)
         if weights or path.suffix != ".safetensors"
         else f"{path.stat().st_size} bytes"
-        for name, path in files.items()
+        for key, name in models.items()
+        for path in sorted(hub.directory(name, key).iterdir())
+        if path.is_file() and path.suffix in read
     }
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sources.sha256(name)
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
+            hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)
     for name, content in templates.items():
         hashes[f"generative.templates/{name}"] = hashlib.sha256(
             json.dumps(content, sort_keys=True).encode()
@@ -235,6 +250,7 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
         "seed": config.run.seed,
         "iterations": config.run.iterations,
         "sha256": hashes,
+        "hub": hub.commits(config),
         "templates": templates,
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,11 +26,10 @@ from scir_jax.engine.reward import RewardPrograms, compiled_length
 from scir_jax.errors import InputError
 from scir_jax.model import families
 from scir_jax.model.hf import weights
+from scir_jax.run import hub
 from scir_jax.run.scoring import Advance, Item, check_finite, nothing, taken
 from scir_jax.run.setup import stop_ids
 from scir_jax.text.chat import Chat, load_tokenizer
-
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 LOOKED_AT = 32
 """prompts whose length in a reward model's tokens is counted before the run"""
@@ -60,9 +58,9 @@ def open_scorer(config: Config, encoder: Encoder, programs: Programs) -> Scorer 
     name = config.pairs.scorer
     if not name:
         return None
-    if not Path(name).exists() and FUNCTION.fullmatch(name):
+    if hub.is_function(name):
         return FunctionScorer(name, encoder, 2 * config.evaluate.batch_size)
-    return ModelScorer(config, Path(name), encoder, programs)
+    return ModelScorer(config, hub.directory(name, "pairs.scorer"), encoder, programs)
 
 
 def label(rewards: tuple[float, float], *, soft: bool) -> float:
