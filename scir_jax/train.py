@@ -58,6 +58,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.report.page import write_report
     from scir_jax.run import console, iteration, preflight
     from scir_jax.run.base_model import build_world
+    from scir_jax.run.card import write_card
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.metrics import Metrics, NoMetrics
@@ -115,6 +116,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         export_model(config, programs, directory, last, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
         export_adapter(config, programs, directory, last, directory.path / "adapter")
+    for name in ("export", "adapter") if adapted else ("export",):
+        hosts.decide(lambda: write_card(directory.path / name, config, directory, last))
     return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 
