@@ -17,7 +17,7 @@ from scir_jax.engine.cost.memory import Memory
 from scir_jax.engine.program import Program
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture
-from scir_jax.model.attention import backend_of, chosen
+from scir_jax.model.attention import backend_of, chosen, refusal
 from scir_jax.model.decoder import Model, Params
 from scir_jax.model.sharding import Layout
 
@@ -49,11 +49,21 @@ class RewardPrograms:
       abstract: the parameters' shapes, in the dtype to compute with.
     """
 
-    def __init__(self, arch: Architecture, mesh: Mesh, *, dtype: str, rows: int, remaining: Memory = Memory()):
+    def __init__(
+        self,
+        arch: Architecture,
+        mesh: Mesh,
+        *,
+        dtype: str,
+        rows: int,
+        attention: str = "auto",
+        remaining: Memory = Memory(),
+    ):
         """
         Args:
           arch: a reward model's.
           dtype: of the computation.
+          attention: of scir_jax.model.decoder.define; one that this model does not allow becomes "auto".
           rows: B, rows of one call.
           remaining: what stays in a device's memory beside the reward model: a run's frozen weights.
 
@@ -62,7 +72,10 @@ class RewardPrograms:
         """
         meshes.check_model(mesh, arch)
         self.mesh = mesh
-        self.model = decoder.define(arch, compute_dtype=dtype, layout=Layout(mesh))
+        layout = Layout(mesh)
+        if refusal(attention, backend_of(layout), dtype, arch.attention_cap):
+            attention = "auto"
+        self.model = decoder.define(arch, compute_dtype=dtype, attention=attention, layout=layout)
         self.abstract = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=s.sharding), abstract_params(self.model, mesh)
         )
@@ -93,7 +106,7 @@ class RewardPrograms:
     def _flash(self, tokens: int) -> bool:
         arch, backend = self.model.arch, backend_of(self.model.layout)
         kind = chosen(
-            "auto",
+            self.model.attention,
             backend,
             self.model.compute_dtype,
             tokens=tokens,

@@ -145,6 +145,7 @@ class ModelScorer:
                 programs.mesh,
                 dtype=config.model.dtype,
                 rows=2 * config.evaluate.batch_size,
+                attention=config.model.attention,
                 remaining=frozen,
             )
         except InputError as error:

@@ -110,7 +110,9 @@ class Api:
     def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, commit_message):
         assert repo_id == self.sent["name"] and repo_type == "model" and commit_message
         files = [str(p.relative_to(folder_path)) for p in sorted(folder_path.rglob("*")) if p.is_file()]
-        self.sent["files"] = {f: (folder_path / f).read_bytes() for f in filter_repo_objects(files, allow_patterns)}
+        self.sent["files"] = {
+            f: (folder_path / f).read_bytes() for f in filter_repo_objects(files, allow_patterns=allow_patterns)
+        }
         return SimpleNamespace(commit_url=f"hub/{repo_id}/commit")
 
 
