@@ -87,6 +87,7 @@ def _again(path: Path, config: Config) -> list[dict]:
     try:
         hosts.decide(lambda: directory.open(config))
         with console.Stopper() as stopper:
+            hosts.together(lambda: directory.keep_models(config))
             encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
             models = Models(ModelStore(directory.checkpoints), programs, parameters)
             grader = hosts.together(lambda: evaluation.load_grader(config.evaluate.grader))

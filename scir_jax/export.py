@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--model", help="M0, M1, ...; the newest by default")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too (hf auth login)")
+    parser.add_argument("--private", action="store_true", help="with --push: a model that is new there is private")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     arguments = parser.parse_args(argv)
 
@@ -27,10 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.engine.checkpoint import ModelStore
     from scir_jax.engine.hosts import hosts
     from scir_jax.run import console
+    from scir_jax.run.card import write_card
     from scir_jax.run.directory import RunDirectory
     from scir_jax.run.export import export_adapter, export_model
+    from scir_jax.run.push import check_name, push
     from scir_jax.run.setup import prepare
 
+    if arguments.push:
+        check_name(arguments.push)
     arguments.run = Path(run_directory(str(arguments.run)))
     config = cli.of_run(arguments.run, arguments.distributed)
     command.join(config)
@@ -40,9 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model
+    hosts.together(lambda: directory.keep_models(config))
     programs = hosts.together(lambda: prepare(config)).programs
-    export(config, programs, directory, int(name.removeprefix("M")), arguments.output)
+    number = int(name.removeprefix("M"))
+    export(config, programs, directory, number, arguments.output)
+    hosts.decide(lambda: write_card(arguments.output, config, directory, number, arguments.push))
     console.say(f"{name} of {arguments.run}: {arguments.output}")
+    if arguments.push:
+        console.say(hosts.decide(lambda: push(arguments.output, arguments.push, private=arguments.private)))
     return 0
 
 

@@ -66,16 +66,20 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.report.page import write_report
     from scir_jax.run import console, iteration, preflight
     from scir_jax.run.base_model import build_world
+    from scir_jax.run.card import write_card
     from scir_jax.run.changes import ADDED
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.metrics import Metrics, NoMetrics
     from scir_jax.run.models import Models
+    from scir_jax.run.scorer import open_scorer
     from scir_jax.run.setup import prepare, templates_of
 
     if config.world.directory:
         build_world(config, stopper)
+    hosts.together(lambda: directory.keep_models(config))
     encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
+    scorer = hosts.together(lambda: open_scorer(config, encoder, programs))
     adapted = programs.model.lora
     console.say(
         f"{'resuming' if resumed else 'starting'} {directory.path}: "
@@ -115,8 +119,9 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     last = config.run.iterations + 1
     try:
         if not hosts.decide(lambda: models.store.exists(last)):
-            preflight.check_memory(config, programs)
-        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
+            prompts = [*inputs.prompts, *(pair.prompt for pair in inputs.given_pairs)]
+            preflight.check_memory(config, programs, scorer.programs(prompts) if scorer else ())
+        stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper, scorer)
         if not iteration.run_stages(stages, directory, stopper, until_of(config)):
             return [], ""
         rows = iteration.rows(directory, config.run.iterations)
@@ -128,6 +133,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         export_model(config, programs, directory, last, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
         export_adapter(config, programs, directory, last, directory.path / "adapter")
+    for name in ("export", "adapter") if adapted else ("export",):
+        hosts.decide(lambda: write_card(directory.path / name, config, directory, last))
     return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 

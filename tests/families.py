@@ -230,9 +230,14 @@ FOREMOST = {case.family: case for case in (CASES[2], CASES[4], CASES[7], CASES[1
 def random_reference(case: Case, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A transformers model in whose logits every part of it shows, unlike at initialisation."""
     model = transformers.AutoModelForCausalLM.from_config(case.hf_config(), attn_implementation="eager").eval()
+    return randomised(model, case.family).to(dtype)
+
+
+def randomised(model: transformers.PreTrainedModel, family: str) -> transformers.PreTrainedModel:
+    """Gives a model of a family weights of which each shows in what it computes."""
     generator = torch.Generator().manual_seed(0)
     # Gemma stores a norm's scale less 1, and multiplies what it looks up in the embedding.
-    centre, embedding = (0.0, 0.3) if case.family.startswith("gemma") else (1.0, 1.0)
+    centre, embedding = (0.0, 0.3) if family.startswith("gemma") else (1.0, 1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             normal = torch.randn(parameter.shape, generator=generator)
@@ -245,7 +250,7 @@ def random_reference(case: Case, dtype: torch.dtype = torch.float32) -> transfor
             else:
                 value = 1.5 * normal / parameter.shape[1] ** 0.5
             parameter.copy_(value)
-    return model.to(dtype)
+    return model
 
 
 def altered(reference: transformers.PreTrainedModel, config: transformers.PreTrainedConfig):

@@ -91,6 +91,11 @@ def check(config: Config) -> None:
         raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
     if (labels == "cream") != (config.pairs.kind == "cream"):
         raise InputError("preference.labels cream and pairs.kind cream belong together; set both or neither")
+    if config.pairs.scorer and labels != "external":
+        raise InputError(
+            f"pairs.scorer labels the pairs, but preference.labels is {labels}; set it to external "
+            "(--config methods/external), or leave pairs.scorer out"
+        )
     if labels == "cream" and config.data.pairs:
         raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
     if labels == "cream" and (config.selection.rule == "certainty" or config.consistency.target == "consensus"):
@@ -140,6 +145,15 @@ def check(config: Config) -> None:
                 f"{Path(value) / 'config.json'}"
             )
     check_sampling(config)
+    if config.sample.command:
+        missing = [place for place in ("{prompts}", "{output}") if place not in config.sample.command]
+        if missing:
+            raise InputError(
+                f"sample.command must say where {missing[0]} stands: the file of prompts that it reads is {{prompts}}, "
+                "the file of answers that it writes {output}"
+            )
+        if config.run.distributed:
+            raise InputError("sample.command runs on one host, but run.distributed is true; leave one of them out")
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
     micro = config.training.accumulate

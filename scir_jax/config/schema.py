@@ -69,7 +69,7 @@ class ModelConfig:
     """The model, a Hugging Face directory with safetensors and a chat template."""
 
     path: str = "{world}/model"
-    """directory with config.json, *.safetensors, tokenizer files"""
+    """directory with config.json, *.safetensors, tokenizer files, or OWNER/NAME or OWNER/NAME@REVISION of the hub"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the computation; trained weights and log-probabilities stay float32"""
     attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
@@ -94,7 +94,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """adapted layers"""
     adapter: str | None = None
-    """PEFT adapter directory to go on from; it says rank, alpha, targets and the rest"""
+    """PEFT adapter to go on from, a directory or a name like model.path; it says rank, alpha, targets and the rest"""
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,10 @@ class SampleConfig:
     """0: no limit"""
     batch_size: int = 16
     """prompts whose answers are sampled at once; a slot whose answer is finished takes the next prompt's"""
+    command: str | None = None
+    """shell command of another engine that answers the iterations' prompts, on one host: it reads {prompts} and the
+    model in {model}, and writes {output}; {engines}, {responses}, {temperature}, {top_p}, {top_k}, {max_tokens},
+    {stop_ids} and {seed} stand for what they say; `--config engines/vllm` has one"""
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,9 @@ class PairsConfig:
     """pairs per prompt (random and best_worst)"""
     likelihood_weight: float = 0.0
     """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
+    scorer: str | None = None
+    """who labels the pairs with preference.labels external, and ranks them with best_worst: `module:function` of
+    (conversations, answers) -> rewards, or a reward model, a Hugging Face directory or OWNER/NAME of the hub"""
 
 
 @dataclass(frozen=True)
@@ -317,7 +324,7 @@ class PreferenceConfig:
     labels: Literal[
         "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
     ] = "agreement"
-    """who says which response is better; external: the user; cream: the agreement of the rankings by M_t and by
+    """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by M_t and by
     M_{t-1}, with pairs.kind cream"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""

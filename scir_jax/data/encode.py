@@ -142,6 +142,11 @@ class Encoder:
         text = self.chat.decode(ids)
         return Answer(text, tuple(ids), self._quote(text, sampled=True), len(ids))
 
+    def shown(self, answer: Answer) -> str:
+        """Returns an answer's text as a judge sees it: without thinking, unless generative.quote_thinking is set."""
+        # Nothing is quoted where the thinking does not end.
+        return self._quoted(answer.text) if answer.quote else ""
+
     def pair(self, comparison: Comparison) -> Pair | None:
         """Encodes two given answers to a prompt.
 

@@ -109,7 +109,8 @@ class Descriptions:
     def _answers(self) -> set[int]:
         """The numbers of answers to a prompt that are asked for."""
         config = self.config
-        counts = {config.sample.responses} if config.run.iterations and not config.data.pairs else set()
+        sampled = config.run.iterations and not config.data.pairs and not config.sample.command
+        counts = {config.sample.responses} if sampled else set()
         if "heldout_prompts" in self.facts.present:
             counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
         return counts

@@ -77,7 +77,7 @@ def needs(config: Config) -> Needs:
         if set(reward.reads) <= readings and (reward.reads or name in now | models)
     )
     cached = {"preference_logps"}.union(*(REWARDS[name].cached for name in shown))
-    start = frozen | ({"generative"} if way.judged else set())
+    start = frozen | ({"generative"} if way.judged and not config.pairs.scorer else set())
     return Needs(
         fresh=tuple(sorted(readings)),
         rewards=shown,

@@ -34,12 +34,14 @@ class Scores(NamedTuple):
       lengths: [answers] tokens.
       wins: [candidates] the judge's probability that `a` is better; None where it was not asked.
       reference_before: the model of the iteration before is the implicit reward's reference itself.
+      rewards: [answers] those of pairs.scorer, float64; None without one.
     """
 
     logps: dict[str, np.ndarray]
     lengths: np.ndarray
     wins: np.ndarray | None
     reference_before: bool
+    rewards: np.ndarray | None = None
 
 
 class Way(NamedTuple):
@@ -48,7 +50,7 @@ class Way(NamedTuple):
     Attributes:
       candidates: (groups, generator, config) -> pairs to score.
       choose: (groups, candidates, scores, config) -> pairs to train on; None: all candidates.
-      judged: `choose` needs the judge's verdict on every candidate.
+      judged: `choose` needs the judge's verdict on every candidate, or an external reward of every answer.
       roles: models whose log-probabilities `choose` needs beside the usual ones.
       count: (answers of a prompt, config) -> pairs that are taken, at the most.
     """
@@ -86,18 +88,19 @@ def random_pairs(groups: Sequence[Group], rng: np.random.Generator, config: Conf
 def best_worst(groups: Sequence[Group], candidates: Sequence[Choice], scores: Scores, config: Config) -> list[Choice]:
     """Takes each prompt's best answer against its worst, its second-worst and so on, pairs.per_prompt in number.
 
-    An answer's rank: its mean win probability over all its pairs, plus pairs.likelihood_weight times its
-    log-likelihood (summed, or per token as rewards.likelihood_length says) standardised within the prompt.
+    An answer's rank: its mean win probability over all its pairs, or its reward where pairs.scorer gives one, plus
+    pairs.likelihood_weight times its log-likelihood (summed, or per token as rewards.likelihood_length says)
+    standardised within the prompt.
     """
     wins: dict[int, list[float]] = defaultdict(list)
-    for pair, p in zip(candidates, scores.wins, strict=True):
+    for pair, p in zip(candidates, scores.wins, strict=True) if scores.rewards is None else ():
         wins[pair.a].append(p)
         wins[pair.b].append(1 - p)
     place = {frozenset((pair.a, pair.b)): pair for pair in candidates}
     per_token = config.rewards.likelihood_length == "mean"
     kept = []
     for members in (sorted(group) for group in groups if len(group) > 1):
-        score = np.array([np.mean(wins[i]) for i in members])
+        score = np.array([np.mean(wins[i]) for i in members]) if scores.rewards is None else scores.rewards[members]
         likelihood = scores.logps["start"][members] / (np.maximum(scores.lengths[members], 1) if per_token else 1)
         spread = likelihood.std()
         if spread > 0:

@@ -85,6 +85,7 @@ class Architecture:
     query_scale: float | None = None  # of the attention scores; None: head_dim ** -0.5
     attention_cap: float | None = None  # scores become cap * tanh(scores / cap)
     final_cap: float | None = None  # likewise the logits
+    reward: bool = False  # the head gives one number, a reward, instead of a logit for each token of the vocabulary
 
     @property
     def num_layers(self) -> int:
@@ -116,4 +117,5 @@ class Architecture:
         layer = 2 * d * (queries + keys) + 3 * d * f + (4 if self.post_norms else 2) * d
         layer += self.qkv_bias * (queries + 2 * keys) + self.o_bias * d + self.mlp_bias * (2 * f + d)
         layer += self.qk_norm * 2 * self.head_dim
-        return self.num_layers * layer + v * d * (1 if self.tie_embeddings else 2) + d
+        head = 0 if self.tie_embeddings else d if self.reward else v * d
+        return self.num_layers * layer + v * d + head + d

@@ -338,7 +338,9 @@ class Decoder(nnx.Module):
         self.embed = normal(rngs, table)
         self.layers = blocks(rngs)
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.norm_offset)
-        if not arch.tie_embeddings:
+        if arch.reward:
+            self.head = normal(rngs, {"reward": 1, "table": arch.hidden_size})
+        elif not arch.tie_embeddings:
             self.head = normal(rngs, table)
 
 

@@ -19,6 +19,7 @@ from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
+from scir_jax.run import hub
 from scir_jax.run.changes import ADDED, MODELS, Change, compare
 
 PACKAGES = (
@@ -61,6 +62,16 @@ class RunDirectory:
     def shares(self) -> int:
         """Into how many parts prompts and given pairs are divided: the iterations that the run began with."""
         return max(read_json(self.path / "manifest.json")["iterations"], 1)
+
+    def keep_models(self, config: Config) -> None:
+        """Lets the hub's names of a begun run stand for the commits that it began with.
+
+        Raises:
+          InputError: such a commit is not within reach.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.exists():
+            hub.keep(config, read_json(manifest).get("hub", {}))
 
     def iteration(self, number: int) -> Path:
         """Returns the directory of an iteration's files, made if it is not there."""
@@ -213,7 +224,14 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     Args:
       weights: read the model's weights too; else their bytes are counted.
     """
-    hashes = {f"model.path/{name}": value for name, value in _hashes(Path(config.model.path), weights).items()}
+    models = {"model.path": config.model.path}
+    if config.pairs.scorer and not hub.is_function(config.pairs.scorer):
+        models["pairs.scorer"] = config.pairs.scorer
+    hashes = {
+        f"{key}/{file}": value
+        for key, name in models.items()
+        for file, value in _hashes(hub.directory(name, key), weights).items()
+    }
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sources.sha256(name)
@@ -222,7 +240,7 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
             hashes |= {f"{key}.reference/{file}": value for file, value in _hashes(Path(name), weights).items()}
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
+            hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)
     for name, content in templates.items():
         hashes[f"generative.templates/{name}"] = hashlib.sha256(
             json.dumps(content, sort_keys=True).encode()
@@ -239,6 +257,7 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
         "seed": config.run.seed,
         "iterations": config.run.iterations,
         "sha256": hashes,
+        "hub": hub.commits(config),
         "templates": templates,
     }
 

@@ -12,6 +12,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.model.hf import adapters, weights
+from scir_jax.run import hub
 from scir_jax.run.directory import RunDirectory
 
 
@@ -23,7 +24,7 @@ def export_model(config: Config, programs: Programs, run: RunDirectory, number: 
     Raises:
       InputError: if the run has no such model.
     """
-    source, writer = Path(config.model.path), hosts.first()
+    source, writer = hub.directory(config.model.path, "model.path"), hosts.first()
     params = _trained(programs, run, number)
 
     with contextlib.ExitStack() as stack:
@@ -53,7 +54,7 @@ def export_adapter(config: Config, programs: Programs, run: RunDirectory, number
         programs.arch,
         programs.model.lora,
         params,
-        base_model=config.model.path,
+        base_model=hub.repository(config.model.path),
         writer=hosts.first(),
     )
 

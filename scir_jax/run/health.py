@@ -23,6 +23,7 @@ from scir_jax.engine.mesh import check_model, make_mesh
 from scir_jax.errors import InputError
 from scir_jax.model import decoder, lora
 from scir_jax.model.attention import IMPLEMENTATIONS, attention, chosen, refusal
+from scir_jax.run import hub
 from scir_jax.run.models import adapters_of
 from scir_jax.run.setup import open_model
 
@@ -139,6 +140,7 @@ def _model(config: Config) -> tuple[str, str]:
     if config.world.directory and not (path / "config.json").is_file():
         return "note", f"{path}: the embedded world is not there yet; the run makes it"
     arch, encoder = open_model(config)
+    path = hub.directory(config.model.path, "model.path")
     check_model(make_mesh(config.mesh), arch)
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if not weights:
@@ -173,8 +175,8 @@ def _disk(config: Config) -> tuple[str, str]:
     if not os.access(place, os.W_OK):
         raise InputError(f"run.directory {config.run.directory}: {place} cannot be written")
     free = shutil.disk_usage(place).free
-    path = Path(resolve(config).model.path) / "config.json"
-    if not path.is_file():
+    name = resolve(config).model.path
+    if (config.world.directory or not hub.NAME.fullmatch(name)) and not Path(name, "config.json").is_file():
         return "ok", f"{free / GIB:.1f} GiB are free at {place}"
     arch, _ = open_model(resolve(config))
     # Trained weights are float32, and a checkpoint has the optimiser's two moments beside them; the export is whole.

@@ -71,7 +71,8 @@ class Inputs:
 
     @cached_property
     def given_pairs(self) -> list[Pair]:
-        return self._pairs("pairs", need_label=self.config.preference.labels == "external")
+        external = self.config.preference.labels == "external"
+        return self._pairs("pairs", need_label=external and not self.config.pairs.scorer)
 
     @cached_property
     def eft(self) -> list[Pair]:

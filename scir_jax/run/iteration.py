@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.schema import Config
@@ -16,11 +17,12 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import console, evaluation, pairing, sampling, training
+from scir_jax.run import answers, command_sampling, console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import KEPT, ModelName, Models, start_of
+from scir_jax.run.scorer import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,13 @@ def recipe(
     directory: RunDirectory,
     metrics: Metrics,
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> Iterator[Stage]:
-    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate."""
+    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate.
+
+    Args:
+      external: what pairs.scorer names.
+    """
     store = models.store
     grader = evaluation.load_grader(config.evaluate.grader)
     training_needs = (config, encoder, inputs, programs, models, directory, metrics, stopper)
@@ -72,25 +79,37 @@ def recipe(
             source = partial(pairing.given_pairs, inputs, directory.shares, t)
         else:
             prompts = sampling.iteration_prompts(config, inputs.prompts, directory.shares, t)
-            yield Stage(
-                "sample",
-                t,
-                responses.exists,
-                lambda: sampling.sample_iteration(
-                    config, encoder, programs, models.load(t), prompts, t, responses, stopper
-                ),
-            )
+            sample = partial(_sample, config, encoder, programs, models, directory, prompts, t, responses, stopper)
+            yield Stage("sample", t, responses.exists, sample)
             source = partial(
-                pairing.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
+                answers.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
             )
         yield Stage(
             "score",
             t,
             pairs.exists,
-            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper),
+            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper, external),
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)
+
+
+def _sample(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    directory: RunDirectory,
+    prompts: Sequence[sampling.Numbered],
+    t: int,
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
+    """Writes responses.jsonl of an iteration, by the run's own sampler or by sample.command."""
+    if config.sample.command:
+        command_sampling.sample_with_command(config, encoder, programs, models, directory, prompts, t, path, stopper)
+    else:
+        sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
 
 
 def run_stages(

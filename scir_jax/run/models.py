@@ -16,6 +16,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.model import families, lora
 from scir_jax.model.hf import adapters, weights
+from scir_jax.run import hub
 
 KEPT = ("base", "sft")
 """models of another run that are kept by name, see run.start_from"""
@@ -46,12 +47,12 @@ class Parameters:
 
     def configured(self) -> Any:
         """Reads the configured model to compute with, its adapters (lora.adapter) included."""
-        return self.of_directory(Path(self._config.model.path), adapter=self._given_adapter, inference=True)
+        return self.of_directory(self._given_model, adapter=self._given_adapter, inference=True)
 
     def initial(self) -> Any:
         """Reads M0's trained parameters, float32."""
         if self._programs.model.lora is None:
-            return self.of_directory(Path(self._config.model.path))
+            return self.of_directory(self._given_model)
         return self._adapters(self._given_adapter, self._programs.abstract_trained)
 
     @cached_property
@@ -59,7 +60,11 @@ class Parameters:
         """The parameters that no training changes; loaded once."""
         if self._programs.model.lora is None:
             return {}
-        return self._stored(Path(self._config.model.path), self._programs.abstract_inference)
+        return self._stored(self._given_model, self._programs.abstract_inference)
+
+    @property
+    def _given_model(self) -> Path:
+        return hub.directory(self._config.model.path, "model.path")
 
     def release(self) -> None:
         """Lets the frozen parameters go; they are loaded again when they are asked for."""
@@ -67,7 +72,8 @@ class Parameters:
 
     @property
     def _given_adapter(self) -> Path | None:
-        return Path(self._config.lora.adapter) if self._config.lora.adapter else None
+        name = self._config.lora.adapter
+        return hub.directory(name, "lora.adapter") if name else None
 
     def _stored(self, directory: Path, abstract: Any) -> Any:
         """Reads the parameters of a Hugging Face directory, without adapters; trained ones as in `abstract`."""
@@ -119,6 +125,10 @@ class Models:
             self._loaded = None
             self._loaded = (number, self.store.load(number, self._programs.abstract_inference))
         return lora.join(self._loaded[1], self.parameters.frozen)
+
+    def release(self) -> None:
+        """Lets the loaded model go, so that another one has its place; frozen weights stay."""
+        self._loaded = None
 
     def take(self, number: int) -> Any:
         """Loads M_number's trained parameters, float32, for a training step to consume (donate)."""
@@ -182,7 +192,7 @@ def adapters_of(config: LoraConfig) -> lora.Lora | None:
         if not config.rank:
             return None
         return lora.Lora(config.rank, config.alpha, config.targets, config.rslora, config.dropout)
-    found = adapters.read_config(Path(config.adapter))
+    found = adapters.read_config(hub.directory(config.adapter, "lora.adapter"))
     if config.rank not in (0, found.rank):
         raise InputError(f"lora.rank is {config.rank}, but the adapter {config.adapter} has rank {found.rank}")
     return found

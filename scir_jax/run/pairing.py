@@ -11,91 +11,21 @@ from typing import NamedTuple
 import numpy as np
 
 from scir_jax.config.schema import Config
-from scir_jax.data import records
-from scir_jax.data.encode import Encoder, Lengths
-from scir_jax.data.files import read_rows
+from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import write_rows
-from scir_jax.data.messages import answer_text, prompt_messages
-from scir_jax.data.pairs import Answer, Pair, Prompt, to_row, token_ids
-from scir_jax.data.tally import Tally
+from scir_jax.data.pairs import Pair, to_row
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method import objective, rewards
 from scir_jax.method.pairing import PAIRING, Choice, Scores
-from scir_jax.run import console, scoring
+from scir_jax.run import answers, console, scorer, scoring
+from scir_jax.run.answers import Source
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, roles
+from scir_jax.run.scorer import Scorer
 from scir_jax.run.scoring import Item
-
-
-class Source(NamedTuple):
-    """What pairs are made of.
-
-    Attributes:
-      items: prompts and answers.
-      given: pairs of places in `items` that are taken as they are; None: they are chosen as pairs.kind says.
-    """
-
-    items: list[Item]
-    given: list[Choice] | None = None
-
-
-def sampled_answers(encoder: Encoder, lengths: Lengths, vocabulary: int, path: Path) -> Source:
-    """Reads the answers of an iteration's file, our own or another engine's (then `prompt` and `response` are enough).
-
-    Ids that the file holds are taken as they are; only what it lacks is tokenised.
-
-    Args:
-      lengths: static lengths of the run, which prompts must not exceed.
-      vocabulary: size of the model's.
-
-    Raises:
-      InputError: a row is bad; its file and line are named.
-    """
-    limit = encoder.config.max_response_tokens
-    items = []
-    prompts: dict[str, Prompt | None] = {}
-    tally = Tally(str(path))
-    for where, row in read_rows(path):
-        given = row.get("messages", records.need(row, "prompt", where))
-        name = str(given)
-        if name not in prompts:
-            with tally.row(where):
-                messages = prompt_messages(given, f"{where}: prompt")
-                if "prompt_ids" in row and "prompt_quote_ids" in row:
-                    ids, quote = (
-                        token_ids(row[key], f"{where}: {key}", vocabulary) for key in ("prompt_ids", "prompt_quote_ids")
-                    )
-                    prompts[name] = Prompt(messages, ids, quote, where, len(ids))
-                else:
-                    prompts[name] = encoder.prompt(messages, where)
-                _check_length(prompts[name], lengths, where)
-        prompt = prompts[name]
-        if prompt is None:
-            continue
-        text = records.need(row, "response", where)
-        if "response_ids" not in row:
-            answer = encoder.answer(answer_text(text, f"{where}: response"))
-        elif "quote_ids" not in row:
-            answer = encoder.sampled(token_ids(row["response_ids"], f"{where}: response_ids", vocabulary)[:limit])
-        else:
-            ids, quote = (
-                token_ids(row[key], f"{where}: {key}", vocabulary)[:limit] for key in ("response_ids", "quote_ids")
-            )
-            answer = Answer(text, ids, quote, len(ids))
-        items.append((prompt, answer))
-    return Source(items)
-
-
-def _check_length(prompt: Prompt | None, lengths: Lengths, where: str) -> None:
-    for tokens, most in ((len(prompt.ids), lengths.prompt), (len(prompt.quote), lengths.quote)) if prompt else ():
-        if tokens > most:
-            raise InputError(
-                f"{where}: the prompt has {tokens} tokens, but the longest of this run's data has {most}, for which "
-                "its programs are compiled; answer the prompts of data.prompts"
-            )
 
 
 def given_pairs(inputs: Inputs, shares: int, iteration: int) -> Source:
@@ -126,12 +56,14 @@ class Scored(NamedTuple):
       by_role: role -> reading -> [items] float32, NaN for items that nobody looks at.
       verdicts: [candidates, S] the judge's single verdicts under M_t, where the method looks at them.
       frozen: reward model -> [candidates, C] logits under M_t.
+      rewards: [items] those of pairs.scorer, float64, NaN for items that nobody looks at; None without one.
     """
 
     candidates: list[Choice]
     by_role: dict[str, dict[str, np.ndarray]]
     verdicts: np.ndarray | None
     frozen: dict[str, np.ndarray]
+    rewards: np.ndarray | None = None
 
 
 def make_pairs(
@@ -143,8 +75,12 @@ def make_pairs(
     source: Source,
     path: Path,
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> None:
     """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
+
+    Args:
+      external: says which answer of a pair is better.
 
     Raises:
       InputError: there is no pair.
@@ -161,7 +97,12 @@ def make_pairs(
             f"iteration {iteration}: no prompt has two different responses; "
             "raise sample.temperature or sample.responses"
         )
-    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper)
+    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
+    far = answers.check_claims(source.claims, items, scored.by_role["start"]["logps"])
+    if far is not None:
+        console.say(
+            f"log-probabilities of the engine that sampled: {far:.1g} nats per token from this model's (median)"
+        )
     chosen = candidates
     if way.choose and source.given is None:
         chosen = way.choose(groups, candidates, _scores(config, items, scored, iteration), config)
@@ -179,6 +120,7 @@ def score_candidates(
     items: Sequence[Item],
     candidates: list[Choice],
     stopper: console.Stopper,
+    external: Scorer | None = None,
 ) -> Scored:
     """Scores the candidates' items under the models in every role, and asks the judge where it is needed.
 
@@ -194,15 +136,18 @@ def score_candidates(
     # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
-    total = len(loads) * len(used) + (wanted.judged + passes) * len(pairs)
+    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes) * len(pairs)
     read: dict[int | str, dict[str, np.ndarray]] = {}
-    judged = verdicts = None
+    judged = verdicts = given = None
     with console.stage(title, total) as bar:
 
         def advance(by: int) -> None:
             bar.advance(by=by)
             stopper.check(title)
 
+        if external is not None:
+            models.release()
+            given = _spread(external.rewards([items[i] for i in used], advance), used, len(items), np.float64)
         for number in loads:
             found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
@@ -226,7 +171,8 @@ def score_candidates(
     cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
-    return Scored(candidates, by_role, verdicts, {name: np.asarray(values) for name, values in logits.items()})
+    frozen = {name: np.asarray(values) for name, values in logits.items()}
+    return Scored(candidates, by_role, verdicts, frozen, given)
 
 
 def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequence[Choice]) -> list[Pair]:
@@ -243,12 +189,16 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
             for role in ("start", "preference", "implicit")
             for reading, values in scored.by_role[role].items()
         }
+        said = choice.label
+        if scored.rewards is not None:
+            cached["external_reward"] = (float(scored.rewards[choice.a]), float(scored.rewards[choice.b]))
+            said = scorer.label(cached["external_reward"], soft=config.preference.soft)
         frozen, verdicts, i = {}, (), number_of.get(choice)
         if i is not None:
             frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
             if scored.verdicts is not None:
                 verdicts = tuple(map(float, scored.verdicts[i]))
-        pair = _pair(items, choice)
+        pair = _pair(items, choice._replace(label=said))
         pairs.append(dataclasses.replace(pair, cached=cached, frozen=frozen, verdicts=verdicts, length_penalty=alpha))
     return pairs
 
@@ -262,6 +212,7 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
         lengths=np.array([len(answer.ids) for _, answer in items]),
         wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
         reference_before=numbers["before"] == numbers["implicit"],
+        rewards=scored.rewards,
     )
 
 
@@ -269,9 +220,9 @@ def _pair(items: Sequence[Item], choice: Choice) -> Pair:
     return Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
-    """Returns [size] float32 with the values at their places, and NaN elsewhere."""
-    result = np.full(size, np.nan, np.float32)
+def _spread(values: np.ndarray, places: np.ndarray, size: int, dtype: type = np.float32) -> np.ndarray:
+    """Returns [size] with the values at their places, and NaN elsewhere."""
+    result = np.full(size, np.nan, dtype)
     result[places] = values
     return result
 

@@ -48,7 +48,7 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
         raise InputError(
             f"{config.data.pairs}: {len(inputs.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
         )
-    if config.preference.labels == "external" and not config.data.pairs:
+    if config.preference.labels == "external" and not config.data.pairs and not config.pairs.scorer:
         name = config.data.columns.label[0]
         console.say(
             f"labels come from the column {name!r} that you add to each iteration's pairs.jsonl; "
@@ -112,17 +112,20 @@ def _check_references(config: Config, inputs: Inputs, programs: Programs) -> Non
             raise InputError(f"{key} {name}: its tokenizer has another vocabulary than that of {config.model.path}")
 
 
-def check_memory(config: Config, programs: Programs) -> list[tuple[str, Memory]]:
+def check_memory(config: Config, programs: Programs, more: Sequence[Program] = ()) -> list[tuple[str, Memory]]:
     """Compiles a run's programs and prints the memory of each; the compiled programs are those that the run uses.
 
     What cannot fit whatever the compiler does is refused before compiling. A packed step is compiled for the longest
     rows here, which real ones hardly ever are all; see `check_shapes`.
 
+    Args:
+      more: programs beside those of the model.
+
     Raises:
       InputError: where a program needs more than a device has.
     """
     limit = min(hosts.gather(memory.limit()))
-    found = programs.all()
+    found = [*programs.all(), *more]
     _fits([(program.name, program.known) for program in found], limit, config, programs)
     # SFT comes next, and has its own table.
     packed = [program.name for program in found if program.stage == "optimise" and programs.way.kind != "off"]

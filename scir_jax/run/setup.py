@@ -17,6 +17,7 @@ from scir_jax.errors import InputError
 from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
+from scir_jax.run import hub
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Parameters, adapters_of
 from scir_jax.text.chat import Chat, load_tokenizer
@@ -56,7 +57,7 @@ def open_model(config: Config) -> tuple[Architecture, Encoder]:
     Raises:
       InputError: the directory, its tokenizer or a template cannot be used.
     """
-    directory = Path(config.model.path)
+    directory = hub.directory(config.model.path, "model.path")
     hf_config = weights.hf_config(directory)
     arch = families.read(hf_config, str(directory / "config.json"))
     chat = Chat(

@@ -130,8 +130,9 @@ def read_pairs(config: Config, path: Path) -> list[Pair]:
       InputError: a row is bad, or lacks the external label that the method needs.
     """
     external = config.preference.labels == "external"
-    # The labels of data.pairs are copied to the column "label"; else the user adds the column.
-    names = config.data.columns.label if external and not config.data.pairs else ("label",)
+    # The labels of data.pairs and of pairs.scorer are in the column "label"; else the user adds the column.
+    made = config.data.pairs or config.pairs.scorer
+    names = config.data.columns.label if external and not made else ("label",)
     pairs = []
     for where, row in read_rows(path):
         pair = from_row(row, where, names)

@@ -17,7 +17,8 @@ from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine.forward import Judged
 from scir_jax.errors import InputError
 from scir_jax.run import scoring
-from scir_jax.run.pairing import given_pairs, sampled_answers
+from scir_jax.run.answers import sampled_answers
+from scir_jax.run.pairing import given_pairs
 from scir_jax.text.judge import compile_judge, load_template
 from tests.chat_templates import chat, turns
 from tests.data.small_data import CHAT, make_encoder, make_pairs, read_of, rows_of, step_of
@@ -122,7 +123,7 @@ def test_given_answers_are_judged_before_training_as_in_it(tmp_path, monkeypatch
     assert "<think>" in encoder.chat.lead
     pairs = [encoder.pair(comparison) for comparison in comparisons()]
     # Read from data.pairs and told apart again as an iteration does, they are the same pairs.
-    items, choices = given_pairs(SimpleNamespace(given_pairs=pairs), 1, 1)
+    items, choices, _ = given_pairs(SimpleNamespace(given_pairs=pairs), 1, 1)
     assert [Pair(items[c.a][0], items[c.a][1], items[c.b][1], c.label) for c in choices] == pairs
     same_everywhere(encoder, pairs, tmp_path, monkeypatch)
 
@@ -136,7 +137,7 @@ def test_another_engines_answers_are_encoded_once(tmp_path, monkeypatch, layouts
     write_rows(path, ({"messages": c.messages, "prompt": "", "response": text} for c in given for text in (c.a, c.b)))
     vocabulary = len(encoder.chat.tokenizer)
     lengths = encoder.lengths([encoder.prompt(c.messages) for c in given])
-    items, choices = sampled_answers(encoder, lengths, vocabulary, path)
+    items, choices, _ = sampled_answers(encoder, lengths, vocabulary, path)
     assert choices is None
     pairs = [Pair(a[0], a[1], b[1]) for a, b in zip(items[::2], items[1::2], strict=True)]
     assert list(map(ids_of, pairs)) == [ids_of(encoder.pair(c)) for c in given]

@@ -38,6 +38,7 @@ def means_the_same(arch, theirs):
     layers, query_scale = found.pop("layers"), found.pop("query_scale")
     assert found == {
         "family": theirs.model_type,
+        "reward": False,
         "vocab_size": theirs.vocab_size,
         "hidden_size": theirs.hidden_size,
         "intermediate_size": theirs.intermediate_size,

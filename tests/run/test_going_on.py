@@ -25,7 +25,7 @@ def test_a_finished_run_goes_on_to_more_iterations(configure, whole, no_page, co
     assert done.code == 0 and all(f"M{n}" in done.out for n in range(1, ITERATIONS + 2))
     after = files(run)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"config.yaml", "metrics.jsonl", "summary.json", "export/model.safetensors"}
+    assert changed == {"config.yaml", "metrics.jsonl", "summary.json", "export/model.safetensors", "export/README.md"}
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
     recorded = [yaml.safe_load(found["config.yaml"]) for found in (before, after)]
     assert [found["run"].pop("iterations") for found in recorded] == [1, ITERATIONS] and recorded[0] == recorded[1]

@@ -13,8 +13,8 @@ from scir_jax.data.encode import Encoder
 from scir_jax.data.files import read_rows
 from scir_jax.data.pairs import to_row
 from scir_jax.errors import InputError
+from scir_jax.run import answers, iteration, pairing, preflight
 from scir_jax.run import inputs as run_inputs
-from scir_jax.run import iteration, pairing, preflight
 from scir_jax.run.directory import manifest
 from scir_jax.run.scoring import taken
 from scir_jax.run.training import read_pairs
@@ -292,7 +292,7 @@ def test_labels_of_given_pairs_have_the_name_that_columns_say(make, tmp_path):
     (pair,) = inputs.given_pairs
     assert pair.label == 0.25
     # They are copied into pairs.jsonl, under the name that the run gives them.
-    items, (choice,) = pairing.given_pairs(inputs, 1, 1)
+    items, (choice,), _ = pairing.given_pairs(inputs, 1, 1)
     assert choice.label == 0.25
     file = tmp_path / "pairs.jsonl"
     write(file, {**to_row(pair, 0), "teacher": 0.75})
@@ -345,7 +345,7 @@ def test_another_engines_responses_are_named_by_their_rows(make, tmp_path):
         encoder, _, programs, _ = make(**sections)
         write(path, *rows)
         lengths = dataclasses.replace(programs.facts.lengths, **room)
-        return pairing.sampled_answers(encoder, lengths, programs.arch.vocab_size, path).items
+        return answers.sampled_answers(encoder, lengths, programs.arch.vocab_size, path).items
 
     good = {"prompt": "copy a=", "response": "a"}
     with pytest.raises(InputError, match=f"^{path}:2: .* refuses a conversation of"):

@@ -6,6 +6,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.families.reader import FULL, SLIDING, Reader
 
 MODEL_TYPE, HF_CLASS = "gemma2", "Gemma2ForCausalLM"
+REWARD_CLASS = "Gemma2ForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

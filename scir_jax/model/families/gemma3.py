@@ -8,6 +8,7 @@ from scir_jax.model.families.gemma2 import gemma
 from scir_jax.model.families.reader import FULL, SLIDING, Reader
 
 MODEL_TYPE, HF_CLASS = "gemma3_text", "Gemma3ForCausalLM"
+REWARD_CLASS = "Gemma3TextForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

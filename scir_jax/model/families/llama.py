@@ -6,6 +6,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.families.reader import FULL, Reader
 
 MODEL_TYPE, HF_CLASS = "llama", "LlamaForCausalLM"
+REWARD_CLASS = "LlamaForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

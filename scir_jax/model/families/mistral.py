@@ -7,6 +7,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.families.reader import SLIDING, Reader
 
 MODEL_TYPE, HF_CLASS = "mistral", "MistralForCausalLM"
+REWARD_CLASS = "MistralForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

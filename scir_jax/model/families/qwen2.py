@@ -6,6 +6,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.families.reader import FULL, SLIDING, Reader
 
 MODEL_TYPE, HF_CLASS = "qwen2", "Qwen2ForCausalLM"
+REWARD_CLASS = "Qwen2ForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

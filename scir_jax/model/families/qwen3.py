@@ -7,6 +7,7 @@ from scir_jax.model.families.qwen2 import layers_and_limits
 from scir_jax.model.families.reader import Reader
 
 MODEL_TYPE, HF_CLASS = "qwen3", "Qwen3ForCausalLM"
+REWARD_CLASS = "Qwen3ForSequenceClassification"
 
 
 def read(config: Reader) -> Architecture:

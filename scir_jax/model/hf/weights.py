@@ -55,7 +55,7 @@ def hf_config(directory: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
-def load(directory: Path, abstract: Params | None = None) -> tuple[Architecture, Params]:
+def load(directory: Path, abstract: Params | None = None, *, reward: bool = False) -> tuple[Architecture, Params]:
     """Reads a model directory: float32, float16 or bfloat16 safetensors, in one file or several.
 
     Args:
@@ -63,6 +63,7 @@ def load(directory: Path, abstract: Params | None = None) -> tuple[Architecture,
       abstract: a jax.ShapeDtypeStruct with a sharding for every parameter of the model, as `Model.abstract` has them.
         Parameters are then read into these shardings and dtypes: a process reads what its own devices hold, each part
         once, and has no more than one part of one parameter on its host.
+      reward: it is a reward model, with a score head of one output.
 
     Returns:
       The architecture, and the parameters, without `abstract` as float32 NumPy arrays: put them on devices with
@@ -71,7 +72,7 @@ def load(directory: Path, abstract: Params | None = None) -> tuple[Architecture,
     Raises:
       InputError: naming the file, and the tensors where some are missing, unknown or misshapen.
     """
-    with _opened(directory) as (arch, names, stored):
+    with _opened(directory, reward) as (arch, names, stored):
         return arch, files.load(names, stored, abstract)
 
 
@@ -88,10 +89,10 @@ def stored_tensors(directory: Path) -> Iterator[Tensors]:
 
 
 @contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[tuple[Architecture, Names, dict[str, Stored]]]:
+def _opened(directory: Path, reward: bool = False) -> Iterator[tuple[Architecture, Names, dict[str, Stored]]]:
     """Opens a model directory, and checks that its tensors are those of its config.json."""
     directory = Path(directory)
-    arch = families.read(hf_config(directory), str(directory / "config.json"))
+    arch = families.read(hf_config(directory), str(directory / "config.json"), reward=reward)
     names = _names(arch)
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
@@ -217,7 +218,9 @@ def _names(arch: Architecture) -> Names:
         for name, (path, groups) in in_layer.items():
             names[f"model.layers.{layer}.{name}"] = Tensor(("layers", *path), layer, groups)
     names["model.norm.weight"] = Tensor(("norm", "scale"), None, ((d,),))
-    if not arch.tie_embeddings:
+    if arch.reward:
+        names["score.weight"] = Tensor(("head",), None, ((1,), (d,)))
+    elif not arch.tie_embeddings:
         names["lm_head.weight"] = Tensor(("head",), None, ((v,), (d,)))
     return names
 

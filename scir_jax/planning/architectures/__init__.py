@@ -46,7 +46,7 @@ def architecture(path: str) -> tuple[dict[str, Any], str]:
     file = Path(path) / "config.json"
     if file.is_file():
         return weights.hf_config(Path(path)), str(file)
-    base = Path(path).name
+    base = Path(path).name.partition("@")[0]  # of a hub's name without its revision
     by_shape = {_shape(name): name for name in names()}
     found = by_shape.get(_shape(base))
     if found is None:

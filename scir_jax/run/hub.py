@@ -1,0 +1,120 @@
+"""Models by their names on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION, through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
+
+NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""what is fetched: configurations, safetensors, tokenizers, chat templates; no pickle and no code"""
+
+_found: dict[str, Path] = {}
+
+
+def directory(name: str, key: str, commit: str | None = None) -> Path:
+    """Returns the directory of a model: a local one where there is one of that name, else the hub's, fetched if need be.
+
+    As long as the process runs a name stands for one directory, whatever happens to a branch in the meantime.
+
+    Args:
+      name: a path, or OWNER/NAME or OWNER/NAME@REVISION.
+      key: of the configuration, for errors.
+      commit: of the hub that is taken instead of the newest one.
+
+    Raises:
+      InputError: there is neither such a directory nor, within reach, such a model.
+    """
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return Path(name)
+    if name not in _found:
+        _found[name] = _fetched(name, key, commit)
+    return _found[name]
+
+
+def is_function(name: str) -> bool:
+    """Checks whether a name is that of a function, module:function, and not of a model."""
+    return bool(FUNCTION.fullmatch(name)) and not Path(name).exists()
+
+
+def names(config: Config) -> dict[str, str]:
+    """Returns key of the configuration -> name, of those models that are the hub's."""
+    given = {
+        "model.path": config.model.path,
+        "lora.adapter": config.lora.adapter,
+        "pairs.scorer": config.pairs.scorer,
+    }
+    return {key: name for key, name in given.items() if name and NAME.fullmatch(name) and not Path(name).exists()}
+
+
+def repository(name: str) -> str:
+    """Returns OWNER/NAME of a hub's name without its revision, and a path as it is."""
+    return name.partition("@")[0] if NAME.fullmatch(name) and not Path(name).exists() else name
+
+
+def commits(config: Config) -> dict[str, dict[str, str]]:
+    """Returns what the hub's names of a configuration stand for: key -> name and commit."""
+    return {key: {"name": name, "commit": directory(name, key).name} for key, name in names(config).items()}
+
+
+def keep(config: Config, recorded: dict[str, dict[str, str]]) -> None:
+    """Lets the names of a begun run stand for the commits that it began with.
+
+    Args:
+      recorded: `commits` of then.
+
+    Raises:
+      InputError: such a commit is not within reach.
+    """
+    for key, name in names(config).items():
+        if recorded.get(key, {}).get("name") == name:
+            directory(name, key, recorded[key]["commit"])
+
+
+def _fetched(name: str, key: str, commit: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    match = NAME.fullmatch(name)
+    wanted, revision = match["repository"], commit or match["revision"]
+    try:
+        found = huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=list(FILES))
+    except errors.GatedRepoError:
+        reason = f"the hub gives {wanted} to those who have accepted its terms: do so there, then hf auth login"
+    except errors.RevisionNotFoundError:
+        reason = f"{wanted} has no revision {revision} on the hub"
+    except errors.RepositoryNotFoundError:
+        reason = f"the hub has no model {wanted}, or it is private: hf auth login"
+    except errors.LocalEntryNotFoundError:
+        revised = f" at {revision}" if revision else ""
+        reason = (
+            f"the cache {constants.HF_HUB_CACHE} does not have the model {wanted}{revised}, and the Hugging Face hub "
+            "cannot be reached"
+        )
+    except Exception as error:
+        reason = f"the hub does not give {wanted}: {' '.join(str(error).split())[:200]}"
+    else:
+        return Path(found)
+    raise InputError(
+        f"{key} {name!r}: there is no such directory here, and {reason}; or put config.json, *.safetensors and the "
+        "tokenizer's files into a directory and give its path"
+    )
