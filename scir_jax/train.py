@@ -1,23 +1,58 @@
-"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one command."""
+"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one command.
+
+In Python the module is the function `run`: scir_jax.train("quickstart", run={"directory": "runs/mine"}).
+"""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
 from scir_jax.run import command
 
+if TYPE_CHECKING:
+    from scir_jax.run.runs import Run
 
-def train(config: Config) -> list[dict]:
+
+def run(*configs: Config | str | Path | Mapping[str, Any], **settings: Any) -> Run:
+    """Runs or resumes a run, with the settings of the command's line.
+
+    Args:
+      configs: configuration files or their names ("quickstart", "methods/srlm") and mappings of settings
+        ({"run.seed": 1, "lora": {"rank": 8}}), of which later ones win; the quickstart where there are none. Or one
+        Config, which stands alone.
+      settings: more of them, sections: lora=dict(rank=8).
+
+    Returns:
+      The finished run.
+
+    Raises:
+      InputError, Interrupted: as `train`.
+    """
+    if any(isinstance(config, Config) for config in configs):
+        if len(configs) > 1 or settings:
+            raise InputError("a Config has all settings of a run; give no others beside it")
+        return train(configs[0])
+    argv: list[str] = []
+    for config in (*configs, settings):
+        argv += cli.arguments(config) if isinstance(config, Mapping) else ["--config", str(config)]
+    return train(_parse(argv))
+
+
+def train(config: Config) -> Run:
     """Runs or resumes the run of a configuration.
 
     Returns:
-      The rows of its final table (also in summary.json).
+      The finished run.
 
     Raises:
       InputError: something of the configuration, the model or the data cannot be used.
@@ -28,6 +63,7 @@ def train(config: Config) -> list[dict]:
     from scir_jax.engine.hosts import hosts
     from scir_jax.run import console
     from scir_jax.run.directory import RunDirectory
+    from scir_jax.run.runs import Run
 
     command.join(config)
     config = resolve(config)
@@ -45,7 +81,7 @@ def train(config: Config) -> list[dict]:
             directory.close()
     console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
     console.say(f"report: {report}")
-    return rows
+    return Run(directory.path, distributed=config.run.distributed)
 
 
 def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
@@ -114,16 +150,28 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 
+def _parse(argv: Sequence[str] | None) -> Config:
+    return cli.parse("train", __doc__, argv, default_config=cli.QUICKSTART)[0]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     started = time.monotonic()
-    config, _ = cli.parse("train", __doc__, argv, default_config=cli.QUICKSTART)
-    train(config)
+    train(_parse(argv))
     from scir_jax.run import console
 
     console.say(f"total {time.monotonic() - started:.0f} s")
     return 0
 
+
+class _Callable(ModuleType):
+    """A module that is called like its function `run`: the name scir_jax.train can only be one of both."""
+
+    def __call__(self, *configs: Config | str | Path | Mapping[str, Any], **settings: Any) -> Run:
+        return run(*configs, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     command.main(main)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,25 @@ def parse(
             if getattr(parsed[name], field.name) is None and default is not None:
                 raise InputError(f"{name}.{field.name} must not be null; leave it out for its default, {default!r}")
     return config, {name: parsed[name] for name in options}
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Writes settings as the command line that says the same.
+
+    Args:
+      settings: dotted keys or sections, {"run.seed": 1, "lora": {"rank": 8}}.
+    """
+    everything = [f.name for f in dataclasses.fields(Config)]
+    sections = {*everything, *(key.rpartition(".")[0] for key in _known_keys(everything))}
+    result: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key in sections:
+            result += arguments({f"{key}.{name}": inner for name, inner in value.items()})
+        elif isinstance(value, (str, Path)):
+            result.append(f"--{key}={value}")
+        else:
+            result.append(f"--{key}={json.dumps(value)}")
+    return result
 
 
 def distributed(config: Config, several: bool) -> Config:
