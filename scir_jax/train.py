@@ -1,7 +1,4 @@
-"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one command.
-
-In Python the module is the function `run`: scir_jax.train("quickstart", run={"directory": "runs/mine"}).
-"""
+"""python -m scir_jax.train: the whole run, M0 -> M1 -> M2 -> ..., in one command."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ def train(config: Config) -> Run:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console
+    from scir_jax.run import choice, console
     from scir_jax.run.directory import RunDirectory
     from scir_jax.run.runs import Run
 
@@ -75,16 +72,17 @@ def train(config: Config) -> Run:
         resumed = hosts.decide(lambda: directory.open(config))
         hosts.shares(directory.path)
         with console.Stopper() as stopper:
-            rows, report = _train(config, directory, stopper, resumed)
+            rows, best, report = _train(config, directory, stopper, resumed)
     finally:
         if hosts.first():
             directory.close()
-    console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
+    title = f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}"
+    console.print_table(rows, title, best if config.evaluate.select != choice.LAST else None)
     console.say(f"report: {report}")
     return Run(directory.path, distributed=config.run.distributed)
 
 
-def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
+def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str, str]:
     import jax
 
     from scir_jax.data.jsonl import write_json
@@ -92,7 +90,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.engine.hosts import hosts
     from scir_jax.model.hf import adapters
     from scir_jax.report.page import write_report
-    from scir_jax.run import console, iteration, preflight
+    from scir_jax.run import choice, console, iteration, preflight
     from scir_jax.run.base_model import build_world
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
@@ -141,13 +139,14 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
-    if hosts.first():
-        write_json(directory.path / "summary.json", {"rows": rows})
+    best = choice.best(rows, config.evaluate.select)["model"]
+    number = int(best.removeprefix("M"))
+    hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
     if not hosts.decide((directory.path / "export").exists):
-        export_model(config, programs, directory, last, directory.path / "export")
+        export_model(config, programs, directory, number, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
-        export_adapter(config, programs, directory, last, directory.path / "adapter")
-    return rows, hosts.decide(lambda: str(write_report(directory.path)))
+        export_adapter(config, programs, directory, number, directory.path / "adapter")
+    return rows, best, hosts.decide(lambda: str(write_report(directory.path)))
 
 
 def _parse(argv: Sequence[str] | None) -> Config:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from scir_jax.config.evaluation import EvaluateConfig
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -370,20 +372,6 @@ class CheckpointConfig:
     """steps from one checkpoint to the next"""
     keep: int = 2
     """newest checkpoints of a stage that stay"""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluation after SFT and after each iteration."""
-
-    batch_size: int = 32
-    """pairs scored at once"""
-    samples: int = 2
-    """responses per held-out prompt, sampled as in `sample`"""
-    greedy: bool = True
-    """one greedy response per prompt too"""
-    grader: str | None = None
-    """`module:function` of (prompt, response) -> {"quality": float, ...}; evaluation only, training never sees it"""
 
 
 @dataclass(frozen=True)

@@ -95,31 +95,37 @@ def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Makes a table with one row per model; columns that no row has are left out."""
+def table(rows: list[dict[str, Any]], title: str, best: str | None = None) -> Table:
+    """Makes a table with one row per model; columns that no row has are left out.
+
+    Args:
+      best: name of the model to mark.
+    """
     present = tuple(column for column in CONSOLE if any(row.get(column.key) is not None for row in rows))
-    result = Table(title=title)
+    marked = any(row.get("model") == best for row in rows)
+    result = Table(title=title, caption="* the best model, exported" if marked else None)
     for column in present:
         result.add_column(column.title, justify="left" if column == MODEL else "right")
     for row in rows:
-        result.add_row(*cells(row, present))
+        name, *values = cells(row, present)
+        result.add_row(f"{name} *" if name == best else name, *values)
     return result
 
 
-def table_text(rows: list[dict[str, Any]], title: str) -> str:
+def table_text(rows: list[dict[str, Any]], title: str, best: str | None = None) -> str:
     """Writes the table of models as a text, 140 columns wide."""
     console = Console(file=io.StringIO(), width=140, force_jupyter=False, force_terminal=False)
     with console.capture() as captured:
-        console.print(table(rows, title))
+        console.print(table(rows, title, best))
     return captured.get()
 
 
-def print_table(rows: list[dict[str, Any]], title: str) -> None:
+def print_table(rows: list[dict[str, Any]], title: str, best: str | None = None) -> None:
     """Prints the table of models on stdout, 140 columns wide where nobody watches."""
     console = Console(highlight=False, quiet=stderr.quiet)
     if not console.is_terminal:
         console = Console(highlight=False, quiet=stderr.quiet, width=140)
-    console.print(table(rows, title))
+    console.print(table(rows, title, best))
 
 
 def only_first_host_speaks() -> None:

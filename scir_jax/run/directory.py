@@ -120,6 +120,28 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
 
+    def summarise(self, rows: list[dict[str, Any]], best: str, select: str) -> None:
+        """Writes summary.json; what was exported of another model than the best one is removed.
+
+        Args:
+          rows: the table of models.
+          best: name of the model to export.
+          select: what it was chosen by.
+        """
+        if self.best not in (None, best):
+            self._remove_exports()
+        write_json(self.path / "summary.json", {"rows": rows, "best": best, "select": select})
+
+    @property
+    def best(self) -> str | None:
+        """The name of the model that a finished run exports, else None."""
+        path = self.path / "summary.json"
+        return read_json(path).get("best") if path.exists() else None
+
+    def _remove_exports(self) -> None:
+        for name in ("export", "adapter"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def check_manifest(self, manifest: dict[str, Any]) -> None:
         """Records what the run is made of; on resuming, refuses files that have changed.
 
@@ -173,8 +195,7 @@ class RunDirectory:
 
     def _grow(self, recorded: Path, config: Config) -> None:
         """Lets a run go on to more iterations; what was made of its last model so far is made again."""
-        for name in ("export", "adapter"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        self._remove_exports()
         (self.path / "summary.json").unlink(missing_ok=True)
         _write_config(recorded, config)
 

@@ -52,7 +52,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Shows the table of models in a notebook."""
-        text = console.table_text(self.rows, str(self.directory)) if self.rows else repr(self)
+        text = console.table_text(self.rows, str(self.directory), self.best) if self.rows else repr(self)
         return f'<pre style="line-height:normal">{html.escape(text)}</pre>'
 
     @property
@@ -60,6 +60,11 @@ class Run:
         """The table of models: one row per evaluated model, M1 first."""
         found = sorted(self.directory.glob("iteration_*/evaluation.json"))
         return iteration.rows(RunDirectory(self.directory), len(found) - 1)
+
+    @property
+    def best(self) -> str | None:
+        """The name of the model that a finished run exports (evaluate.select), else None."""
+        return RunDirectory(self.directory).best
 
     @property
     def report(self) -> Path | None:
@@ -131,8 +136,9 @@ class Run:
                 for t in range(last):
                     evaluation.evaluate_model(*needs, t)
                 if hosts.first() and (self.directory / "summary.json").exists():
-                    rows = iteration.rows(directory, config.run.iterations)
-                    write_json(self.directory / "summary.json", {"rows": rows})
+                    # The model that was chosen before is the one that is exported.
+                    path = self.directory / "summary.json"
+                    write_json(path, read_json(path) | {"rows": iteration.rows(directory, config.run.iterations)})
                 return hosts.decide(
                     lambda: [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)]
                 )
