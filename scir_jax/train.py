@@ -126,7 +126,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         if not hosts.first():
             return NoMetrics()
         settings = config.run
-        return Metrics(directory.path, tensorboard=settings.tensorboard, wandb=settings.wandb, config=to_dict(config))
+        where = dict(tensorboard=settings.tensorboard, wandb=settings.wandb, trackio=settings.trackio)
+        return Metrics(directory.path, config=to_dict(config), **where)
 
     metrics = hosts.together(metrics_here)
     models = Models(ModelStore(directory.checkpoints), programs, parameters)

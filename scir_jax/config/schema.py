@@ -32,7 +32,9 @@ class RunConfig:
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
     wandb: bool = False
-    """log to Weights & Biases too (needs the extra [wandb])"""
+    """log to Weights & Biases too, with tables of answers and pairs (needs the extra [wandb])"""
+    trackio: bool = False
+    """the same with Trackio (needs the extra [trackio])"""
     compilation_cache: str | None = None
     """directory of compiled programs, so that a second run does not compile again"""
 

@@ -19,6 +19,7 @@ from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
+from scir_jax.run.trackers import IDENTITY
 
 PACKAGES = (
     "scir_jax",
@@ -105,6 +106,8 @@ class RunDirectory:
                 "checkpoints",
                 "metrics.jsonl",
                 "tensorboard",
+                "wandb",
+                IDENTITY,
             }
         others = sorted(p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(SEEN))
         if others:
