@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.data.jsonl import write_json
     from scir_jax.engine.hosts import hosts
     from scir_jax.run import console
+    from scir_jax.run.runs import Run
 
     if own["run"]:
-        rows = _run(Path(run_directory(own["run"])), own["again"], own["distributed"])
+        run = Run(run_directory(own["run"]), distributed=own["distributed"])
+        rows = run.evaluate(again=own["again"])
         console.print_table(rows, own["run"])
         return 0
     config = cli.distributed(config, own["distributed"])
@@ -55,54 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print_table([values], config.model.path)
     console.say(f"written: {output}")
     return 0
-
-
-def _run(path: Path, again: bool, distributed: bool) -> list[dict]:
-    from scir_jax.data.jsonl import read_json
-
-    if again:
-        return _again(path, cli.of_run(path, distributed))
-    cli.of_run(path)
-    evaluations = sorted(path.glob("iteration_*/evaluation.json"))
-    if not evaluations:
-        raise InputError(f"{path}: no model is evaluated yet; run train on, or give --again true")
-    return [read_json(file) for file in evaluations]
-
-
-def _again(path: Path, config: Config) -> list[dict]:
-    """Evaluates all models of a run anew, on the devices that are here."""
-    from scir_jax.data.jsonl import read_json, write_json
-    from scir_jax.engine import mesh
-    from scir_jax.engine.checkpoint import ModelStore
-    from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console, evaluation, iteration
-    from scir_jax.run.directory import RunDirectory
-    from scir_jax.run.metrics import NoMetrics
-    from scir_jax.run.models import Models
-    from scir_jax.run.setup import prepare
-
-    command.join(config)
-    config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
-    directory = RunDirectory(path)
-    try:
-        hosts.decide(lambda: directory.open(config))
-        with console.Stopper() as stopper:
-            hosts.together(lambda: directory.keep_models(config))
-            encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
-            models = Models(ModelStore(directory.checkpoints), programs, parameters)
-            grader = hosts.together(lambda: evaluation.load_grader(config.evaluate.grader))
-            last = models.store.latest()
-            if not last:
-                raise InputError(f"{path}: no model beyond M0 to evaluate yet")
-            needs = (config, encoder, inputs, programs, models, directory, NoMetrics(), grader, stopper)
-            for t in range(last):
-                evaluation.evaluate_model(*needs, t)
-            if hosts.first() and (path / "summary.json").exists():
-                write_json(path / "summary.json", {"rows": iteration.rows(directory, config.run.iterations)})
-            return hosts.decide(lambda: [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)])
-    finally:
-        if hosts.first():
-            directory.close()
 
 
 def _directory(config: Config, reference: str | None) -> dict:

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory, or NAME for runs/NAME")
     parser.add_argument("output", type=Path, help="directory to write")
-    parser.add_argument("--model", help="M0, M1, ...; the newest by default")
+    parser.add_argument("--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest")
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too (hf auth login)")
     parser.add_argument("--private", action="store_true", help="with --push: a model that is new there is private")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.join(config)
     config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
     directory = RunDirectory(arguments.run)
-    name = arguments.model or f"M{ModelStore(directory.checkpoints).latest() or 0}"
+    name = arguments.model or directory.best or f"M{ModelStore(directory.checkpoints).latest() or 0}"
     if not name.removeprefix("M").isdigit():
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model

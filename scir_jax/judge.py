@@ -31,14 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "with_ids": (bool, False, "add each judge row's token ids, verdict position and verdict ids"),
         },
     )
-    import numpy as np
-
     from scir_jax.data import records
     from scir_jax.data.jsonl import write_rows
     from scir_jax.engine.hosts import hosts
-    from scir_jax.method.rewards import REWARDS
-    from scir_jax.run import auto, console, scoring
-    from scir_jax.run.evaluation import accuracy, reward_logits
+    from scir_jax.run import auto, console, judging, scoring
     from scir_jax.run.setup import prepare
 
     config = resolve(config)
@@ -75,56 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             reference=load_reference,
             advance=lambda by: bar.advance(by=by),
         )
-    logits = reward_logits(config, evidence)
-    generative, implicit = logits["generative"], logits.get("implicit")
-    health = {name: np.asarray(x) for name, x in REWARDS["generative"].health(evidence).items()}
-    for i, row in enumerate(rows):
-        row["p_generative"] = _sigmoid(generative[i])
-        row["slot_bias"] = float(health["slot_bias"][i])
-        row["verdict_mass"] = float(health["verdict_mass"][i])
-        if implicit is not None:
-            row["p_implicit"] = _sigmoid(implicit[i])
-            row["agreed"] = bool(generative[i] * implicit[i] > 0)
-            row["logps"] = [float(x) for x in evidence.fresh["logps"][i]]
-            row["reference_logps"] = [float(x) for x in evidence.cached["implicit_logps"][i]]
-        if own["with_ids"]:
-            row["judge_rows"] = _judge_rows(encoder, pairs[i], evidence.fresh["verdicts"][i])
+    rows = judging.judged_rows(config, encoder, pairs, rows, evidence, with_ids=own["with_ids"])
     if not hosts.first():
         return 0
     write_rows(output, rows)
-
-    labels = np.array([np.nan if pair.label is None else pair.label for pair in pairs])
-    known = ~np.isnan(labels) & (labels != 0.5)
-    summary = {"pairs": len(rows), **{name: values.mean() for name, values in health.items()}}
-    if known.any():
-        summary |= {f"{name}_accuracy": accuracy(x[known], labels[known] > 0.5) for name, x in logits.items()}
-    if implicit is not None:
-        summary["agreement"] = np.mean(generative * implicit > 0)
-    for name, value in summary.items():
-        print(f"{name:<20} {value:.4f}" if name != "pairs" else f"{name:<20} {value}")
+    print(f"{'pairs':<20} {len(rows)}")
+    for name, value in judging.judged_summary(config, pairs, evidence).items():
+        print(f"{name:<20} {value:.4f}")
     return 0
-
-
-def _judge_rows(encoder, pair, verdicts) -> list[dict]:
-    """Returns every judge row of a pair: what another implementation needs to check the probability."""
-    return [
-        {
-            "template": judge.template.name,
-            "shown_as_a": "ab"[order],
-            "ids": list(row.ids),
-            "verdict_position": len(row.ids) - 1,
-            "verdict_ids": list(judge.verdict_ids),
-            "verdict_logits": [float(x) for x in verdicts[g, order]],
-        }
-        for g, judge in enumerate(encoder.judges)
-        for order, row in enumerate(encoder.judge_rows(judge, pair))
-    ]
-
-
-def _sigmoid(x: float) -> float:
-    import math
-
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 if __name__ == "__main__":

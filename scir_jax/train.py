@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve, until_of
 from scir_jax.config.files import to_dict
 from scir_jax.config.names import differing
 from scir_jax.config.schema import Config
+from scir_jax.errors import InputError
 from scir_jax.run import command
 
+if TYPE_CHECKING:
+    from scir_jax.run.runs import Run
 
-def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
+
+def run(*configs: Config | str | Path | Mapping[str, Any], **settings: Any) -> Run:
+    """Runs or resumes a run, with the settings of the command's line.
+
+    Args:
+      configs: configuration files or their names ("quickstart", "methods/srlm") and mappings of settings
+        ({"run.seed": 1, "lora": {"rank": 8}}), of which later ones win; the quickstart where there are none. Or one
+        Config, which stands alone.
+      settings: more of them, sections: lora=dict(rank=8).
+
+    Returns:
+      The finished run.
+
+    Raises:
+      InputError, Interrupted: as `train`.
+    """
+    if any(isinstance(config, Config) for config in configs):
+        if len(configs) > 1 or settings:
+            raise InputError("a Config has all settings of a run; give no others beside it")
+        return train(configs[0])
+    argv: list[str] = []
+    for config in (*configs, settings):
+        argv += cli.arguments(config) if isinstance(config, Mapping) else ["--config", str(config)]
+    line = _parse(argv)
+    return train(line.config, line.given)
+
+
+def train(config: Config, given: Collection[str] | None = None) -> Run:
     """Runs or resumes the run of a configuration.
 
     Args:
@@ -22,7 +55,7 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
         the defaults.
 
     Returns:
-      The rows of its final table (also in summary.json); none where run.until ends it before.
+      The run: finished, unless run.until ends it before.
 
     Raises:
       InputError: something of the configuration, the model or the data cannot be used.
@@ -31,8 +64,9 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import auto, console
+    from scir_jax.run import auto, choice, console
     from scir_jax.run.directory import RunDirectory
+    from scir_jax.run.runs import Run
 
     command.join(config)
     config = auto.settle(resolve(config), differing(config) if given is None else given, begun=True)
@@ -44,19 +78,20 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
         resumed = hosts.decide(lambda: directory.open(config))
         hosts.shares(directory.path)
         with console.Stopper() as stopper:
-            rows, report = _train(config, directory, stopper, resumed)
+            rows, best, report = _train(config, directory, stopper, resumed)
     finally:
         if hosts.first():
             directory.close()
     if not rows:
         console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
-        return rows
-    console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
+        return Run(directory.path, distributed=config.run.distributed)
+    title = f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}"
+    console.print_table(rows, title, best if config.evaluate.select != choice.LAST else None)
     console.say(f"report: {report}")
-    return rows
+    return Run(directory.path, distributed=config.run.distributed)
 
 
-def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
+def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str, str]:
     import jax
 
     from scir_jax.data.jsonl import write_json
@@ -64,7 +99,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.engine.hosts import hosts
     from scir_jax.model.hf import adapters
     from scir_jax.report.page import write_report
-    from scir_jax.run import console, iteration, preflight
+    from scir_jax.run import choice, console, iteration, preflight
     from scir_jax.run.base_model import build_world
     from scir_jax.run.card import write_card
     from scir_jax.run.changes import ADDED
@@ -112,7 +147,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         if not hosts.first():
             return NoMetrics()
         settings = config.run
-        return Metrics(directory.path, tensorboard=settings.tensorboard, wandb=settings.wandb, config=to_dict(config))
+        where = dict(tensorboard=settings.tensorboard, wandb=settings.wandb, trackio=settings.trackio)
+        return Metrics(directory.path, config=to_dict(config), **where)
 
     metrics = hosts.together(metrics_here)
     models = Models(ModelStore(directory.checkpoints), programs, parameters)
@@ -123,31 +159,45 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
             preflight.check_memory(config, programs, scorer.programs(prompts) if scorer else ())
         stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper, scorer)
         if not iteration.run_stages(stages, directory, stopper, until_of(config)):
-            return [], ""
+            return [], "", ""
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
-    if hosts.first():
-        write_json(directory.path / "summary.json", {"rows": rows})
+    best = choice.best(rows, config.evaluate.select)["model"]
+    number = int(best.removeprefix("M"))
+    hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
     if not hosts.decide((directory.path / "export").exists):
-        export_model(config, programs, directory, last, directory.path / "export")
+        export_model(config, programs, directory, number, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
-        export_adapter(config, programs, directory, last, directory.path / "adapter")
+        export_adapter(config, programs, directory, number, directory.path / "adapter")
     for name in ("export", "adapter") if adapted else ("export",):
-        hosts.decide(lambda: write_card(directory.path / name, config, directory, last))
-    return rows, hosts.decide(lambda: str(write_report(directory.path)))
+        hosts.decide(lambda: write_card(directory.path / name, config, directory, number))
+    return rows, best, hosts.decide(lambda: str(write_report(directory.path)))
+
+
+def _parse(argv: Sequence[str] | None) -> cli.Line:
+    return cli.line("train", __doc__, argv, default_config=cli.QUICKSTART)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     started = time.monotonic()
-    line = cli.line("train", __doc__, argv, default_config=cli.QUICKSTART)
+    line = _parse(argv)
     train(line.config, line.given)
     from scir_jax.run import console
 
     console.say(f"total {time.monotonic() - started:.0f} s")
     return 0
 
+
+class _Callable(ModuleType):
+    """A module that is called like its function `run`: the name scir_jax.train can only be one of both."""
+
+    def __call__(self, *configs: Config | str | Path | Mapping[str, Any], **settings: Any) -> Run:
+        return run(*configs, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     command.main(main)

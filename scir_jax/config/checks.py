@@ -128,6 +128,7 @@ def check(config: Config) -> None:
         if not any(weights.values()):
             raise InputError(f"the consensus of {', '.join(models)} has no weight; set rewards.weights.{models[0]}")
     check_positive(config)
+    _check_evaluation(config)
     if config.text.bin_tokens and (config.text.bin_tokens < 0 or config.text.packing in ("lengths", "off")):
         raise InputError(
             f"text.bin_tokens is {config.text.bin_tokens} and text.packing {config.text.packing}; it is the size of a "
@@ -185,6 +186,28 @@ def until_of(config: Config) -> tuple[str, int] | None:
     if name == "sample" and config.data.pairs:
         raise InputError(f"run.until is {config.run.until!r}, but with data.pairs nothing is sampled")
     return name, int(number)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Refuses a choice of models by what no evaluation will tell."""
+    evaluate, data = config.evaluate, config.data
+    if evaluate.every < 0:
+        raise InputError(f"evaluate.every must not be negative, not {evaluate.every}")
+    by_pairs = evaluate.select in ("consensus", "generative_accuracy", "implicit_accuracy")
+    for key, value, wanted in (
+        ("evaluate.select", evaluate.select, by_pairs),
+        ("evaluate.early_stop", "true", evaluate.early_stop),
+        ("evaluate.every", evaluate.every, evaluate.every),
+    ):
+        if wanted and not data.heldout_pairs:
+            raise InputError(f"{key} is {value}, which needs labelled pairs: set data.heldout_pairs")
+    if evaluate.select != "last" and not by_pairs and not (evaluate.grader and data.heldout_prompts):
+        raise InputError(
+            f"evaluate.select is {evaluate.select}, which needs graded answers: set evaluate.grader and "
+            "data.heldout_prompts"
+        )
+    if evaluate.select == "greedy_quality" and not evaluate.greedy:
+        raise InputError("evaluate.select is greedy_quality, but evaluate.greedy is false; set it to true")
 
 
 def check_positive(config: Config, *sections: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,25 @@ def _help(
     else:
         print(help.screen(parser, description, options, fields))
     raise SystemExit(0)
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Writes settings as the command line that says the same.
+
+    Args:
+      settings: dotted keys or sections, {"run.seed": 1, "lora": {"rank": 8}}.
+    """
+    everything = [f.name for f in dataclasses.fields(Config)]
+    sections = {*everything, *(key.rpartition(".")[0] for key in names.fields(everything))}
+    result: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key in sections:
+            result += arguments({f"{key}.{name}": inner for name, inner in value.items()})
+        elif isinstance(value, (str, Path)):
+            result.append(f"--{key}={value}")
+        else:
+            result.append(f"--{key}={json.dumps(value)}")
+    return result
 
 
 def distributed(config: Config, several: bool) -> Config:

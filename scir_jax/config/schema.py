@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scir_jax.config.columns import ColumnsConfig
+from scir_jax.config.evaluation import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class RunConfig:
     tensorboard: bool = True
     """write TensorBoard events beside metrics.jsonl"""
     wandb: bool = False
-    """log to Weights & Biases too (needs the extra [wandb])"""
+    """log to Weights & Biases too, with tables of answers and pairs (needs the extra [wandb])"""
+    trackio: bool = False
+    """the same with Trackio (needs the extra [trackio])"""
     compilation_cache: str | None = None
     """directory of compiled programs, so that a second run does not compile again"""
 
@@ -364,20 +367,6 @@ class CheckpointConfig:
     """steps from one checkpoint to the next"""
     keep: int = 2
     """newest checkpoints of a stage that stay"""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluation after SFT and after each iteration."""
-
-    batch_size: int = 32
-    """pairs scored at once"""
-    samples: int = 2
-    """responses per held-out prompt, sampled as in `sample`"""
-    greedy: bool = True
-    """one greedy response per prompt too"""
-    grader: str | None = None
-    """`module:function` of (prompt, response) -> {"quality": float, ...}; evaluation only, training never sees it"""
 
 
 @dataclass(frozen=True)

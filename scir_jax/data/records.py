@@ -28,11 +28,12 @@ class Comparison:
 
 
 def read_prompts(
-    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
+    source: str | Path | list, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
 ) -> list[tuple[str, Messages]]:
     """Reads prompts, conversations that end with a user's turn.
 
     Args:
+      source: as in sources.rows: names a file, a directory or a data set, or is a list of rows.
       columns: names of columns in the files.
       tally: counts the rows, and decides on bad ones; by default the first bad one raises.
 
@@ -46,7 +47,7 @@ def read_prompts(
 
 
 def read_conversations(
-    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
+    source: str | Path | list, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
 ) -> list[tuple[str, Messages]]:
     """Reads conversations with at least one assistant's turn: `messages`, or `prompt` and `response`.
 
@@ -63,7 +64,7 @@ def read_conversations(
 
 
 def read_comparisons(
-    source: str | Path,
+    source: str | Path | list,
     columns: ColumnsConfig = COLUMNS,
     tally: Tally | None = None,
     *,
@@ -84,7 +85,7 @@ def read_comparisons(
 
 
 def read_comparisons_with_rows(
-    source: str | Path, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None, *, need_label: bool = False
+    source: str | Path | list, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None, *, need_label: bool = False
 ) -> list[tuple[Comparison, dict[str, Any]]]:
     """Reads pairs as `read_comparisons` does, each with the row that it was read from."""
 

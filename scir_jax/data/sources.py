@@ -17,8 +17,8 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<first>[^
 _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 
 
-def rows(source: str | Path) -> files.Places:
-    """Reads the rows of a data source.
+def rows(source: str | Path | list) -> files.Places:
+    """Reads the rows of a data source, or takes a list of rows.
 
     A path that exists is taken first: a file, or a directory with files or with what `save_to_disk` of the package
     datasets wrote (PATH:SPLIT chooses a split). Else OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT is a data
@@ -30,10 +30,16 @@ def rows(source: str | Path) -> files.Places:
     Raises:
       InputError: the source is missing or cannot be read as a whole.
     """
+    if isinstance(source, list):
+        return ((f"row {i}", _mapping(row, f"row {i}")) for i, row in enumerate(source, 1))
     local = local_files(str(source))
     if local is None:
         return _hub_rows(str(source))
     return chain.from_iterable(map(files.rows, local))
+
+
+def _mapping(row: object, where: str) -> dict | InputError:
+    return row if isinstance(row, dict) else InputError(f"{where}: expected a mapping, found {type(row).__name__}")
 
 
 def sha256(source: str | Path) -> str:

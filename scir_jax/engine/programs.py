@@ -238,10 +238,19 @@ class Programs(Descriptions):
     def _weights(self) -> Memory:
         return Memory(weights=memory.device_bytes(self._params))
 
+    @cached_property
+    def _beside(self) -> Memory:
+        """The memory that is taken where answers are scored and pairs judged: with evaluate.every a training state too."""
+        if not self.config.evaluate.every:
+            return self._weights
+        state = self.optimise.abstract_state()
+        masters = 0 if self.abstract_inference == self.abstract_trained else memory.device_bytes(state.params)
+        return Memory(weights=self._weights.weights + masters, optimiser=memory.device_bytes(state.opt_state))
+
     def _forward(self, name: str, stage: str, function: Any, arguments: tuple, groups) -> Program:
         count = flops.inference(self.arch, groups, lora=self.model.lora, flash=self.flash)
         tokens = sum(group.rows * group.tokens for group in groups)
-        return Program(name, stage, function, (self._params, *arguments), count, self._weights, tokens)
+        return Program(name, stage, function, (self._params, *arguments), count, self._beside, tokens)
 
     def _step(self, name: str, stage: str, trainer: Trainer, spec: TrainSpec, shape: Shape | None) -> Program:
         if shape is None:

@@ -31,6 +31,7 @@ class IterationFiles:
     pairs: list[dict]  # the sampled ones only
     lengths: list[int]  # tokens of every response
     cut: int  # responses that the length limit stopped
+    seconds: dict  # stage -> wall-clock seconds
 
 
 @dataclass
@@ -41,6 +42,8 @@ class RunFiles:
     iterations: list[IterationFiles]
     rows: list[dict]
     notices: list[str]
+    best: str | None = None  # the model that was exported
+    select: str | None = None  # by what it was chosen
 
 
 def parse(text: str) -> dict | None:
@@ -107,7 +110,8 @@ def read_iteration(directory: Path, notices: list[str]) -> IterationFiles:
             lengths.append(len(ids))
             cut += response.get("stop") == "length"
     evaluation = read_mapping(directory / "evaluation.json", notices)
-    return IterationFiles(number, evaluation, first, last, pairs, lengths, cut)
+    seconds = read_mapping(directory / "seconds.json", notices)
+    return IterationFiles(number, evaluation, first, last, pairs, lengths, cut, seconds)
 
 
 def sample_pairs(known: list[int], decisions: dict[int, dict], source: random.Random) -> list[int]:
@@ -134,11 +138,14 @@ def read_run(directory: Path) -> RunFiles:
     folders.sort(key=lambda path: int(path.name.removeprefix("iteration_")))
     iterations = [read_iteration(folder, notices) for folder in folders]
 
-    summary = read_mapping(directory / "summary.json", notices).get("rows")
+    summarised = read_mapping(directory / "summary.json", notices)
+    summary = summarised.get("rows")
     rows = {str(r.get("model")): r for r in (summary if isinstance(summary, list) else []) if isinstance(r, dict)}
     for iteration in iterations:
         if iteration.evaluation:
             row = {"model": f"M{iteration.number + 1}"} | iteration.evaluation
+            if spent := [value for value in iteration.seconds.values() if is_number(value)]:
+                row["seconds"] = round(sum(spent), 1)
             # The evaluation wins: a summary can be older than a resumed run.
             rows[str(row["model"])] = {**rows.get(str(row["model"]), {}), **row}
     if not steps and not rows:
@@ -153,7 +160,8 @@ def read_run(directory: Path) -> RunFiles:
         notices.insert(0, f"Not in any evaluation: {', '.join(absent)}.{why}")
     if not (directory / "summary.json").is_file():
         notices.insert(0, "summary.json is not there: the run has not finished, and this page shows what it has.")
-    return RunFiles([steps[step] for step in sorted(steps)], iterations, list(rows.values()), notices)
+    best, select = (value if isinstance(value := summarised.get(key), str) else None for key in ("best", "select"))
+    return RunFiles([steps[step] for step in sorted(steps)], iterations, list(rows.values()), notices, best, select)
 
 
 def is_number(value: object) -> bool:

@@ -36,6 +36,8 @@ from scir_jax.report.contents import (
     read_run,
     read_text,
 )
+from scir_jax.report.costs import costs, shown
+from scir_jax.report.result import sentence, warnings
 from scir_jax.run.columns import KEYS
 
 MAX_POINTS = 400  # a curve or a scatter with more makes a page that a phone cannot open
@@ -46,6 +48,8 @@ PANELS = (
     ("Answers by model", "models", "win rate", ("win_rate",), 0.5),
     ("Reward models by model", "models", "reward model accuracy", ("generative_accuracy", "implicit_accuracy"), 0.5),
     ("Reward models by model", "models", "agreement and label accuracy", ("agreement", "label_accuracy"), None),
+    ("Within the stages", "steps", "on held-out pairs", ("eval/generative_accuracy", "eval/implicit_accuracy"), 0.5),
+    ("Within the stages", "steps", "their agreement", ("eval/agreement",), None),
     ("Loss", "sft", "supervised fine-tuning", ("loss",), None),
     ("Loss", "optimise", "optimisation: total and terms", ("loss", "preference", "consistency", "sft"), None),
     ("Agreement and selection", "optimise", "agreement and selected", ("agreement", "selected"), None),
@@ -59,7 +63,9 @@ PANELS = (
     ("Optimiser", "steps", "learning rate", ("learning_rate",), None),
     ("Optimiser", "steps", "tokens per second", ("tokens_per_second",), None),
     ("Optimiser", "steps", "model TFLOP/s per device", ("teraflops",), None),
+    ("Optimiser", "steps", "places that hold a token", ("filled",), None),
 )
+OPTIONAL = ("Within the stages",)  # figures that are left out where the run has nothing of them
 
 # Mid-tones that stand out from a white and from a near-black page alike, and from each other for the colour-blind.
 COLOURS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#b8860b", "#d55181")
@@ -191,7 +197,7 @@ def curve_plots(run: RunFiles) -> list[Plot]:
         x = np.arange(len(models), dtype=float) if by_model else column(records[over], "step")
         marks = [] if by_model else [step for step in starts if x[0] < step <= x[-1]]
         plot.panels.append(curves(title, x, present, marks, level, models if by_model else ()))
-    return list(plots.values())
+    return [plot for name, plot in plots.items() if plot.panels or name not in OPTIONAL]
 
 
 def length_plot(iterations: list[IterationFiles]) -> Plot | None:
@@ -269,10 +275,14 @@ def pair_rows(iteration: IterationFiles) -> list[dict]:
     return rows
 
 
-def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Returns the column names that have a value in some row, and the table's cells."""
-    found = dict.fromkeys(KEYS) | {name: None for row in rows for name in row if name != "model"}
-    names = [name for name in found if any(row.get(name) is not None for row in rows)]
+def table_of(rows: list[dict], known: bool) -> tuple[list[str], list[list[str]]]:
+    """Makes the table of models: its columns that have a value in some row, and its cells.
+
+    Args:
+      known: the columns of the table at the end of a run; else the others that evaluations have.
+    """
+    others = dict.fromkeys(name for row in rows for name in row if name not in ("model", *KEYS))
+    names = [name for name in (KEYS if known else others) if any(row.get(name) is not None for row in rows)]
     return names, [[show(row.get("model"))] + [show(row.get(name)) for name in names] for row in rows]
 
 
@@ -284,7 +294,9 @@ def write_report(run_directory: Path) -> Path:
     """
     run_directory = Path(run_directory)
     run = read_run(run_directory)
-    names, table = headline(run.rows)
+    names, table = table_of(run.rows, known=True)
+    more, more_table = table_of(run.rows, known=False)
+    chosen = run.select not in (None, "last")
     sources = {name: run_directory / name for name in ("config.yaml", "manifest.json")}
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     page = template.get_template("report.html.jinja").render(
@@ -292,8 +304,15 @@ def write_report(run_directory: Path) -> Path:
         notices=run.notices,
         last=run.metrics[-1] if run.metrics else None,
         skipped=int(np.nansum(column(run.metrics, "skipped"))),
+        result=sentence(run.rows, run.best),
+        warnings=warnings(run.rows),
+        best=run.best if chosen else None,
+        select=run.select,
         names=names,
         table=table,
+        more=more,
+        more_table=more_table,
+        costs=shown(costs(run)),
         curves=curve_plots(run),
         lengths=length_plot(run.iterations),
         iterations=[(it.number, scatter_plot(it), pair_rows(it)) for it in run.iterations if it.number],

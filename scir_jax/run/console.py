@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -36,12 +38,32 @@ class _Rate(ProgressColumn):
 class Bar:
     """One stage's progress."""
 
-    def __init__(self, progress: Progress, task):
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task, shown: _Cell | None = None):
+        self._progress, self._task, self._shown = progress, task, shown
 
     def advance(self, note: str = "", by: int = 1) -> None:
         """Moves the bar on, and shows a note beside it."""
         self._progress.update(self._task, advance=by, note=note)
+        if self._shown is not None:
+            self._shown.update()
+
+
+class _Cell:
+    """A bar in a notebook's output, drawn anew every half second at the most; it needs no widgets."""
+
+    def __init__(self, progress: Progress):
+        from IPython.display import display
+
+        self._progress, self._drawn = progress, time.monotonic()
+        self._handle = display(progress, display_id=True)
+
+    def update(self) -> None:
+        if time.monotonic() - self._drawn > 0.5:
+            self._drawn = time.monotonic()
+            self._handle.update(self._progress)
+
+    def end(self, line: str) -> None:
+        self._handle.update(Text(line))
 
 
 @contextlib.contextmanager
@@ -52,8 +74,14 @@ def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar
     with Progress(
         *columns, TextColumn("[dim]{task.fields[note]}"), console=stderr, transient=True, disable=not stderr.is_terminal
     ) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=note))
-    stderr.print(f"{title:<28} done, {time.monotonic() - started:.1f} s")
+        task = progress.add_task(title, total=total, completed=done, note=note)
+        cell = _Cell(progress) if stderr.is_jupyter and not stderr.quiet else None
+        yield Bar(progress, task, cell)
+    line = f"{title:<28} done, {time.monotonic() - started:.1f} s"
+    if cell is None:
+        stderr.print(line)
+    else:
+        cell.end(line)
 
 
 def show(table: Table) -> None:
@@ -67,23 +95,37 @@ def say(message: str) -> None:
     stderr.print(message, soft_wrap=True, markup=False)
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Makes a table with one row per model; columns that no row has are left out."""
+def table(rows: list[dict[str, Any]], title: str, best: str | None = None) -> Table:
+    """Makes a table with one row per model; columns that no row has are left out.
+
+    Args:
+      best: name of the model to mark.
+    """
     present = tuple(column for column in CONSOLE if any(row.get(column.key) is not None for row in rows))
-    result = Table(title=title)
+    marked = any(row.get("model") == best for row in rows)
+    result = Table(title=title, caption="* the best model, exported" if marked else None)
     for column in present:
         result.add_column(column.title, justify="left" if column == MODEL else "right")
     for row in rows:
-        result.add_row(*cells(row, present))
+        name, *values = cells(row, present)
+        result.add_row(f"{name} *" if name == best else name, *values)
     return result
 
 
-def print_table(rows: list[dict[str, Any]], title: str) -> None:
+def table_text(rows: list[dict[str, Any]], title: str, best: str | None = None) -> str:
+    """Writes the table of models as a text, 140 columns wide."""
+    console = Console(file=io.StringIO(), width=140, force_jupyter=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table(rows, title, best))
+    return captured.get()
+
+
+def print_table(rows: list[dict[str, Any]], title: str, best: str | None = None) -> None:
     """Prints the table of models on stdout, 140 columns wide where nobody watches."""
     console = Console(highlight=False, quiet=stderr.quiet)
     if not console.is_terminal:
         console = Console(highlight=False, quiet=stderr.quiet, width=140)
-    console.print(table(rows, title))
+    console.print(table(rows, title, best))
 
 
 def only_first_host_speaks() -> None:
@@ -92,7 +134,10 @@ def only_first_host_speaks() -> None:
 
 
 class Stopper:
-    """Turns the first Ctrl-C or SIGTERM, at whichever host, into a request that all answer at their next safe point."""
+    """Turns the first Ctrl-C or SIGTERM, at whichever host, into a request that all answer at their next safe point.
+
+    Python handles signals in its main thread alone; in another one they are left as they are.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -100,7 +145,8 @@ class Stopper:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self._before[number] = signal.signal(number, self._request)
         return self
 

@@ -21,6 +21,7 @@ from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
 from scir_jax.run import hub
 from scir_jax.run.changes import ADDED, MODELS, Change, compare
+from scir_jax.run.trackers import IDENTITY
 
 PACKAGES = (
     "scir_jax",
@@ -124,6 +125,8 @@ class RunDirectory:
                 "checkpoints",
                 "metrics.jsonl",
                 "tensorboard",
+                "wandb",
+                IDENTITY,
             }
         others = sorted(p.name for p in self.path.iterdir() if p.name not in own and not p.name.startswith(SEEN))
         if others:
@@ -138,6 +141,28 @@ class RunDirectory:
         """Unlocks the directory."""
         if self._lock is not None:
             self._lock.release()
+
+    def summarise(self, rows: list[dict[str, Any]], best: str, select: str) -> None:
+        """Writes summary.json; what was exported of another model than the best one is removed.
+
+        Args:
+          rows: the table of models.
+          best: name of the model to export.
+          select: what it was chosen by.
+        """
+        if self.best not in (None, best):
+            self._remove_exports()
+        write_json(self.path / "summary.json", {"rows": rows, "best": best, "select": select})
+
+    @property
+    def best(self) -> str | None:
+        """The name of the model that a finished run exports, else None."""
+        path = self.path / "summary.json"
+        return read_json(path).get("best") if path.exists() else None
+
+    def _remove_exports(self) -> None:
+        for name in ("export", "adapter"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def check_manifest(self, manifest: dict[str, Any]) -> None:
         """Records what the run is made of; on resuming, refuses files that have changed, and records harmless changes.
@@ -165,8 +190,7 @@ class RunDirectory:
         """Writes the changed configuration, and the changes with the step at which they came into the manifest."""
         if any(change.key == "run.iterations" for change in self.changes):
             # What was made of the last model so far is made again.
-            for name in ("export", "adapter"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+            self._remove_exports()
             (self.path / "summary.json").unlink(missing_ok=True)
         step = self._last_step()
         found = [{"step": step, "key": c.key, "before": c.before, "now": c.now} for c in self.changes]

@@ -9,6 +9,7 @@ import importlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models, roles
 from scir_jax.run.sampling import sample, settings_of
+
+TABLE_ROWS = 16
+"""of the tables of answers and pairs that logs show"""
 
 Grader = Callable[[str, str], dict[str, float]]
 
@@ -91,6 +95,7 @@ def evaluate_model(
     values = clean({"model": f"M{number}", **values})
     metrics.evaluation(values)
     if hosts.first():
+        metrics.tables(tables_of(number, rows, folder if t else None))
         write_json(folder / "evaluation.json", values)
     hosts.barrier(f"evaluated M{number}")
 
@@ -276,6 +281,40 @@ def decision_metrics(directory: Path, grader: Grader | None) -> dict[str, float]
         if hits:
             result["label_accuracy"] = float(np.mean(hits))
     return result
+
+
+def tables_of(number: int, rows: Sequence[dict[str, Any]], folder: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """Returns what a person reads of a model: its first held-out answers, and the first pairs that it was trained on.
+
+    Args:
+      number: of the model.
+      rows: its held-out answers.
+      folder: of the iteration that trained it, None for M1.
+
+    Returns:
+      name -> at most TABLE_ROWS rows.
+    """
+    shown = [row for row in rows if not row["greedy"] and row["sample"] == 0][:TABLE_ROWS]
+    answers = [
+        {name: row[name] for name in ("prompt", "response", "logprob", "stop")}
+        | {"model": f"M{number}", "tokens": len(row["response_ids"])}
+        for row in shown
+    ]
+    if folder is None:
+        return {"answers": answers}
+    pairs = [row for _, row in islice(read_rows(folder / "pairs.jsonl"), TABLE_ROWS)]
+    last = {row["pair"]: row for _, row in read_rows(folder / "decisions.jsonl") if row["pair"] < TABLE_ROWS}
+    texts, decided = (
+        ("prompt", "response_a", "response_b"),
+        ("p_generative", "p_implicit", "agreed", "selected", "label"),
+    )
+    return {
+        "answers": answers,
+        "pairs": [
+            {name: row[name] for name in texts} | {name: last.get(i, {}).get(name) for name in decided}
+            for i, row in enumerate(pairs)
+        ],
+    }
 
 
 def labelled_pairs(given: Sequence[Pair]) -> tuple[list[Pair], np.ndarray]:

@@ -17,7 +17,7 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import answers, command_sampling, console, evaluation, pairing, sampling, training
+from scir_jax.run import answers, choice, command_sampling, console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
@@ -92,6 +92,13 @@ def recipe(
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)
+        # What follows runs when the stages before are done.
+        if config.evaluate.early_stop and hosts.decide(lambda: choice.agree_on_being_wrong(rows(directory, t))):
+            console.say(
+                f"M{t + 1}: the reward models agree more often and are right less often than those of M{t}; the run ends "
+                "here (evaluate.early_stop)"
+            )
+            return
 
 
 def _sample(
@@ -148,10 +155,13 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
 
 
 def rows(directory: RunDirectory, iterations: int) -> list[dict]:
-    """Returns the final table: one row per model, with the seconds of its iteration's stages."""
+    """Returns the table so far: one row per evaluated model, with the seconds of its iteration's stages."""
     result = []
     for t in range(iterations + 1):
-        row = read_json(directory.iteration(t) / "evaluation.json")
+        evaluation_file = directory.path / f"iteration_{t:02d}" / "evaluation.json"
+        if not evaluation_file.exists():
+            break
+        row = read_json(evaluation_file)
         timings = directory.iteration(t) / "seconds.json"
         seconds = read_json(timings) if timings.exists() else {}
         result.append({**row, "seconds": round(sum(seconds.values()), 1)})

@@ -1,13 +1,19 @@
-"""metrics.jsonl, one line per step, each step exactly once; TensorBoard events and Weights & Biases beside it."""
+"""metrics.jsonl, one line per step, each step exactly once; TensorBoard, Weights & Biases and Trackio beside it."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scir_jax.data.jsonl import AppendOnly
-from scir_jax.errors import InputError
+from scir_jax.run.trackers import Tracker
+
+MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
+MAX_CHARACTERS = 2000  # of a table's cell
 
 
 class Metrics:
@@ -16,12 +22,22 @@ class Metrics:
     Lines of metrics.jsonl: `step` counts over the whole run, `stage_step` within the stage (completed steps).
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool, wandb: bool, config: dict[str, Any]):
+    def __init__(
+        self, directory: Path, *, tensorboard: bool, config: dict[str, Any], wandb: bool = False, trackio: bool = False
+    ):
+        """
+        Args:
+          config: the settings that Weights & Biases and Trackio show.
+
+        Raises:
+          InputError: one of both is asked for and not installed.
+        """
         self.directory = directory
         self._file = AppendOnly(directory / "metrics.jsonl")
         self._tensorboard = tensorboard
         self._events = None
-        self._wandb = _wandb_run(directory, config) if wandb else None
+        wanted = {"wandb": wandb, "trackio": trackio}
+        self._trackers = [Tracker(name, directory, config) for name, asked in wanted.items() if asked]
         self._offset = 0
 
     def start_stage(self, stage: str, iteration: int, completed: int) -> None:
@@ -43,27 +59,49 @@ class Metrics:
     def evaluation(self, values: dict[str, Any]) -> None:
         """Writes an evaluation's numbers into the event files, at the last step written."""
         numbers = {f"eval_{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        self._emit(numbers, max((row["step"] for row in self._file.rows()), default=0))
+        self._emit(numbers, self._last_step())
+
+    def tables(self, tables: dict[str, list[dict[str, Any]]]) -> None:
+        """Shows tables of texts, at the last step written; nothing where nobody but metrics.jsonl is written.
+
+        Args:
+          tables: name -> rows, mappings with the same keys.
+        """
+        if self._events is None and not self._trackers:
+            return
+        step = self._last_step()
+        for name, rows in tables.items():
+            if not rows:
+                continue
+            columns = list(rows[0])
+            cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+            if self._events is not None:
+                self._events.add_text(name, _markdown(columns, cells), step)
+            for tracker in self._trackers:
+                tracker.table(name, columns, cells, step)
 
     def sync(self) -> None:
         """Brings everything written so far to the disk before it returns."""
         self._file.sync()
 
     def close(self) -> None:
-        """Closes the files, and ends the run of Weights & Biases."""
+        """Closes the files and ends the logs."""
         self._file.close()
         if self._events is not None:
             self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def _last_step(self) -> int:
+        return max((row["step"] for row in self._file.rows()), default=0)
 
     def _emit(self, values: dict[str, float | None], step: int) -> None:
         present = {k: v for k, v in values.items() if v is not None}
         if self._events is not None:
             for name, value in present.items():
                 self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({**present, "step": step})
+        for tracker in self._trackers:
+            tracker.log(present, step)
 
     def _open_events(self, first_step: int) -> None:
         if not self._tensorboard:
@@ -94,6 +132,10 @@ class NoMetrics(Metrics):
         """Does nothing."""
         pass
 
+    def tables(self, tables: dict[str, list[dict[str, Any]]]) -> None:
+        """Does nothing."""
+        pass
+
     def sync(self) -> None:
         """Does nothing."""
         pass
@@ -103,9 +145,25 @@ class NoMetrics(Metrics):
         pass
 
 
-def _wandb_run(directory: Path, config: dict[str, Any]):
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("run.wandb is true but wandb is not installed; pip install 'scir_jax[wandb]'") from None
-    return wandb.init(dir=str(directory), name=directory.name, config=config, resume="allow", id=directory.name)
+def _cell(value: Any) -> Any:
+    """Returns a table's cell; packages that keep tables need plain values."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    text = ", ".join(f"{x:.3f}" for x in value) if isinstance(value, (list, tuple)) else str(value)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... [cut]"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Writes a table as Markdown, in which the texts of a model are texts and nothing else."""
+
+    def line(values: Sequence[Any]) -> str:
+        return f"| {' | '.join(map(_escaped, values))} |"
+
+    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])
+
+
+def _escaped(value: Any) -> str:
+    shown = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    # The end of a line would end the row.
+    return " ↵ ".join(MARKUP.sub(r"\\\1", html.escape(part, quote=False)) for part in shown.splitlines())

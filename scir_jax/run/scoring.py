@@ -124,6 +124,7 @@ def score_pairs(
     config: Config,
     model: Callable[[], Any],
     reference: Callable[[], Any] | None,
+    reference_logps: np.ndarray | None = None,
     advance: Advance = nothing,
 ) -> Evidence:
     """Collects what the reward models need of pairs under a model, outside training; NumPy arrays.
@@ -132,15 +133,16 @@ def score_pairs(
       config: its `implicit` says whether a length penalty is fitted to these pairs.
       model, reference: give parameters when called, the reference's first, so that one copy is there at a time.
         Without a reference there are no log-probabilities, and no implicit reward.
+      reference_logps: [P, 2] of the reference where they are known, in the place of `reference`.
     """
     items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
     cached: dict[str, np.ndarray] = {}
     fresh: dict[str, np.ndarray] = {}
     if reference is not None:
-        found = score_answers(encoder, programs, reference(), items, advance)
-        cached["implicit_logps"] = found["logps"].reshape(-1, 2)
+        reference_logps = score_answers(encoder, programs, reference(), items, advance)["logps"].reshape(-1, 2)
     params = model()
-    if reference is not None:
+    if reference_logps is not None:
+        cached["implicit_logps"] = reference_logps
         found = score_answers(encoder, programs, params, items, advance)
         fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
         cached["start_logps"] = fresh["logps"]

@@ -32,6 +32,7 @@ from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
 from scir_jax.run.preflight import check_shapes
+from scir_jax.run.watching import Watch, pair_watch
 
 # Columns of metrics.jsonl that no two runs have in common: tokens of the rows, without padding, over all devices; model
 # FLOPs (see scir_jax.engine.cost.flops) in 1e12 per second and device, and as a share of the chip's peak.
@@ -78,6 +79,7 @@ def run_sft(
         params=lambda: models.take(0),
         frozen=lambda: models.parameters.frozen,
         save=lambda params: models.store.save(1, params),
+        watch=pair_watch(config, encoder, inputs, programs, models, 0),
     )
 
 
@@ -120,6 +122,7 @@ def run_optimise(
         frozen=lambda: models.parameters.frozen,
         decisions=AppendOnly(folder / "decisions.jsonl") if hosts.first() else None,
         save=lambda params: models.store.save(iteration + 1, params),
+        watch=pair_watch(config, encoder, inputs, programs, models, iteration),
     )
 
 
@@ -170,11 +173,12 @@ def train_stage(
     frozen: Callable[[], Any],
     decisions: AppendOnly | None = None,
     save: Callable[[Any], None],
+    watch: Watch | None = None,
 ) -> None:
     """Trains over `dataset` once and saves the resulting parameters; goes on from the newest checkpoint if any.
 
     Args:
-      config: its sections run, training and checkpoint.
+      config: its sections run, training, checkpoint and evaluate.
       stage: its name in metrics.jsonl, "sft" or "optimise".
       iteration: 0 for SFT.
       peak: of the learning rate.
@@ -182,6 +186,7 @@ def train_stage(
       frozen: gives those that stay as they are.
       decisions: file of the decisions about each pair in every step.
       save: is given the final trained parameters.
+      watch: evaluates the trained parameters every evaluate.every steps; what it says stands in the step's row.
 
     Raises:
       InputError: after training.max_skipped steps in a row with a non-finite loss or gradient.
@@ -214,13 +219,16 @@ def train_stage(
                 started = time.monotonic()
                 key = trainer.dropout_key(config.run.seed, iteration, step)
                 state, output = trainer.step(state, rest, batch, rates[step], key)
-                if waits:
-                    jax.block_until_ready(output)
+                completed = step + 1
+                looks = watch is not None and completed % config.evaluate.every == 0 and completed < steps
                 # The output is read one step late, so that the host never waits for an accelerator.
                 writer.flush()
-                writer.hold(step + 1, output, started)
+                writer.hold(completed, output, started)
+                if looks:
+                    writer.flush(more=lambda: watch(state.params))
+                elif waits:
+                    writer.flush()
                 bar.advance(writer.note)
-                completed = step + 1
                 stop = stopper.vote()
                 if completed < steps and (stop or completed % config.checkpoint.every == 0):
                     writer.flush(sync=True)
@@ -286,7 +294,7 @@ class _Writer:
     def hold(self, step: int, output, started: float) -> None:
         self._held = (step, output, started)
 
-    def flush(self, *, sync: bool = False) -> None:
+    def flush(self, *, sync: bool = False, more: Callable[[], dict[str, float]] | None = None) -> None:
         if self._held is not None:
             (step, output, started), self._held = self._held, None
             values = {k: float(v) for k, v in jax.device_get(output.metrics).items()}
@@ -294,6 +302,9 @@ class _Writer:
             seconds, self._last = now - max(started, self._last), now
             in_a_row = int(values.pop("skipped_in_a_row"))
             values |= self._speed.of(jax.device_get(output.work), seconds)
+            if more is not None:
+                values |= more()
+                self._last = time.monotonic()  # no part of the next step's time
             self._metrics.write(self._stage, self._iteration, step, values)
             if self._decisions is not None:
                 self._write_decisions(step, jax.device_get(output.decisions))

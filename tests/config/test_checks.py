@@ -44,6 +44,18 @@ CREAM = dict(pairs=dict(kind="cream"), preference=dict(labels="cream"))
         (dict(rewards=dict(models=("implicit", "implicit"))), "each once"),
         (dict(training=dict(accumulate=3)), "does not divide into training.accumulate=3 micro-batches"),
         (dict(generative=dict(passes=0)), "generative.passes must be at least 1"),
+        (
+            dict(evaluate=dict(select="consensus")),
+            "select is consensus, which needs labelled pairs: set data.heldout_p",
+        ),
+        (dict(evaluate=dict(early_stop=True)), "evaluate.early_stop is true, which needs labelled pairs"),
+        (dict(evaluate=dict(every=5)), "evaluate.every is 5, which needs labelled pairs"),
+        (dict(evaluate=dict(every=-1)), "evaluate.every must not be negative, not -1"),
+        (dict(evaluate=dict(select="win_rate")), "select is win_rate, which needs graded answers: set evaluate.grader"),
+        (
+            dict(evaluate=dict(select="greedy_quality", greedy=False, grader="m:f"), data=dict(heldout_prompts="p")),
+            "evaluate.greedy is false",
+        ),
     ],
 )
 def test_contradictions_are_refused(sections, words):
@@ -55,6 +67,9 @@ def test_what_belongs_together_is_taken():
     check(configured())
     check(configured(**CREAM, selection=dict(rule="all"), consistency=dict(weight=0.0)))
     check(configured(selection=dict(rule="certainty"), consistency=dict(weight=0.0)))
+    pairs = dict(heldout_pairs="pairs.jsonl", heldout_prompts="prompts.jsonl")
+    check(configured(evaluate=dict(select="consensus", early_stop=True, every=3), data=pairs))
+    check(configured(evaluate=dict(select="quality", grader="module:function"), data=pairs))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from scir_jax.errors import InputError
+from scir_jax.report import page as page_module
 from scir_jax.report.contents import read_run, sample_pairs
 from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
 
@@ -33,7 +37,8 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
     for step in range(sft):
         loss = 3 * math.exp(-step / 30) + 0.5 + source.gauss(0, 0.05)
         lines.append({"step": step, "stage": "sft", "iteration": 0, "loss": loss, "grad_norm": 1 + source.random(),
-                      "learning_rate": 1e-3, "tokens_per_second": 9000.0, "teraflops": 0.1})  # fmt: skip
+                      "learning_rate": 1e-3, "tokens_per_second": 9000.0, "teraflops": 0.1, "tokens": 900.0,
+                      "filled": 0.6})  # fmt: skip
     for step in range(sft, sft + steps * iterations):
         iteration = 1 + (step - sft) // steps
         gain = (step - sft) / (steps * iterations)
@@ -48,7 +53,8 @@ def metrics(sft: int, steps: int, iterations: int, source: random.Random) -> lis
             "generative/slot_bias": 0.4 - 0.5 * gain, "generative/flip_rate": 0.3 - 0.2 * gain,
             "generative/verdict_mass": 0.95, "generative/entropy": 0.6 - 0.2 * gain,
             "implicit/entropy": 0.69 - 0.4 * gain, "grad_norm": 0.5, "learning_rate": 1e-4 * (1 - gain),
-            "skipped": int(step == sft + 3), "tokens_per_second": 5e3, "teraflops": 0.1,
+            "skipped": int(step == sft + 3), "tokens_per_second": 5e3, "teraflops": 0.1, "tokens": 500.0,
+            "filled": 0.5 if step % 2 else 1.0,
         })  # fmt: skip
     return lines
 
@@ -80,6 +86,8 @@ def make_run(
                "length": 12.25 + number, "eos_rate": 0.98, "distinct": 0.8, "seconds": 3.5}  # fmt: skip
         rows.append({name: value for name, value in row.items() if graded or name not in GRADED})
         (folder / "evaluation.json").write_text(json.dumps(rows[-1]))
+        stages = {"sample": 2.0, "score": 1.0, "optimise": 20.0} if number else {"start": 0.5, "sft": 30.0}
+        (folder / "seconds.json").write_text(json.dumps({**stages, "evaluate": 3.5}))
         if not number:
             continue
         pairs, decisions, responses = [], [], []
@@ -108,13 +116,24 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.tags, self.attributes, self.words = [], [], []
+        self.tags, self.attributes, self.words, self._open = [], [], [], []
         self.feed(path.read_text())
+        assert self._open == []
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attributes]
+        if tag not in ("meta", "li", "dt", "dd"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self._open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in ("li", "dt", "dd"):
+            assert self._open.pop() == tag, (tag, self.getpos())
 
     def handle_data(self, data):
         self.words.append(data)
@@ -142,11 +161,115 @@ def test_full_run_shows_every_part(plain):
         assert words in page.text
     assert "Agreement alone is no success" in page.text
     assert "not there:" not in page.text.lower() and "What is not there" not in page.text
-    assert page.tags.count("svg") == 22
+    assert page.tags.count("svg") == 23
     assert [path.name for path in plain.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_unfinished_run_says_what_is_not_there(tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures take most of a page's time."""
+    monkeypatch.setattr(page_module, "panel", lambda *_, **__: Markup("<svg></svg>"))
+
+
+def cells(path: Path, table: str) -> list[list[str]]:
+    """The rows of the first table of a class."""
+    found = re.search(rf'<table class="{table}">(.*?)</table>', path.read_text(), re.DOTALL).group(1)
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", found, re.DOTALL)
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+
+
+def test_the_result_stands_first_in_one_sentence(plain, tmp_path, no_figures):
+    text = Page(plain).text
+    result = (
+        "From M1 to M3 the quality of answers rose from 0.400 to 0.600, the generative reward model's accuracy rose from "
+        "0.700 to 0.800, the implicit one's rose from 0.550 to 0.750, and their agreement rose from 0.600 to 0.840."
+    )
+    assert text.index(result) < text.index("Models")
+    assert "right less often" not in text
+    run = make_run(tmp_path)
+    for number, changes in ((1, {"generative_accuracy": 0.6, "implicit_accuracy": 0.5}), (2, {"quality": 0.4})):
+        path = run / f"iteration_{number:02d}" / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    text = Page(write_report(run)).text
+    assert "the quality of answers stayed at 0.400" in text
+    assert "M2's reward models agree more often and are right less often than those of M1." in text
+    assert "M3's reward models agree more" not in text
+
+
+def test_the_chosen_model_is_marked(tmp_path, plain, no_figures):
+    run = make_run(tmp_path)
+    summary = run / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"best": "M2", "select": "win_rate"}))
+    page = write_report(run)
+    assert [row[0] for row in cells(page, "headline")] == ["model", "M1", "M2 ★", "M3"]
+    text = Page(page).text
+    assert "M2 is the best one by win rate, and was exported." in text and "From M1 to M2 the quality" in text
+    assert "★" not in Page(plain).text
+
+
+def test_the_cost_of_each_stage(plain):
+    """Of 30 steps with 500 tokens each half have 500 places and half 1,000: a third of them is padding."""
+    rows = cells(plain, "costs")
+    assert rows[0] == ["iteration", "stage", "seconds", "tokens", "tokens per second", "padding"]
+    by_stage = {(row[0], row[1]): row[2:] for row in rows[1:]}
+    assert by_stage["0", "supervised fine-tuning"] == ["30.0", "18,000", "600", "40%"]
+    assert by_stage["2", "optimisation"] == ["20.0", "15,000", "750", "33%"]
+    assert by_stage["1", "pairing and scoring"] == ["1.0", "–", "–", "–"]
+    lengths = [len(json.loads(line)["response_ids"]) for line in
+               (plain.parent / "iteration_01" / "responses.jsonl").read_text().splitlines()]  # fmt: skip
+    assert by_stage["1", "sampling"] == ["2.0", f"{sum(lengths):,}", f"{sum(lengths) / 2:,.0f}", "–"]
+    assert rows[-1][1:3] == ["all stages", "87.0"] and len(rows) == 1 + 3 + 4 + 4 + 1
+    seconds = cells(plain, "headline")[0].index("seconds")
+    assert [row[seconds] for row in cells(plain, "headline")[1:]] == ["34.0", "26.5", "26.5"]
+
+
+def test_evaluations_within_stages_have_a_figure(tmp_path, plain, no_figures):
+    run = make_run(tmp_path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    looks = {"eval/generative_accuracy": 0.7, "eval/implicit_accuracy": 0.6, "eval/agreement": 0.8}
+    write_json_lines(run / "metrics.jsonl", [row | (looks if row["step"] % 10 == 0 else {}) for row in rows])
+    page = Page(write_report(run))
+    assert page.tags.count("svg") == 23 + 2 and "Within the stages" in page.text
+    assert "Within the stages" not in Page(plain).text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (360, 768, 1280)
+FRAMES = """<!doctype html><body></body><script>
+Promise.all([{widths}].map(width => new Promise(done => {{
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width:${{width}}px;height:800px;border:0`;
+  frame.onload = () => {{
+    const page = frame.contentDocument, table = page.querySelector(".headline"), first = table.querySelector("td");
+    const left = first.getBoundingClientRect().left;
+    table.parentElement.scrollLeft = 200;
+    const box = page.querySelector(".result").getBoundingClientRect();
+    done([width, page.documentElement.scrollWidth, box.bottom < 800, table.scrollWidth > table.parentElement.clientWidth,
+          first.getBoundingClientRect().left === left, page.querySelectorAll("svg").length]);
+  }};
+  frame.src = "report.html";
+  document.body.append(frame);
+}}))).then(found => {{ document.body.innerHTML = `<pre>${{JSON.stringify(found)}}</pre>`; }});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_browser_opens_it_at_the_widths_of_phones_and_desks(plain, tmp_path):
+    """Nothing is wider than the window; a table that is scrolls with its first column fixed; the result is in sight."""
+    shutil.copy(plain, tmp_path / "report.html")
+    (tmp_path / "frames.html").write_text(FRAMES.format(widths=", ".join(map(str, WIDTHS))))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--timeout=20000")
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [BROWSER, *flags, profile, "--dump-dom", (tmp_path / "frames.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(re.search(r"<pre>(\[\[.*\]\])</pre>", dom).group(1))
+    assert [(width, wide <= width, result, fixed, svgs) for width, wide, result, _, fixed, svgs in found] == [
+        (width, True, True, True, 23) for width in WIDTHS
+    ]
+    assert [scrolls for _, _, _, scrolls, _, _ in found] == [True, True, False]
+
+
+def test_unfinished_run_says_what_is_not_there(tmp_path, no_figures):
     run = make_run(tmp_path)
     (run / "summary.json").unlink()
     (run / "manifest.json").unlink()
@@ -175,13 +298,13 @@ def test_run_in_its_first_steps(tmp_path):
     assert "No iteration has made pairs yet." in page.text
 
 
-def test_evaluations_without_metrics(tmp_path):
+def test_evaluations_without_metrics(tmp_path, no_figures):
     run = make_run(tmp_path)
     (run / "metrics.jsonl").unlink()
     assert "no curves over steps" in Page(write_report(run)).text
 
 
-def test_run_without_grader_has_no_quality_columns(tmp_path):
+def test_run_without_grader_has_no_quality_columns(tmp_path, no_figures):
     run = make_run(tmp_path, graded=False)
     page = Page(write_report(run))
     assert "Not in any evaluation: quality, exact, greedy_quality, label_accuracy. The run has no grader's" in page.text
@@ -274,7 +397,7 @@ def test_nothing_to_report_is_one_sentence_and_status_two(tmp_path, capsys, foun
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_command_prints_the_path(tmp_path, capsys):
+def test_command_prints_the_path(tmp_path, capsys, no_figures):
     run = make_run(tmp_path)
     assert main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")

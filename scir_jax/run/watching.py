@@ -1,0 +1,64 @@
+"""The reward models within a training stage: every so many steps their accuracies on the held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from scir_jax.config.schema import Config
+from scir_jax.data.encode import Encoder
+from scir_jax.engine.programs import Programs
+from scir_jax.model import lora
+from scir_jax.run import evaluation, scoring
+from scir_jax.run.inputs import Inputs
+from scir_jax.run.models import Models, roles
+
+Watch = Callable[[Any], dict[str, float]]
+"""trained parameters -> columns of metrics.jsonl"""
+
+
+def pair_watch(
+    config: Config, encoder: Encoder, inputs: Inputs, programs: Programs, models: Models, iteration: int
+) -> Watch | None:
+    """Makes the evaluation of a stage's model on the held-out pairs, as evaluation.json has it of the finished model.
+
+    The reference is asked here, before training begins, so that its weights are not beside the training state.
+
+    Args:
+      iteration: 0 for SFT.
+
+    Returns:
+      The evaluation, which changes nothing; None where evaluate.every is 0.
+    """
+    if not config.evaluate.every or not inputs.heldout_pairs:
+        return None
+    pairs, labels = evaluation.labelled_pairs(inputs.heldout_pairs)
+    number = roles(config, iteration)["implicit"]
+    logps = None
+    if number != iteration + 1:
+        items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
+        logps = scoring.score_answers(encoder, programs, models.load(number), items)["logps"].reshape(-1, 2)
+    shardings = jax.tree.map(lambda s: s.sharding, programs.abstract_inference)
+
+    def cast(params: Any) -> Any:
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), params, programs.abstract_inference)
+
+    converted = programs.abstract_inference != programs.abstract_trained
+    cast = jax.jit(cast, out_shardings=shardings) if converted else lambda params: params
+
+    def watch(params: Any) -> dict[str, float]:
+        evidence = scoring.score_pairs(
+            encoder,
+            programs,
+            pairs,
+            config=config,
+            model=lambda: lora.join(cast(params), models.parameters.frozen),
+            reference=None,
+            reference_logps=logps,
+        )
+        values = evaluation.clean(evaluation.pair_metrics(config, evidence, labels))
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    return watch
