@@ -105,6 +105,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.run.changes import ADDED
     from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
+    from scir_jax.run.ledger import OWN, Ledger, written_by_hand
     from scir_jax.run.metrics import Metrics, NoMetrics
     from scir_jax.run.models import Models
     from scir_jax.run.scorer import open_scorer
@@ -130,12 +131,17 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         hosts.same(hosts.together(lambda: manifest(config, templates, weights=False)), "files and versions")
     hosts.same(data, "data")
 
+    ledger = Ledger(directory.path)
+
     def record() -> None:
+        for sentence in ledger.verify(config.run.accept_replaced, written_by_hand(config, directory)):
+            console.say(sentence)
         made_of = manifest(config, templates)
         if adapted:
             preflight.check_frozen(config, made_of["sha256"])
         directory.check_manifest(made_of)
         write_json(directory.path / "data.json", data)
+        ledger.record(OWN)
 
     hosts.decide(record)
     for change in directory.changes:

@@ -31,6 +31,9 @@ class RunConfig:
     until: str | None = None
     """stop when this stage is done, for example sample:2 (sft, or sample, score, optimise, evaluate with the number of the
     iteration); the same command without it goes on"""
+    accept_replaced: tuple[str, ...] = ()
+    """files of stages that were replaced on purpose, for example [iteration_01/responses.jsonl]; any other file that is
+    not what the run wrote is refused"""
     start_from: str | None = None
     """RUN or RUN:M3, another run whose model is M1 here, instead of SFT; its references come with it. RUN alone is RUN:M1,
     so that methods start from one model"""

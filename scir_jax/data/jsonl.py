@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,6 +104,11 @@ class AppendOnly:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(line(row))
+
+    def sha256(self) -> str:
+        """Computes the SHA-256 of what was written so far."""
+        self.sync()
+        return hashlib.sha256(self.path.read_bytes() if self.path.exists() else b"").hexdigest()
 
     def sync(self) -> None:
         """Brings everything written so far to the disk before it returns."""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 HERE = (
     *("run.directory", "run.distributed", "run.host_timeout", "run.compilation_cache"),
-    *("run.until", "run.auto", "run.proposed"),
+    *("run.until", "run.auto", "run.proposed", "run.accept_replaced"),
 )
 """keys that say where a run is computed and how far, beside the mesh; they are not compared"""
-HARMLESS = ("run.tensorboard", "run.wandb")
+HARMLESS = ("run.tensorboard", "run.wandb", "run.trackio")
 """keys that change no result, beside those of HARMLESS_SECTIONS"""
 HARMLESS_SECTIONS = ("checkpoint", "evaluate")
 ADDED = ("data.heldout_prompts", "data.heldout_pairs")
@@ -19,7 +19,7 @@ ADDED = ("data.heldout_prompts", "data.heldout_pairs")
 MOVED = (
     *("model.path", "lora.adapter", "world.directory", "generative.templates"),
     *("data.prompts", "data.ift", "data.eft", "data.pairs", *ADDED),
-    *("implicit.reference", "preference.reference"),
+    *("implicit.reference", "preference.reference", "pairs.scorer"),
 )
 """paths, which may change where the manifest's hashes do not"""
 MODELS = ("previous", "start", "sft", "base")

@@ -20,6 +20,7 @@ from scir_jax.errors import InputError
 from scir_jax.run import answers, choice, command_sampling, console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
+from scir_jax.run.ledger import Ledger
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import KEPT, ModelName, Models, start_of
 from scir_jax.run.scorer import Scorer
@@ -149,6 +150,7 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
         path = directory.iteration(stage.iteration) / "seconds.json"
         seconds = read_json(path) if path.exists() else {}
         write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
+        Ledger(directory.path).record_stage(stage.name, stage.iteration)
     hosts.barrier(f"{stage.name} {stage.iteration}")
     if stage.name == "start":
         stopper.check("start-up")

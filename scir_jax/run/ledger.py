@@ -7,19 +7,31 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scir_jax.config.schema import Config
 from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.errors import InputError
+from scir_jax.run.directory import RunDirectory
 
 NAME = "files.json"
-# What stages leave; files that grow with each stage are known up to where they were.
-ONCE = (
-    "data.json",
-    "iteration_*/responses.jsonl",
-    "iteration_*/pairs.jsonl",
-    "iteration_*/evaluation.json",
-    "iteration_*/decisions.jsonl",
-)
-GROWING = ("metrics.jsonl",)
+STAGES = {
+    "sample": "responses.jsonl",
+    "score": "pairs.jsonl",
+    "optimise": "decisions.jsonl",
+    "evaluate": "evaluation.json",
+}
+"""what a stage leaves in the directory of its iteration"""
+OWN = ("manifest.json", "data.json")
+GROWING = "metrics.jsonl"
+"""grows with each stage, and is known up to where it was"""
+
+
+def written_by_hand(config: Config, directory: RunDirectory) -> list[str]:
+    """Lists files into which the method asks the user to write: pairs without external labels."""
+    external = config.preference.labels == "external" and not config.data.pairs and not config.pairs.scorer
+    store = ModelStore(directory.checkpoints)
+    iterations = range(1, config.run.iterations + 1) if external else ()
+    return [f"iteration_{t:02d}/{STAGES['score']}" for t in iterations if not store.exists(t + 1)]
 
 
 class Ledger:
@@ -33,21 +45,25 @@ class Ledger:
     def __init__(self, directory: Path):
         self.directory = directory
         self.path = directory / NAME
-        self._seen: dict[str, tuple[int, int]] = {}
 
-    def record(self, names: Iterable[str] | None = None) -> None:
+    def record(self, names: Iterable[str]) -> None:
         """Records files as they are now.
 
         Args:
-          names: relative to the directory; by default all that stages have left so far and that is not recorded as it is.
+          names: relative to the directory; those that are not there are left out.
         """
         entries = self._entries()
-        for name in self._found() if names is None else names:
-            stat = (self.directory / name).stat()
-            if self._seen.get(name) != (stat.st_size, stat.st_mtime_ns):
-                entries[name] = {"bytes": stat.st_size, "sha256": _sha256(self.directory / name, stat.st_size)}
-                self._seen[name] = stat.st_size, stat.st_mtime_ns
+        for name in names:
+            path = self.directory / name
+            if path.is_file():
+                size = path.stat().st_size
+                entries[name] = {"bytes": size, "sha256": _sha256(path, size)}
         write_json(self.path, entries)
+
+    def record_stage(self, name: str, iteration: int) -> None:
+        """Records what a stage left."""
+        left = [f"iteration_{iteration:02d}/{STAGES[name]}"] if name in STAGES else []
+        self.record([*left, GROWING])
 
     def verify(self, accepted: Sequence[str] = (), editable: Collection[str] = ()) -> list[str]:
         """Checks all recorded files that are there, and records those that were put there by hand.
@@ -72,7 +88,12 @@ class Ledger:
         for name in found:
             entry = entries.get(name)
             if entry is None:
-                said.append(f"{self.directory / name}: is not recorded as this run's own; it is taken as it is")
+                # What the run writes of itself may have been written just before it was killed.
+                if name not in (*OWN, GROWING):
+                    said.append(
+                        f"{self.directory / name}: has no record (it was put there, or the run was stopped just then); it "
+                        "is taken as it is"
+                    )
                 new.append(name)
             elif not self._same(name, entry):
                 if name not in accepted and name not in editable:
@@ -93,13 +114,14 @@ class Ledger:
         except (TypeError, KeyError, ValueError):
             raise InputError(f"{self.path}: was changed since it was written ({name}); restore it") from None
         actual = path.stat().st_size
-        return (actual == size or (name in GROWING and actual > size)) and _sha256(path, size) == digest
+        return (actual == size or (name == GROWING and actual > size)) and _sha256(path, size) == digest
 
     def _entries(self) -> dict[str, Any]:
         return read_json(self.path) if self.path.exists() else {}
 
     def _found(self) -> list[str]:
-        paths = (path for pattern in (*ONCE, *GROWING) for path in self.directory.glob(pattern))
+        patterns = (*OWN, GROWING, *(f"iteration_*/{name}" for name in STAGES.values()))
+        paths = (path for pattern in patterns for path in self.directory.glob(pattern))
         return sorted(path.relative_to(self.directory).as_posix() for path in paths)
 
 

@@ -49,6 +49,10 @@ class Metrics:
         self._offset = max(before, default=0)
         self._open_events(self._offset + completed + 1)
 
+    def sha256(self) -> str:
+        """Computes the SHA-256 of metrics.jsonl as it is now; "" where there is none."""
+        return self._file.sha256()
+
     def write(self, stage: str, iteration: int, stage_step: int, values: dict[str, float]) -> None:
         """Writes one training step; a value that is not finite is written as null."""
         step = self._offset + stage_step
@@ -123,6 +127,10 @@ class NoMetrics(Metrics):
     def start_stage(self, stage: str, iteration: int, completed: int) -> None:
         """Does nothing."""
         pass
+
+    def sha256(self) -> str:
+        """Returns ""."""
+        return ""
 
     def write(self, stage: str, iteration: int, stage_step: int, values: dict[str, float]) -> None:
         """Does nothing."""

@@ -20,6 +20,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import command, console, evaluation, iteration
 from scir_jax.run.directory import RunDirectory
+from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
 from scir_jax.run.metrics import NoMetrics
 from scir_jax.run.models import Models, Parameters
@@ -135,6 +136,8 @@ class Run:
                 needs = (config, encoder, inputs, programs, models, directory, NoMetrics(), grader, stopper)
                 for t in range(last):
                     evaluation.evaluate_model(*needs, t)
+                    if hosts.first():
+                        Ledger(self.directory).record_stage("evaluate", t)
                 if hosts.first() and (self.directory / "summary.json").exists():
                     # The model that was chosen before is the one that is exported.
                     path = self.directory / "summary.json"

@@ -208,6 +208,13 @@ def train_stage(
     if decisions is not None:
         decisions.cut(lambda row: row["step"] <= done)
 
+    def written() -> dict[str, str]:
+        """What stands in the files that grow with each step."""
+        return {"metrics": metrics.sha256(), "decisions": decisions.sha256() if decisions is not None else ""}
+
+    if restored is not None:
+        hosts.decide(lambda: _check_written(directory, iteration, written(), meta["written"]))
+
     speed = Speed(trainer.step_flops, mesh.size, of_device(mesh.devices.flat[0].device_kind))
     # An accelerator runs ahead of the host; on a CPU a second step in flight would hold a second step's buffers.
     waits = mesh.devices.flat[0].platform == "cpu"
@@ -232,7 +239,7 @@ def train_stage(
                 stop = stopper.vote()
                 if completed < steps and (stop or completed % config.checkpoint.every == 0):
                     writer.flush(sync=True)
-                    checkpoints.save(completed, state, {"data": batches.get_state()})
+                    checkpoints.save(completed, state, {"data": batches.get_state(), "written": written()})
                 if stop and completed < steps:
                     checkpoints.wait()
                     stopper.stop(title)
@@ -248,6 +255,19 @@ def train_stage(
         if decisions is not None:
             decisions.close()
     checkpoints.remove()
+
+
+def _check_written(directory: RunDirectory, iteration: int, found: dict[str, str], expected: dict[str, str]) -> None:
+    paths = {
+        "metrics": directory.path / "metrics.jsonl",
+        "decisions": directory.iteration(iteration) / "decisions.jsonl",
+    }
+    for name, path in paths.items():
+        if found[name] != expected[name]:
+            raise InputError(
+                f"{path}: its rows up to the last checkpoint are not those that the run wrote; restore it, or remove "
+                f"{directory.stage_checkpoints(iteration)}, and the stage begins again"
+            )
 
 
 class Speed(NamedTuple):

@@ -22,7 +22,7 @@ def run(tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    Ledger(tmp_path).record()
+    Ledger(tmp_path).record(FILES)
     return tmp_path
 
 
@@ -70,7 +70,9 @@ def test_files_of_two_iterations_are_not_exchanged_unseen(run):
 def test_what_the_user_puts_there_is_taken_with_a_sentence(run):
     name = "iteration_02/pairs.jsonl"
     (run / name).write_text("{}\n")
-    assert Ledger(run).verify() == [f"{run / name}: is not recorded as this run's own; it is taken as it is"]
+    assert Ledger(run).verify() == [
+        f"{run / name}: has no record (it was put there, or the run was stopped just then); it is taken as it is"
+    ]
     assert Ledger(run).verify() == []
     (run / name).write_text('{"label": 1}\n')
     assert Ledger(run).verify(editable=[name]) == [f"{run / name}: was replaced, and is taken as it is"]
