@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -203,6 +204,8 @@ class RunDirectory:
 
 def _write_config(path: Path, config: Config) -> None:
     partial = path.with_name("config.yaml.partial")
+    # Where this command ends is nothing of the run's.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, until=None))
     partial.write_text(to_yaml(config), encoding="utf-8")
     partial.replace(path)
 
@@ -223,10 +226,11 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(Path(config.lora.adapter) / name)
-    for name, content in templates.items():
-        hashes[f"generative.templates/{name}"] = hashlib.sha256(
-            json.dumps(content, sort_keys=True).encode()
-        ).hexdigest()
+    for number, (name, content) in enumerate(templates.items(), start=1):
+        # A file of the same content may lie elsewhere.
+        text = json.dumps({key: value for key, value in content.items() if key != "name"}, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        hashes[f"generative.templates/{number} {Path(name).stem}"] = digest
     versions = {}
     for package in PACKAGES:
         try:

@@ -29,7 +29,7 @@ from scir_jax.run import console
 from scir_jax.run.changes import MODELS
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
-from scir_jax.run.models import adapters_of, start_of
+from scir_jax.run.models import adapters_of, copied, start_of
 from scir_jax.text.chat import load_tokenizer
 
 
@@ -64,12 +64,14 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
 
 
 def _check_start(config: Config, programs: Programs) -> None:
-    """Refuses to start from models with other adapters, whose parameters may well have the shapes of this run's."""
+    """Refuses to start from models that are not there, or have other adapters, which may well have the shapes of ours."""
     settings, start = config.run, start_of(config)
     if start is None or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1):
         return
-    if not (start[0] / "config.yaml").is_file():
-        return
+    theirs = ModelStore(RunDirectory(start[0]).checkpoints)
+    if missing := [name for name in copied(config).values() if not theirs.exists(name)]:
+        which = f"M{missing[0]}" if isinstance(missing[0], int) else f"{missing[0]!r}, which a reference of this run is"
+        raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     other = cli.of_run(start[0])
     theirs, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
