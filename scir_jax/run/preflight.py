@@ -60,7 +60,26 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
     check_bins(programs.way, ((len(row.ids), row.where) for rows in inputs.targets.values() for row in rows))
     console.show(statistics.table(inputs.statistics()))
     inputs.tell_left_out()
+    for sentence in missing(config, inputs):
+        console.say(f"note: {sentence}")
     return inputs.to_dict()
+
+
+def missing(config: Config, inputs: Inputs) -> list[str]:
+    """Says what the configuration asks for and the data do not allow, so that the run goes without it."""
+    found = []
+    taught = {name for name, rows in inputs.targets.items() if rows}
+    sft = {"ift": config.sft.ift_batch_size, "eft": config.sft.eft_batch_size}
+    if config.sft.epochs and not config.run.start_from and not any(sft[name] for name in taught):
+        found.append("no data.ift and no data.eft, so that there is no SFT: M1 is the model itself")
+    replay = {"ift": config.replay.ift_batch_size, "eft": config.replay.eft_batch_size}
+    if config.run.iterations and config.replay.weight and not any(replay[name] for name in taught):
+        found.append("no data to replay: replay.weight has no effect")
+    if not inputs.heldout_pairs:
+        found.append("no data.heldout_pairs: the table cannot show whether the reward models are right")
+    if not inputs.heldout_prompts:
+        found.append("no data.heldout_prompts and no data.holdout: the table cannot show lengths and diversity")
+    return found
 
 
 def _check_start(config: Config, programs: Programs) -> None:
