@@ -25,9 +25,8 @@ The run is in the foreground: Ctrl-C or SIGTERM lets it save and exit, and the s
 the run's: 0 done, 2 bad input, 3 disk full, 130 or 143 stopped; after any other it is started again.
 
 examples
-  launch/gpu.sh -- --config configs/mistral-7b.yaml --config configs/one-gpu.yaml --model.path models/mine \
-      --run.directory runs/mine
-  launch/gpu.sh --gpus 0,1 --deterministic --retries 10 -- --config configs/mistral-7b.yaml --run.directory runs/two
+  launch/gpu.sh -- --model models/mine --prompts prompts.jsonl --run mine
+  launch/gpu.sh --gpus 0,1 --deterministic --retries 10 -- --model models/mine --prompts prompts.jsonl --run two
 HELP
 }
 

@@ -37,8 +37,9 @@ KillWait (30 s by default), scancel --signal=TERM JOB, which leaves it all the t
 
 examples
   launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --account lab --requeue \
-      -- --config configs/mistral-7b.yaml --run.directory /shared/runs/mistral-7b
-  launch/slurm.sh --nodes 1 --gpus-per-node 4 --sbatch=--mem=0 --dry-run -- --config configs/mistral-7b.yaml
+      -- --config mistral-7b --model /shared/models/mistral --prompts /shared/prompts.jsonl \
+      --run /shared/runs/mistral-7b
+  launch/slurm.sh --nodes 1 --gpus-per-node 4 --sbatch=--mem=0 --dry-run -- --config mistral-7b
 HELP
 }
 

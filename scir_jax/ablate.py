@@ -1,7 +1,8 @@
-"""python -m scir_jax.ablate: methods against each other, from one M1 per seed, every method tuned with the same budget.
+"""python -m scir_jax.ablate: methods against each other, from one M1 per seed.
 
-Each method's learning rate is the one of --rates with the best mean of --by on the tuning seeds; the table shows the
-other seeds. Runs that are finished are not done again.
+Every method is tuned with the same budget.
+Each method's learning rate is the one of --rates with the best mean of --by on the tuning seeds;
+the table shows the other seeds. Runs that are finished are not done again.
 """
 
 from __future__ import annotations

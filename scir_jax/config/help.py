@@ -53,7 +53,9 @@ def screen(parser: argparse.ArgumentParser, description: str, own: Collection[st
     needed = [f"--{name} {_value(actions[name])}" for name in own if actions[name].required]
     mains = [f"--{name} {short[name][1]}" for name in ("model", "prompts") if name in short]
     lines = [f"usage: {' '.join([parser.prog, *mains, *needed])} [options]", ""]
-    lines += [*description.strip().removeprefix(f"{parser.prog}: ").split("\n"), ""]
+    for text in description.strip().removeprefix(f"{parser.prog}: ").split("\n"):
+        lines += textwrap.wrap(text, WIDTH) or [""]
+    lines.append("")
     entries = []
     for name, (key, value) in short.items():
         default = "" if name in ("run", "model") or key.startswith("data.") else _default(actions[key])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import yaml
@@ -138,7 +139,16 @@ def _lengths(config: Config, chat: Chat) -> tuple[list[int], int, list[int]]:
             answers += [pair.a, pair.b]
     for _, messages in _some(read(records.read_conversations, "ift")):
         answers += [message["content"] for message in messages if message["role"] == "assistant"]
-    return [len(chat.prompt(m)) for m in conversations], rows, [len(chat.answer(text)) for text in answers]
+    return _counted(chat.prompt, conversations), rows, _counted(chat.answer, answers)
+
+
+def _counted(encode: Callable[[Any], Sequence[int]], items: Sequence) -> list[int]:
+    """Counts the tokens of each item; the run says what is wrong with one that cannot be encoded."""
+    found = []
+    for item in items:
+        with contextlib.suppress(InputError):
+            found.append(len(encode(item)))
+    return found
 
 
 def _some(rows: Sequence) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -37,7 +38,7 @@ PACKAGES = (
 )
 
 
-LAYOUT = 2
+LAYOUT = 3
 """of the files of a run; a directory of another one is refused"""
 
 
@@ -230,14 +231,16 @@ class RunDirectory:
         layout = read_json(manifest).get("layout") if manifest.exists() else LAYOUT
         if layout != LAYOUT or not self._is_ours(path):
             raise InputError(
-                f"{self.path}: was written by another version of scir_jax, whose files have another layout; finish it "
-                "with that version or choose another run.directory"
+                f"{path}: was written by another version of scir_jax, whose files have another layout, or changed since; "
+                "finish it with that version, restore it, or choose another run.directory"
             )
         return content
 
 
 def _write_config(path: Path, config: Config) -> None:
     partial = path.with_name("config.yaml.partial")
+    # Where this command ends, and what it accepts, is nothing of the run's.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, until=None, accept_replaced=()))
     partial.write_text(to_yaml(config), encoding="utf-8")
     partial.replace(path)
 
@@ -265,10 +268,11 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)
-    for name, content in templates.items():
-        hashes[f"generative.templates/{name}"] = hashlib.sha256(
-            json.dumps(content, sort_keys=True).encode()
-        ).hexdigest()
+    for number, (name, content) in enumerate(templates.items(), start=1):
+        # A file of the same content may lie elsewhere.
+        text = json.dumps({key: value for key, value in content.items() if key != "name"}, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        hashes[f"generative.templates/{number} {Path(name).stem}"] = digest
     versions = {}
     for package in PACKAGES:
         try:

@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
-from scir_jax.errors import InputError
 from scir_jax.run import answers, choice, command_sampling, console, evaluation, pairing, sampling, training
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.metrics import Metrics
-from scir_jax.run.models import KEPT, ModelName, Models, start_of
+from scir_jax.run.models import ModelName, Models, copied, start_of
 from scir_jax.run.scorer import Scorer
 
 
@@ -170,35 +168,7 @@ def rows(directory: RunDirectory, iterations: int) -> list[dict]:
     return result
 
 
-def copied(config: Config) -> dict[ModelName, ModelName]:
-    """Returns the models that are copied from the run of run.start_from: name here -> name there.
-
-    The start is M1 here and the model before it M0. What `sft` and `base` mean there is kept by name, where a reference
-    of this run asks for it.
-    """
-    start = start_of(config)
-    if start is None or start[1] == 1:
-        return {} if start is None else {0: 0, 1: 1}
-    directory, number = start
-    recorded = directory / "config.yaml"
-    kept = {"sft": 1, "base": 0}
-    if recorded.is_file():
-        other = start_of(cli.of_run(directory))
-        if other is not None and other[1] != 1:
-            kept = {name: name for name in KEPT}
-    asked = {config.implicit.reference, config.preference.reference}
-    return {0: number - 1, 1: number, **{name: kept[name] for name in KEPT if name in asked}}
-
-
 def copy_model(config: Config, theirs: ModelName, store: ModelStore, ours: ModelName, programs: Programs) -> None:
-    """Copies a model of the run of run.start_from.
-
-    Raises:
-      InputError: that run has none.
-    """
-    directory, _ = start_of(config)
-    source = ModelStore(RunDirectory(directory).checkpoints)
-    if not hosts.decide(lambda: source.exists(theirs)):
-        name = f"M{theirs}" if isinstance(theirs, int) else f"{theirs!r}, which a reference of this run asks for"
-        raise InputError(f"run.start_from {config.run.start_from}: {directory} holds no model {name}")
+    """Copies a model of the run of run.start_from."""
+    source = ModelStore(RunDirectory(start_of(config)[0]).checkpoints)
     store.save(ours, source.load(theirs, programs.abstract_trained))

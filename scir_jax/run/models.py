@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from scir_jax.config import cli
 from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config, LoraConfig
 from scir_jax.engine import sampler
@@ -178,6 +179,26 @@ def start_of(config: Config) -> tuple[Path, int] | None:
             "that run's model"
         )
     return Path(run_directory(directory)), int(number)
+
+
+def copied(config: Config) -> dict[ModelName, ModelName]:
+    """Returns the models that are copied from the run of run.start_from: name here -> name there.
+
+    The start is M1 here and the model before it M0. What `sft` and `base` mean there is kept by name, where a reference
+    of this run asks for it.
+    """
+    start = start_of(config)
+    if start is None or start[1] == 1:
+        return {} if start is None else {0: 0, 1: 1}
+    directory, number = start
+    recorded = directory / "config.yaml"
+    kept = {"sft": 1, "base": 0}
+    if recorded.is_file():
+        other = start_of(cli.of_run(directory))
+        if other is not None and other[1] != 1:
+            kept = {name: name for name in KEPT}
+    asked = {config.implicit.reference, config.preference.reference}
+    return {0: number - 1, 1: number, **{name: kept[name] for name in KEPT if name in asked}}
 
 
 def adapters_of(config: LoraConfig) -> lora.Lora | None:

@@ -29,7 +29,7 @@ from scir_jax.run import console
 from scir_jax.run.changes import MODELS
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
-from scir_jax.run.models import adapters_of, start_of
+from scir_jax.run.models import adapters_of, copied, start_of
 from scir_jax.text.chat import load_tokenizer
 
 
@@ -60,16 +60,37 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
     check_bins(programs.way, ((len(row.ids), row.where) for rows in inputs.targets.values() for row in rows))
     console.show(statistics.table(inputs.statistics()))
     inputs.tell_left_out()
+    for sentence in missing(config, inputs):
+        console.say(f"note: {sentence}")
     return inputs.to_dict()
 
 
+def missing(config: Config, inputs: Inputs) -> list[str]:
+    """Says what the configuration asks for and the data do not allow, so that the run goes without it."""
+    found = []
+    taught = {name for name, rows in inputs.targets.items() if rows}
+    sft = {"ift": config.sft.ift_batch_size, "eft": config.sft.eft_batch_size}
+    if config.sft.epochs and not config.run.start_from and not any(sft[name] for name in taught):
+        found.append("no data.ift and no data.eft, so that there is no SFT: M1 is the model itself")
+    replay = {"ift": config.replay.ift_batch_size, "eft": config.replay.eft_batch_size}
+    if config.run.iterations and config.replay.weight and not any(replay[name] for name in taught):
+        found.append("no data to replay: replay.weight has no effect")
+    if not inputs.heldout_pairs:
+        found.append("no data.heldout_pairs: the table cannot show whether the reward models are right")
+    if not inputs.heldout_prompts:
+        found.append("no data.heldout_prompts and no data.holdout: the table cannot show lengths and diversity")
+    return found
+
+
 def _check_start(config: Config, programs: Programs) -> None:
-    """Refuses to start from models with other adapters, whose parameters may well have the shapes of this run's."""
+    """Refuses to start from models that are not there, or have other adapters, which may well have the shapes of ours."""
     settings, start = config.run, start_of(config)
     if start is None or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1):
         return
-    if not (start[0] / "config.yaml").is_file():
-        return
+    theirs = ModelStore(RunDirectory(start[0]).checkpoints)
+    if missing := [name for name in copied(config).values() if not theirs.exists(name)]:
+        which = f"M{missing[0]}" if isinstance(missing[0], int) else f"{missing[0]!r}, which a reference of this run is"
+        raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     other = cli.of_run(start[0])
     theirs, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.

@@ -104,12 +104,9 @@ Found = Iterator[tuple[str, Proposal]]
 def text(facts: Facts, config: Config, given: Collection[str]) -> Found:
     """Proposes the judge template, and the limits of prompts and responses that fit into the context with it."""
     if facts.thinks:
-        yield (
-            "text.chat_template_kwargs",
-            Proposal({"enable_thinking": False}, "the chat template can think"),
-        )
+        yield "text.chat_template_kwargs", Proposal({"enable_thinking": False}, "the chat template can think")
     templates = [name for name in JUDGES if name in facts.judges]
-    if not templates or not facts.prompts:
+    if not templates or not len(facts.prompts):
         return
     context = facts.arch.max_positions
     longest = int(max(facts.prompts))
@@ -169,25 +166,32 @@ def devices(facts: Facts, config: Config, given: Collection[str]) -> Found:
 
 def training(facts: Facts, config: Config, given: Collection[str]) -> Found:
     """Proposes full fine-tuning or adapters, rematerialisation and micro-batches: what fits, the fastest first."""
-    need = Need(facts, config)
     ranks = [config.lora.rank] if "lora.rank" in given or config.lora.adapter else [0, RANK]
     remats = [config.model.remat] if "model.remat" in given else ["none", "full"]
-    counts = [config.training.accumulate] if "training.accumulate" in given else need.divisors
-    # Adapters of a given directory are as small as others.
-    options = [(rank, remat, count) for rank in ranks for remat in remats for count in counts]
-    fitting = [
-        (rank, remat, count)
-        for rank, remat, count in options
-        if need.training(rank or (config.lora.adapter and RANK), remat, count) <= need.room
-        and (remat == remats[-1] or count == counts[0] or need.tokens(count) >= BUSY)
-    ]
+    limit = config.text.max_response_tokens
+    shorter = [] if "text.max_response_tokens" in given else [n for n in (limit // 2, limit // 4) if n >= 4 * LEAST]
+    for answer in (limit, *shorter, limit):
+        need = Need(facts, with_value(config, "text.max_response_tokens", answer))
+        counts = [config.training.accumulate] if "training.accumulate" in given else need.divisors
+        options = [(rank, remat, count) for rank in ranks for remat in remats for count in counts]
+        fitting = [
+            (rank, remat, count)
+            for rank, remat, count in options
+            # Adapters of a given directory are as small as others.
+            if need.training(rank or (RANK if config.lora.adapter else 0), remat, count) <= need.room
+            and (remat == remats[-1] or count == counts[0] or need.tokens(count) >= BUSY)
+        ]
+        if fitting:
+            break
     rank, remat, count = (fitting or options[-1:])[0]
+    if answer != limit:
+        yield "text.max_response_tokens", Proposal(answer, f"a training step with {limit} does not fit")
     whole = need.training(0, remats[-1], counts[-1])
     if rank:
         why = f"full fine-tuning needs {_size(whole)} of {_size(need.room)}"
         yield "lora.rank", Proposal(rank, why)
-        yield "lora.alpha", Proposal(2.0 * rank, "twice the rank")
         if "lora.rank" not in given:
+            yield "lora.alpha", Proposal(2.0 * rank, "twice the rank")
             for key, rate in ADAPTER_RATES.items():
                 yield key, Proposal(rate, "adapters want a higher one")
     elif not config.lora.adapter:

@@ -1,6 +1,5 @@
 """What a user can get wrong: one clear sentence, nothing half written, and what was there stays."""
 
-import importlib
 import json
 import os
 import shutil
@@ -255,14 +254,6 @@ def test_prompts_longer_than_the_limit_and_the_context(command, sampling, tmp_pa
     assert [len(row["prompt_ids"]) for row in rows] == [9] * RESPONSES + [32] * RESPONSES
     assert command(*run, "--text.long_prompts", "drop").code == 0
     assert len(lines(tmp_path / "out.jsonl")) == RESPONSES
-
-
-@pytest.mark.parametrize("module", ["train", "sample", "judge", "evaluate", "export", "ablate", "report.page"])
-def test_help(module):
-    main = importlib.import_module(f"scir_jax.{module}").main
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ from tests.run.runs import ITERATIONS, WHOLE, check_iterations, content, files, 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 
+def lines_of(data: bytes) -> int:
+    return data.count(b"\n")
+
+
 def without_seconds(rows: list[dict]) -> list[dict]:
     return [{**row, "seconds": 0} for row in rows]
 
@@ -25,7 +29,18 @@ def test_a_finished_run_goes_on_to_more_iterations(configure, whole, no_page, co
     assert done.code == 0 and all(f"M{n}" in done.out for n in range(1, ITERATIONS + 2))
     after = files(run)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"config.yaml", "metrics.jsonl", "summary.json", "export/model.safetensors", "export/README.md"}
+    changed -= {"files.json"}
+    assert changed == {
+        *("config.yaml", "manifest.json", "metrics.jsonl", "summary.json"),
+        *("export/model.safetensors", "export/README.md"),
+    }
+    (change,) = content(run / "manifest.json")["changes"]
+    assert change == {
+        "step": lines_of(before["metrics.jsonl"]),
+        "key": "run.iterations",
+        "before": 1,
+        "now": ITERATIONS,
+    }
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
     recorded = [yaml.safe_load(found["config.yaml"]) for found in (before, after)]
     assert [found["run"].pop("iterations") for found in recorded] == [1, ITERATIONS] and recorded[0] == recorded[1]

@@ -169,7 +169,7 @@ def test_manifest_hashes_what_the_run_read(whole, world_dir):
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs"):
         assert hashes.pop(f"data.{key}") == sha256(world_dir / f"{key}.jsonl")
     templates = {k: hashes.pop(k) for k in list(hashes) if k.startswith("generative.templates/")}
-    assert list(templates) == [f"generative.templates/{world_dir}/judge.yaml"]
+    assert list(templates) == ["generative.templates/1 judge"]
     assert {"model.path/model.safetensors", "model.path/config.json", "model.path/tokenizer.json"} <= hashes.keys()
     for name, value in hashes.items():
         assert value == sha256(world_dir / "model" / name.removeprefix("model.path/"))
