@@ -106,7 +106,7 @@ def _again(path: Path, config: Config) -> list[dict]:
 
 def _directory(config: Config, reference: str | None) -> dict:
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console, evaluation
+    from scir_jax.run import console, evaluation, hub
     from scir_jax.run.setup import prepare
 
     config = resolve(config)
@@ -117,6 +117,7 @@ def _directory(config: Config, reference: str | None) -> dict:
     grader, setup = hosts.together(lambda: (evaluation.load_grader(config.evaluate.grader), prepare(config)))
     encoder, inputs, programs, parameters = setup
     inputs.tell_left_out()
+    place = hub.directory(reference, "--reference") if reference else None
     with console.Stopper() as stopper:
         values, _ = evaluation.evaluate(
             config,
@@ -124,7 +125,7 @@ def _directory(config: Config, reference: str | None) -> dict:
             inputs,
             programs,
             model=functools.cache(parameters.configured),
-            reference=(lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None,
+            reference=(lambda: parameters.of_directory(place, inference=True)) if place else None,
             grader=grader,
             title="evaluate",
             check=lambda: stopper.check("evaluation", resumable=False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check_positive, resolve
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.data.jsonl import write_rows
     from scir_jax.engine.hosts import hosts
     from scir_jax.method.rewards import REWARDS
-    from scir_jax.run import console, scoring
+    from scir_jax.run import console, hub, scoring
     from scir_jax.run.evaluation import accuracy, reward_logits
     from scir_jax.run.setup import prepare
 
@@ -58,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs, rows = found["pairs"], found["rows"]
     inputs.tell_left_out()
     reference = own["reference"]
-    load_reference = (lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None
+    place = hub.directory(reference, "--reference") if reference else None
+    load_reference = (lambda: parameters.of_directory(place, inference=True)) if place else None
     total = scoring.score_count(len(pairs), with_reference=bool(reference))
     with console.stage("judge", total) as bar:
         evidence = scoring.score_pairs(

@@ -154,14 +154,26 @@ def test_log_probabilities_of_this_model_are_believed(stage, capsys):
         answers.check_claims(claims, items, logps)
 
 
-def test_ctrl_c_ends_the_command(stage):
-    stage.script.write_text("import time\ntime.sleep(60)\n")
-    stopper = console.Stopper()
-    stopper.signal = 2
+def test_ctrl_c_ends_the_command_and_what_it_started(stage):
+    number = stage.folder / "pid"
+    stage.script.write_text(
+        "import pathlib, subprocess, time\n"
+        "other = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(number)!r}).write_text(str(other.pid))\n"
+        "time.sleep(60)\n"
+    )
+
+    class Stopper(console.Stopper):
+        def check(self, *arguments, **named):
+            self.signal = 2 if number.exists() and number.read_text() else None
+            super().check(*arguments, **named)
+
     started = time.monotonic()
     with pytest.raises(Interrupted, match="run the same command again to go on"):
-        stage(stopper)
-    assert time.monotonic() - started < 10
+        stage(Stopper())
+    assert time.monotonic() - started < 30
+    status = Path("/proc", number.read_text(), "status")
+    assert not status.exists() or "zombie" in status.read_text()
     assert not stage.path.exists() and not (stage.folder / "command").exists()
 
 
