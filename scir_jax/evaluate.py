@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check_positive, check_sampling, resolve
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _directory(config: Config, reference: str | None) -> dict:
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import console, evaluation
+    from scir_jax.run import console, evaluation, hub
     from scir_jax.run.setup import prepare
 
     config = resolve(config)
@@ -72,6 +71,7 @@ def _directory(config: Config, reference: str | None) -> dict:
     grader, setup = hosts.together(lambda: (evaluation.load_grader(config.evaluate.grader), prepare(config)))
     encoder, inputs, programs, parameters = setup
     inputs.tell_left_out()
+    place = hub.directory(reference, "--reference") if reference else None
     with console.Stopper() as stopper:
         values, _ = evaluation.evaluate(
             config,
@@ -79,7 +79,7 @@ def _directory(config: Config, reference: str | None) -> dict:
             inputs,
             programs,
             model=functools.cache(parameters.configured),
-            reference=(lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None,
+            reference=(lambda: parameters.of_directory(place, inference=True)) if place else None,
             grader=grader,
             title="evaluate",
             check=lambda: stopper.check("evaluation", resumable=False),

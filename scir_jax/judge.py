@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from scir_jax.config import cli
 from scir_jax.config.checks import check_positive, resolve
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.data import records
     from scir_jax.data.jsonl import write_rows
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import auto, console, judging, scoring
+    from scir_jax.run import auto, console, hub, judging, scoring
     from scir_jax.run.setup import prepare
 
     config = resolve(config)
@@ -59,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs, rows = found["pairs"], found["rows"]
     inputs.tell_left_out()
     reference = own["reference"]
-    load_reference = (lambda: parameters.of_directory(Path(reference), inference=True)) if reference else None
+    place = hub.directory(reference, "--reference") if reference else None
+    load_reference = (lambda: parameters.of_directory(place, inference=True)) if place else None
     total = scoring.score_count(len(pairs), with_reference=bool(reference))
     with console.stage("judge", total) as bar:
         evidence = scoring.score_pairs(

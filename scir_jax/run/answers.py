@@ -86,7 +86,7 @@ def sampled_answers(encoder: Encoder, lengths: Lengths, vocabulary: int, path: P
                 else:
                     prompts[name] = encoder.prompt(messages, where)
                 if foreign:
-                    _check_prompt(encoder, row, messages, where)
+                    _check_prompt(encoder, row, messages, vocabulary, where)
                 _check_length(prompts[name], lengths, where)
         prompt = prompts[name]
         if prompt is None:
@@ -150,12 +150,12 @@ def check_claims(claims: Sequence[Claim], items: Sequence[Item], logps: np.ndarr
     return median
 
 
-def _check_prompt(encoder: Encoder, row: dict[str, Any], messages: list, where: str) -> None:
+def _check_prompt(encoder: Encoder, row: dict[str, Any], messages: list, vocabulary: int, where: str) -> None:
     """Compares a row's prompt_ids with what this model's chat template and tokenizer make of its messages."""
     if "prompt_ids" not in row:
         return
     expected = encoder.prompt(messages, where)
-    theirs = tuple(row["prompt_ids"])
+    theirs = token_ids(row["prompt_ids"], f"{where}: prompt_ids", vocabulary)
     if expected is not None and theirs != expected.ids:
         place = next((i for i, pair in enumerate(zip(theirs, expected.ids)) if pair[0] != pair[1]), None)
         place = min(len(theirs), len(expected.ids)) if place is None else place

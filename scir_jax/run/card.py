@@ -29,11 +29,13 @@ def write_card(directory: Path, config: Config, run: RunDirectory, number: int, 
 
     Args:
       directory: holds a model, or adapters.
-      name: what the model is called, OWNER/NAME of the hub; by default the directory's name.
+      name: what the model is called, OWNER/NAME of the hub; by default the directory in the one around it.
     """
     path = directory / CARD
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    text = card(config, run, number, name or directory.name, adapter=(directory / "adapter_config.json").exists())
+    text = card(
+        config, run, number, name or f"./{directory.name}", adapter=(directory / "adapter_config.json").exists()
+    )
     if before == text or (before and f"\n- {TAG}\n" not in before):
         return
     partial = path.with_name(CARD + ".partial")
@@ -52,9 +54,9 @@ def card(config: Config, run: RunDirectory, number: int, name: str, *, adapter: 
     base, commit = _base(config, manifest)
     parts = [
         f"---\n{yaml.safe_dump(_front(config, base, adapter), sort_keys=False)}---\n",
-        f"# {name.rpartition('/')[2]}",
+        f"# {f'M{number} from {base}' if name.startswith('.') else name.rpartition('/')[2]}",
         f"M{number} of a run of [scir_jax](https://arxiv.org/abs/2502.08922): Self-Consistent Internal Rewards, "
-        f"{'adapters for' if adapter else 'from'} the base model {base}{f' at {commit}' if commit else ''}.",
+        f"{'adapters for' if adapter else 'from'} the base model `{base}`{f' at {commit}' if commit else ''}.",
         f"## Method\n\n{_method(config)}",
         f"## Models of the run\n\n{_models(run, number)}",
         f"## Data\n\n{_data(config, run, manifest)}",

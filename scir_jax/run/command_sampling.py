@@ -235,11 +235,10 @@ def _left(folder: Path, output: Path) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a command with all that it started."""
+    """Ends a command with all that it started, which may outlive it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE_SECONDS)
+            return

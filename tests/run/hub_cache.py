@@ -10,7 +10,7 @@ def add(cache: Path, name: str, source: Path, commit: str, branch: str = "main")
     snapshot = folder / "snapshots" / commit
     for directory in (snapshot, folder / "blobs", folder / "refs"):
         directory.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
+    for file in filter(Path.is_file, source.iterdir()):
         content = file.read_bytes()
         blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
         blob.write_bytes(content)

@@ -64,7 +64,7 @@ def test_the_hub_reads_the_card(finished, world_dir, tmp_path, adapter):
     assert data["base_model"] == "someone/tiny-3B" and data["datasets"] == ["someone/pairs"]
     assert data["base_model_relation"] == ("adapter" if adapter else "finetune") and "scir_jax" in data["tags"]
     text = card.text
-    assert f"someone/tiny-3B at {'a' * 40}" in text
+    assert f"`someone/tiny-3B` at {'a' * 40}" in text
     assert "| M1 | 0.250 | 0.750 | 6.5 |" in text and "| M2 | 0.500 | 0.750 | 6.5 |" in text
     assert f"| data.prompts | prompts.jsonl | 24 | `{finished.hashes['data.prompts']}` |" in text
     assert finished.hashes["model.path/model.safetensors"] in text

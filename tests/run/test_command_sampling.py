@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, constants
 
 from scir_jax import train
 from scir_jax.config.checks import check
 from scir_jax.config.files import BUNDLED, find, read
 from scir_jax.errors import InputError, Interrupted
-from scir_jax.run import answers, command_sampling, console, scoring
-from tests.run import engines
+from scir_jax.run import answers, command_sampling, console, hub, scoring
+from tests.run import engines, hub_cache
 from tests.run.runs import WHOLE, check_iterations, content, lines, model, refused, same, write_lines
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -154,14 +155,26 @@ def test_log_probabilities_of_this_model_are_believed(stage, capsys):
         answers.check_claims(claims, items, logps)
 
 
-def test_ctrl_c_ends_the_command(stage):
-    stage.script.write_text("import time\ntime.sleep(60)\n")
-    stopper = console.Stopper()
-    stopper.signal = 2
+def test_ctrl_c_ends_the_command_and_what_it_started(stage):
+    number = stage.folder / "pid"
+    stage.script.write_text(
+        "import pathlib, subprocess, time\n"
+        "other = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(number)!r}).write_text(str(other.pid))\n"
+        "time.sleep(60)\n"
+    )
+
+    class Stopper(console.Stopper):
+        def check(self, *arguments, **named):
+            self.signal = 2 if number.exists() and number.read_text() else None
+            super().check(*arguments, **named)
+
     started = time.monotonic()
     with pytest.raises(Interrupted, match="run the same command again to go on"):
-        stage(stopper)
-    assert time.monotonic() - started < 10
+        stage(Stopper())
+    assert time.monotonic() - started < 30
+    status = Path("/proc", number.read_text(), "status")
+    assert not status.exists() or "zombie" in status.read_text()
     assert not stage.path.exists() and not (stage.folder / "command").exists()
 
 
@@ -208,21 +221,32 @@ def test_the_script_for_vllm_keeps_to_ids(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_whole_run_with_another_engine(configure, whole, no_page, command, tmp_path):
+def test_a_whole_run_of_a_hubs_model_with_another_engine(
+    configure, whole, no_page, command, world_dir, tmp_path, monkeypatch
+):
     """transformers samples from the exported M1; its log-probabilities are this model's."""
+    cache, name = tmp_path / "cache", "someone/tiny"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_found", {})
+    hub_cache.add(cache, name, world_dir / "model", "a" * 40)
     engine, run = tmp_path / "engine.py", tmp_path / "run"
     call = " ".join(f"--{name} {{{name.replace('-', '_')}}}" for name in ("model", "prompts", "output", "responses"))
     call += " --max-tokens {max_tokens} --seed {seed} --stop-ids {stop_ids}"
     settings = dict(
         optimise=WHOLE["optimise"], sample={**WHOLE["sample"], "command": f"{sys.executable} {engine} {call}"}
     )
-    file = configure(run, run=dict(start_from=str(whole.path)), data=dict(heldout_prompts=None), **settings)
+    settings |= dict(run=dict(start_from=str(whole.path)), data=dict(heldout_prompts=None), model=dict(path=name))
+    file = configure(run, **settings)
     done = command(train.main, "--config", file)
     message = refused(done, "sample.command failed (exit code 2)", "command.log")
     assert "No such file" in done.err and message
     folder = run / "iteration_01"
     assert sorted(p.name for p in folder.iterdir()) == ["command.log"]
     engine.write_text(engines.TRANSFORMERS)
+    # In the meantime the branch has moved on, to what is no model at all.
+    hub_cache.add(cache, name, run, "b" * 40)
+    hub._found.clear()
     done = command(train.main, "--config", file)
     assert done.code == 0, done.err
     check_iterations(run)
@@ -235,3 +259,5 @@ def test_a_whole_run_with_another_engine(configure, whole, no_page, command, tmp
     found = [(starts[key], row["logprob"]) for row in rows if (key := json.dumps(row["response_ids"])) in starts]
     assert len(found) > 8 and all(ours == pytest.approx(theirs, abs=1e-3) for ours, theirs in found)
     assert content(run / "summary.json")["rows"]
+    assert content(run / "manifest.json")["hub"] == {"model.path": {"name": name, "commit": "a" * 40}}
+    assert ModelCard.load(run / "export" / "README.md").data.base_model == name
