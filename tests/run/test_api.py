@@ -162,6 +162,8 @@ def test_train_takes_files_and_settings(monkeypatch, whole):
     assert asked == [*(cli.parse("train", "", argv)[0] for argv in lines_), whole.config]
     with pytest.raises(InputError, match="unknown option --run.sed; did you mean 'run.seed'"):
         scir_jax.train("quickstart", run=dict(sed=1))
+    with pytest.raises(InputError, match="run.seed: a set is no value of a setting"):
+        scir_jax.train("quickstart", run=dict(seed={1}))
     with pytest.raises(InputError, match="give no others beside it"):
         scir_jax.train(Config(), run=dict(seed=1))
 
