@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scir_jax.run.runs import Run
 
     if own["run"]:
-        rows = Run(own["run"], distributed=own["distributed"]).evaluate(again=own["again"])
-        console.print_table(rows, own["run"])
+        run = Run(own["run"], distributed=own["distributed"])
+        console.print_table(run.evaluate(again=own["again"]), own["run"], run.marked)
         return 0
     config = cli.distributed(config, own["distributed"])
     if not (config.data.heldout_prompts or config.data.heldout_pairs):

@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("output", type=Path, help="directory to write")
-    parser.add_argument("--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest")
+    parser.add_argument(
+        "--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest"
+    )
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     arguments = parser.parse_args(argv)

@@ -58,7 +58,7 @@ def train(config: Config) -> Run:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import choice, console
+    from scir_jax.run import console
     from scir_jax.run.directory import RunDirectory
     from scir_jax.run.runs import Run
 
@@ -72,17 +72,17 @@ def train(config: Config) -> Run:
         resumed = hosts.decide(lambda: directory.open(config))
         hosts.shares(directory.path)
         with console.Stopper() as stopper:
-            rows, best, report = _train(config, directory, stopper, resumed)
+            rows, report = _train(config, directory, stopper, resumed)
     finally:
         if hosts.first():
             directory.close()
-    title = f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}"
-    console.print_table(rows, title, best if config.evaluate.select != choice.LAST else None)
+    run = Run(directory.path, distributed=config.run.distributed)
+    console.print_table(rows, f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}", run.marked)
     console.say(f"report: {report}")
-    return Run(directory.path, distributed=config.run.distributed)
+    return run
 
 
-def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str, str]:
+def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
     import jax
 
     from scir_jax.data.jsonl import write_json
@@ -133,7 +133,8 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     models = Models(ModelStore(directory.checkpoints), programs, parameters)
     last = config.run.iterations + 1
     try:
-        if not hosts.decide(lambda: models.store.exists(last)):
+        # A run that ended early is finished without its last model.
+        if not hosts.decide(lambda: models.store.exists(last) or directory.best is not None):
             preflight.check_memory(config, programs)
         stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper)
         iteration.run_stages(stages, directory, stopper)
@@ -147,7 +148,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         export_model(config, programs, directory, number, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
         export_adapter(config, programs, directory, number, directory.path / "adapter")
-    return rows, best, hosts.decide(lambda: str(write_report(directory.path)))
+    return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 
 def _parse(argv: Sequence[str] | None) -> Config:

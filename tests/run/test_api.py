@@ -107,6 +107,13 @@ def test_log_probabilities_are_those_of_transformers(whole, run):
     assert model.logprobs(row["prompt"], []).shape == (0,)
 
 
+def test_prompts_of_about_a_length_share_programs(tiny):
+    before = dict(tiny._programs)
+    for prompt in ("a", "abcabcabcabcabc"):
+        assert tiny.logprobs(prompt, ["ab"])[0] < 0
+    assert len(tiny._programs) == len(before) + 1
+
+
 def test_models_of_a_run_are_its_checkpoints(whole, run):
     assert list(run.models) == [f"M{n}" for n in range(ITERATIONS + 2)]
     for t in (1, 2):
