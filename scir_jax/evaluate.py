@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if own["run"]:
         run = Run(run_directory(own["run"]), distributed=own["distributed"])
-        rows = run.evaluate(again=own["again"])
-        console.print_table(rows, own["run"])
+        console.print_table(run.evaluate(again=own["again"]), own["run"], run.marked)
         return 0
     config = cli.distributed(config, own["distributed"])
     if not (config.data.heldout_prompts or config.data.heldout_pairs):

@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory, or NAME for runs/NAME")
     parser.add_argument("output", type=Path, help="directory to write")
-    parser.add_argument("--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest")
+    parser.add_argument(
+        "--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest"
+    )
     parser.add_argument("--adapter", action="store_true", help="write a LoRA run's adapters alone, as a PEFT directory")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too (hf auth login)")
     parser.add_argument("--private", action="store_true", help="with --push: a model that is new there is private")

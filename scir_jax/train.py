@@ -64,7 +64,7 @@ def train(config: Config, given: Collection[str] | None = None) -> Run:
     import jax
 
     from scir_jax.engine.hosts import hosts
-    from scir_jax.run import auto, choice, console
+    from scir_jax.run import auto, console
     from scir_jax.run.directory import RunDirectory
     from scir_jax.run.runs import Run
 
@@ -78,20 +78,20 @@ def train(config: Config, given: Collection[str] | None = None) -> Run:
         resumed = hosts.decide(lambda: directory.open(config))
         hosts.shares(directory.path)
         with console.Stopper() as stopper:
-            rows, best, report = _train(config, directory, stopper, resumed)
+            rows, report = _train(config, directory, stopper, resumed)
     finally:
         if hosts.first():
             directory.close()
+    run = Run(directory.path, distributed=config.run.distributed)
     if not rows:
         console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
-        return Run(directory.path, distributed=config.run.distributed)
-    title = f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}"
-    console.print_table(rows, title, best if config.evaluate.select != choice.LAST else None)
+        return run
+    console.print_table(rows, f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}", run.marked)
     console.say(f"report: {report}")
-    return Run(directory.path, distributed=config.run.distributed)
+    return run
 
 
-def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str, str]:
+def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict], str]:
     import jax
 
     from scir_jax.data.jsonl import write_json
@@ -160,12 +160,13 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     models = Models(ModelStore(directory.checkpoints), programs, parameters)
     last = config.run.iterations + 1
     try:
-        if not hosts.decide(lambda: models.store.exists(last)):
+        # A run that ended early is finished without its last model.
+        if not hosts.decide(lambda: models.store.exists(last) or directory.best is not None):
             prompts = [*inputs.prompts, *(pair.prompt for pair in inputs.given_pairs)]
             preflight.check_memory(config, programs, scorer.programs(prompts) if scorer else ())
         stages = iteration.recipe(config, encoder, inputs, programs, models, directory, metrics, stopper, scorer)
         if not iteration.run_stages(stages, directory, stopper, until_of(config)):
-            return [], "", ""
+            return [], ""
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
@@ -178,7 +179,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         export_adapter(config, programs, directory, number, directory.path / "adapter")
     for name in ("export", "adapter") if adapted else ("export",):
         hosts.decide(lambda: write_card(directory.path / name, config, directory, number))
-    return rows, best, hosts.decide(lambda: str(write_report(directory.path)))
+    return rows, hosts.decide(lambda: str(write_report(directory.path)))
 
 
 def _parse(argv: Sequence[str] | None) -> cli.Line:

@@ -128,6 +128,9 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
     Args:
       settings: dotted keys or sections, {"run.seed": 1, "lora": {"rank": 8}}.
+
+    Raises:
+      InputError: a value is none that a configuration file could hold.
     """
     everything = [f.name for f in dataclasses.fields(Config)]
     sections = {*everything, *(key.rpartition(".")[0] for key in names.fields(everything))}
@@ -138,7 +141,10 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, (str, Path)):
             result.append(f"--{key}={value}")
         else:
-            result.append(f"--{key}={json.dumps(value)}")
+            try:
+                result.append(f"--{key}={json.dumps(value)}")
+            except TypeError:
+                raise InputError(f"{key}: a {type(value).__name__} is no value of a setting: {value!r}") from None
     return result
 
 

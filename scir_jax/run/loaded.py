@@ -28,6 +28,8 @@ from scir_jax.run.setup import facts_of, open_model
 
 SECTIONS = ("run", "world", "model", "lora", "mesh", "data", "text", "sample", "generative", "implicit", "evaluate")
 """sections of the configuration that a loaded model reads"""
+UNIT = 64
+"""tokens"""
 
 
 def load(directory: str | Path, **settings: Any) -> Model:
@@ -271,10 +273,11 @@ class Model:
         sample = size(config.sample, batch_size=_batch(config.sample.batch_size, prompts, mesh))
         evaluate = size(config.evaluate, batch_size=_batch(config.evaluate.batch_size, pairs, mesh))
         config = size(config, sample=sample, evaluate=evaluate, run=size(config.run, iterations=1))
-        facts = facts_of(encoder, lengths, frozenset())
-        # Only what programs are made of: temperature and the others are arguments.
-        key = repr((facts, sample.batch_size, sample.responses, evaluate.batch_size))
+        lengths = _coarse(lengths, encoder.context)
+        # Only what programs are made of: temperature and the others are arguments, a quote's length is told to none.
+        key = repr((dataclasses.replace(lengths, quote=0), sample.batch_size, sample.responses, evaluate.batch_size))
         if key not in self._programs:
+            facts = facts_of(encoder, lengths, frozenset())
             self._programs[key] = Programs(config, arch, mesh, adapters_of(config.lora), facts)
         return self._programs[key]
 
@@ -285,6 +288,20 @@ class Model:
         if theirs != ours or adapters_of(reference.config.lora) != adapters_of(self.config.lora):
             raise InputError(f"{reference}: has another architecture or other adapters than {self}")
         return lambda: reference._read(programs)
+
+
+def _coarse(lengths: Lengths, context: int) -> Lengths:
+    """Rounds lengths up to a multiple of UNIT, so that prompts of about a length share programs; results stay the same."""
+
+    def rounded(tokens: int, most: int) -> int:
+        return max(tokens, min(-(-tokens // UNIT) * UNIT, most))
+
+    return dataclasses.replace(
+        lengths,
+        prompt=rounded(lengths.prompt, context - lengths.answer),
+        scored=rounded(lengths.scored, context),
+        judges=tuple(rounded(tokens, context) for tokens in lengths.judges),
+    )
 
 
 def _batch(most: int, wanted: int, mesh: Any) -> int:

@@ -19,6 +19,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import command, console, evaluation, iteration
+from scir_jax.run.choice import LAST
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
@@ -53,7 +54,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Shows the table of models in a notebook."""
-        text = console.table_text(self.rows, str(self.directory), self.best) if self.rows else repr(self)
+        text = console.table_text(self.rows, str(self.directory), self.marked) if self.rows else repr(self)
         return f'<pre style="line-height:normal">{html.escape(text)}</pre>'
 
     @property
@@ -66,6 +67,11 @@ class Run:
     def best(self) -> str | None:
         """The name of the model that a finished run exports (evaluate.select), else None."""
         return RunDirectory(self.directory).best
+
+    @property
+    def marked(self) -> str | None:
+        """The name of the model that tables mark: the best one, where the run chooses one."""
+        return self.best if self.config.evaluate.select != LAST else None
 
     @property
     def report(self) -> Path | None:

@@ -107,6 +107,13 @@ def test_log_probabilities_are_those_of_transformers(whole, run):
     assert model.logprobs(row["prompt"], []).shape == (0,)
 
 
+def test_prompts_of_about_a_length_share_programs(tiny):
+    before = dict(tiny._programs)
+    for prompt in ("a", "abcabcabcabcabc"):
+        assert tiny.logprobs(prompt, ["ab"])[0] < 0
+    assert len(tiny._programs) == len(before) + 1
+
+
 def test_models_of_a_run_are_its_checkpoints(whole, run):
     assert list(run.models) == [f"M{n}" for n in range(ITERATIONS + 2)]
     for t in (1, 2):
@@ -162,6 +169,8 @@ def test_train_takes_files_and_settings(monkeypatch, whole):
     assert asked == [*(cli.parse("train", "", argv)[0] for argv in lines_), whole.config]
     with pytest.raises(InputError, match="unknown option --run.sed; did you mean 'run.seed'"):
         scir_jax.train("quickstart", run=dict(sed=1))
+    with pytest.raises(InputError, match="run.seed: a set is no value of a setting"):
+        scir_jax.train("quickstart", run=dict(seed={1}))
     with pytest.raises(InputError, match="give no others beside it"):
         scir_jax.train(Config(), run=dict(seed=1))
 

@@ -87,7 +87,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(setup, uninterrupted, tmp_pa
     with pytest.raises(RuntimeError, match="killed"):
         stage(StopsAfter(4, RuntimeError("killed")))
     assert stage.checkpoint()[0] == 2
-    assert [row["stage_step"] for row in stage.steps()] == [1, 2, 3]
+    assert [row["stage_step"] for row in stage.steps()] == [1, 2, 3, 4]
     for path in (stage.run.path / "metrics.jsonl", stage.decisions):
         last = path.read_bytes().split(b"\n")[-2]
         path.write_bytes(path.read_bytes() + last[: len(last) // 2])
