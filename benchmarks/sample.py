@@ -1,15 +1,16 @@
-"""Sampling side by side: scir_jax, and transformers' generate, on the same model and the same prompts.
+"""Sampling side by side: scir_jax, transformers' generate and vLLM, on the same model and the same prompts.
 
     python benchmarks/sample.py --size 1m --prompts 64
 
 It makes a random Mistral of which some tokens in hundred end an answer, so that lengths are geometric with a long tail,
 and prompts of log-normal lengths; then each contestant samples in a process of its own. One row per contestant. Needs
-the extra [test], for torch.
+the extra [test], for torch; vLLM takes part where it is installed and there is a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from step import SIZES, alternate, make_case, parsed, write_figures
 
-CONTESTANTS = ("transformers", "scir_jax")
+CONTESTANTS = ("transformers", "vllm", "scir_jax")
 KEYS = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")
 
 
@@ -120,8 +121,35 @@ def run_torch(directory: Path, arguments: argparse.Namespace) -> dict:
     }
 
 
+def run_vllm(directory: Path, arguments: argparse.Namespace) -> dict:
+    """Samples with vLLM's offline engine, token ids in and out; its start is not timed."""
+    import vllm
+
+    encoder, inputs, _, _ = prepared(directory, arguments)
+    longest = max(len(prompt.ids) for prompt in inputs.prompts)
+    engine = vllm.LLM(str(directory / "model"), dtype=arguments.dtype, max_model_len=longest + arguments.answer, seed=0)
+    settings = vllm.SamplingParams(
+        n=arguments.responses, max_tokens=arguments.answer, stop_token_ids=list(encoder.chat.stop_ids), seed=0
+    )
+    prompts = [{"prompt_token_ids": list(map(int, prompt.ids))} for prompt in inputs.prompts]
+    started = time.monotonic()
+    found = [answer for result in engine.generate(prompts, settings) for answer in result.outputs]
+    seconds = time.monotonic() - started
+    tokens = sum(len(answer.token_ids) for answer in found)
+    return {"seconds": seconds, "tokens": tokens, "answers": len(found), "used": float("nan")}
+
+
+def with_vllm() -> bool:
+    """Checks whether vLLM could run."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
-    """Runs both contestants and prints the table."""
+    """Runs the contestants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1m", help="of the model")
     parser.add_argument("--prompts", type=int, default=64)
@@ -133,10 +161,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="that scir_jax computes in")
     arguments = parsed(parser, CONTESTANTS, repeat=1)
     if arguments.run:
-        run = run_jax if arguments.run == "scir_jax" else run_torch
+        run = {"scir_jax": run_jax, "transformers": run_torch, "vllm": run_vllm}[arguments.run]
         result = run(arguments.case, arguments)
         print(json.dumps(result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return 0
+    if not with_vllm():
+        arguments.only = [name for name in arguments.only if name != "vllm"]
     with tempfile.TemporaryDirectory() as directory:
         make_prompts(Path(directory), arguments)
         found = alternate(__file__, arguments, directory, KEYS)
