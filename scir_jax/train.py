@@ -51,7 +51,8 @@ def train(config: Config, given: Collection[str] | None = None) -> list[dict]:
     if not rows:
         console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
         return rows
-    console.print_table(rows, f"{directory.path}: M1 (after SFT) to M{config.run.iterations + 1}")
+    after = " (after SFT)" if config.sft.epochs and not config.run.start_from else ""
+    console.print_table(rows, f"{directory.path}: M1{after} to M{config.run.iterations + 1}")
     console.say(f"report: {report}")
     return rows
 
