@@ -86,7 +86,8 @@ def train(config: Config, given: Collection[str] | None = None) -> Run:
     if not rows:
         console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
         return run
-    console.print_table(rows, f"{directory.path}: M1 (after SFT) to {rows[-1]['model']}", run.marked)
+    after = " (after SFT)" if config.sft.epochs and not config.run.start_from else ""
+    console.print_table(rows, f"{directory.path}: M1{after} to {rows[-1]['model']}", run.marked)
     console.say(f"report: {report}")
     return run
 

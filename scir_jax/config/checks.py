@@ -46,9 +46,11 @@ def resolve(config: Config) -> Config:
     """Replaces {world} in paths by the world's directory.
 
     Raises:
-      InputError: a path holds {world}, and world.directory is not set; a directory is one in a bucket.
+      InputError: a path holds {world}, and world.directory is not set; a directory is one in a bucket, or empty.
     """
     world = config.world.directory
+    if not config.run.directory:
+        raise InputError("run.directory is empty: name the run, --run NAME")
     for key, place in (
         ("run.directory", config.run.directory),
         ("run.start_from", config.run.start_from),
@@ -134,8 +136,9 @@ def check(config: Config) -> None:
             f"text.bin_tokens is {config.text.bin_tokens} and text.packing {config.text.packing}; it is the size of a "
             "bin, for packing bins or auto, or 0"
         )
-    if config.run.iterations < 0:
-        raise InputError(f"run.iterations must not be negative, not {config.run.iterations}")
+    for key, value in (("run.iterations", config.run.iterations), ("data.holdout", config.data.holdout)):
+        if value < 0:
+            raise InputError(f"{key} must not be negative, not {value}")
     until_of(config)
     for key, names in REFERENCES.items():
         section, name = key.split(".")

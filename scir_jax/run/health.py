@@ -162,7 +162,7 @@ def _data(config: Config) -> tuple[str, str]:
     # A name that is no path may be a data set's on the hub.
     absent = [one for one in missing if Path(one.split(" ", 1)[1]).suffix]
     if absent:
-        raise InputError(f"no such file: {', '.join(absent)}; a file that you do not have is switched off with null")
+        raise InputError(f"no such file: {', '.join(absent)}; leave out the option of a file that you do not have")
     if not given:
         return "note", "no data are set: give --data.prompts FILE"
     return "ok", ", ".join(given)

@@ -122,7 +122,7 @@ class Inputs:
         prompts = [*self.prompts, *self.heldout_prompts]
         prompts += (pair.prompt for pairs in (self.heldout_pairs, self.given_pairs, self.eft) for pair in pairs)
         if not prompts:
-            raise InputError("no prompts: set data.prompts (or data.pairs)")
+            raise InputError("no prompts: give --prompts FILE (data.prompts), or data.pairs")
         self.encoder.lengths(prompts)  # refuses what does not fit, before rows are made of it
         longest = {name: max((len(row.ids) for row in rows), default=0) for name, rows in self.targets.items()}
         learned = {name: max((sum(row.marks[1:]) for row in rows), default=0) for name, rows in self.targets.items()}

@@ -43,7 +43,7 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
       InputError: there is nothing to train on, or something cannot be used.
     """
     if config.run.iterations and not inputs.prompts and not inputs.given_pairs:
-        raise InputError("no prompts to train on: set data.prompts (or data.pairs)")
+        raise InputError("no prompts to train on: give --prompts FILE (data.prompts), or data.pairs")
     if config.data.pairs and len(inputs.given_pairs) < config.run.iterations:
         raise InputError(
             f"{config.data.pairs}: {len(inputs.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from scir_jax.config.checks import check, resolve
-from scir_jax.config.schema import Config
+from scir_jax.config.checks import check, resolve, until_of
+from scir_jax.config.schema import Config, RunConfig
 from scir_jax.errors import InputError
 
 
@@ -84,3 +84,45 @@ def test_what_belongs_together_is_taken():
 def test_a_directory_in_a_bucket_is_refused(sections, key):
     with pytest.raises(InputError, match=f"^{key} is [a-z0-9]+://.*: no bucket is read or written; give a directory"):
         resolve(configured(**sections))
+
+
+@pytest.mark.parametrize(
+    "until, stage",
+    [
+        (None, None),
+        ("sft", ("sft", 0)),
+        ("evaluate:0", ("evaluate", 0)),
+        ("sample:2", ("sample", 2)),
+        ("optimise:1", ("optimise", 1)),
+    ],
+)
+def test_the_last_stage(until, stage):
+    assert until_of(Config(run=RunConfig(until=until))) == stage
+
+
+@pytest.mark.parametrize(
+    "until", ["sample:3", "sample", "sample:0", "sampel:1", "start:1", "sft:1", "evaluate:-1", ":1", ""]
+)
+def test_a_stage_that_the_run_has_not(until):
+    with pytest.raises(InputError, match="this run's stages are sft"):
+        check(Config(run=RunConfig(until=until)))
+
+
+@pytest.mark.parametrize(
+    "key, values, words",
+    [
+        ("implicit", dict(reference="start"), "it is one of previous, sft, base, or a model directory"),
+        ("preference", dict(reference="models/none"), "there is no models/none/config.json"),
+        ("data", dict(holdout=-1), "data.holdout must not be negative"),
+    ],
+)
+def test_references_and_held_out_rows(key, values, words):
+    section = dataclasses.replace(getattr(Config(), key), **values)
+    with pytest.raises(InputError, match=words):
+        check(dataclasses.replace(Config(), **{key: section}))
+
+
+def test_a_reference_may_be_a_model_directory(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    section = dataclasses.replace(Config().implicit, reference=str(tmp_path))
+    check(dataclasses.replace(Config(), implicit=section))
