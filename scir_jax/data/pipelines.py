@@ -13,7 +13,7 @@ import numpy as np
 
 from scir_jax.data.batches import Share
 from scir_jax.data.encode import Encoder, Marked
-from scir_jax.data.packing import Dealt, Packing, RowSize, Shape, deal
+from scir_jax.data.packing import Dealt, Item, Packing, RowSize, Shape, deal
 from scir_jax.data.pairs import Pair
 from scir_jax.data.steps import TrainBatch, TrainSpec
 from scir_jax.errors import InputError
