@@ -55,8 +55,8 @@ def card(config: Config, run: RunDirectory, number: int, name: str, *, adapter: 
     parts = [
         f"---\n{yaml.safe_dump(_front(config, base, adapter), sort_keys=False)}---\n",
         f"# {f'M{number} from {base}' if name.startswith('.') else name.rpartition('/')[2]}",
-        f"M{number} of a run of [scir_jax](https://arxiv.org/abs/2502.08922): Self-Consistent Internal Rewards, "
-        f"{'adapters for' if adapter else 'from'} the base model `{base}`{f' at {commit}' if commit else ''}.",
+        f"M{number} of a run of scir_jax ([Self-Consistent Internal Rewards](https://arxiv.org/abs/2502.08922)), "
+        f"{'adapters for' if adapter else 'trained from'} the base model `{base}`{f' at {commit}' if commit else ''}.",
         f"## Method\n\n{_method(config)}",
         f"## Models of the run\n\n{_models(run, number)}",
         f"## Data\n\n{_data(config, run, manifest)}",
