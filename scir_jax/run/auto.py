@@ -22,7 +22,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.errors import InputError
 from scir_jax.model import families
 from scir_jax.model.hf import weights
-from scir_jax.run import console, proposals
+from scir_jax.run import console, hub, proposals
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.proposals import Facts
 from scir_jax.run.setup import stop_ids
@@ -95,7 +95,7 @@ def settle(
 
 def facts_of(config: Config, target: Target, known: Callable[[str], tuple[dict, str]] | None = None) -> Facts:
     """Collects the facts that proposals follow from; without a tokenizer, of a `known` model, nothing about texts."""
-    directory = Path(config.model.path)
+    directory = hub.directory(config.model.path, "model.path") if known is None else Path(config.model.path)
     if known is None:
         hf_config, where = weights.hf_config(directory), str(directory / "config.json")
     else:

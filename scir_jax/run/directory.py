@@ -121,6 +121,8 @@ class RunDirectory:
                 "config.yaml",
                 "manifest.json",
                 "manifest.json.partial",
+                "files.json",
+                "files.json.partial",
                 "data.json",
                 "data.json.partial",
                 "checkpoints",
@@ -134,7 +136,8 @@ class RunDirectory:
             raise InputError(
                 f"{self.path}: holds files of something else ({', '.join(others[:3])}); choose another run.directory"
             )
-        (self.path / "manifest.json").unlink(missing_ok=True)
+        for name in ("manifest.json", "files.json"):
+            (self.path / name).unlink(missing_ok=True)
         _write_config(recorded, config)
         return False
 

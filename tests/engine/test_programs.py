@@ -67,8 +67,8 @@ def calls(setup, directory, monkeypatch):
             found[prefill].append((params, slots, coming))
             return slots
 
-        def decode(self, params, slots, key, settings):
-            found[decode].append((params, slots, key, settings))
+        def decode(self, params, slots, *settings):
+            found[decode].append((params, slots, *settings))
             return slots, np.ones(spec.slots, bool)
 
         def read(self, slots):
@@ -144,7 +144,7 @@ def test_rows_are_packed_as_the_attention_allows(world_dir, tiny_config, monkeyp
 
     def way(attention, **text):
         programs = prepare(tiny_config(world_dir, text=text)).programs
-        monkeypatch.setattr(programs, "_attention", lambda tokens: attention)
+        monkeypatch.setattr(programs, "_attention", lambda tokens, segmented=False: attention)
         return programs
 
     long = dict(max_prompt_tokens=120, max_response_tokens=60)

@@ -155,7 +155,7 @@ def test_what_a_model_refuses(tiny, whole, world_dir, copied):
 
 def test_train_takes_files_and_settings(monkeypatch, whole):
     asked = []
-    monkeypatch.setattr(scir_jax.train, "train", asked.append)
+    monkeypatch.setattr(scir_jax.train, "train", lambda config, given=None: asked.append(config))
     scir_jax.train()
     scir_jax.train("quickstart", "methods/srlm", {"run.seed": 7, "data": {"columns": {"prompt": ["q", "p"]}}})
     scir_jax.train(whole.file, lora=dict(rank=4), text=dict(chat_template_kwargs={"enable_thinking": False}))

@@ -29,9 +29,10 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 def test_files_of_a_run(whole):
     names = {p.name for p in whole.path.iterdir()} - {".lock"}
     folders = {f"iteration_{t:02d}" for t in range(ITERATIONS + 1)}
-    single = {"config.yaml", "manifest.json", "metrics.jsonl", "data.json", "summary.json", "report.html"}
+    single = {"config.yaml", "files.json", "manifest.json", "metrics.jsonl", "data.json", "summary.json", "report.html"}
     assert names == single | folders | {"checkpoints", "export", "tensorboard"}
-    assert {p.name for p in (whole.path / "checkpoints").iterdir()} == {f"M{n}" for n in range(ITERATIONS + 2)}
+    models = {f"M{n}" for n in range(ITERATIONS + 2)}
+    assert {p.name for p in (whole.path / "checkpoints").iterdir()} == models | {"arrays.json"}
     evaluated = {"evaluation.json", "heldout_responses.jsonl", "seconds.json"}
     made = {"responses.jsonl", "pairs.jsonl", "decisions.jsonl"}
     for t in range(ITERATIONS + 1):

@@ -50,7 +50,7 @@ def test_several_turns_in_both_layouts(make, world_dir, tmp_path, layout):
     assert first.ids == (*question("ba", "ab"), *tokens("1"))
     assert second.ids == (*question("ab", "ba"), *tokens("2"))
     # DPO: what an iteration writes, read again as the training step takes it.
-    items, (choice,) = pairing.given_pairs(inputs, 1, 1)
+    items, (choice,), *_ = pairing.given_pairs(inputs, 1, 1)
     cached = dict.fromkeys(programs.optimise_spec.pairs.cached, (-1.0, -1.0))
     made = Pair(items[choice.a][0], items[choice.a][1], items[choice.b][1], choice.label, cached=cached)
     row = json.loads(json.dumps(to_row(made, 0)))
