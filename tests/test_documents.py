@@ -1,4 +1,4 @@
-"""The documents: commands that the program understands, links that lead somewhere, tables that fit a screen, a site."""
+"""The documents: commands that the program understands, links that lead somewhere, tables that fit, a site."""
 
 import argparse
 import dataclasses
@@ -162,7 +162,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 @pytest.mark.slow
 def test_prompts_are_enough(tmp_path, monkeypatch, command):
-    """README's command, with a small random model: it trains, evaluates and exports; again, it keeps what it proposed."""
+    """README's command, with a small random model: it trains, evaluates, exports; again, it keeps what it proposed."""
     monkeypatch.chdir(tmp_path)
     # Its figures take longer than the run.
     monkeypatch.setattr(page, "write_report", lambda path: path / "report.html")

@@ -118,8 +118,9 @@ def _models(run: RunDirectory, number: int) -> str:
     shown = (MODEL, *columns)
     table = _table([column.title for column in shown], [cells(row, shown) for row in rows])
     return (
-        f"{table}\n\nThis is M{number}; M1 is the model after supervised fine-tuning. GRM and IRM acc. are the accuracies "
-        "of the model as a judge and of its implicit reward on held-out labelled pairs. Agreement alone is no success."
+        f"{table}\n\nThis is M{number}; M1 is the model after supervised fine-tuning. GRM and IRM acc. are the "
+        "accuracies of the model as a judge and of its implicit reward on held-out labelled pairs. Agreement alone is "
+        "no success."
     )
 
 
@@ -158,7 +159,7 @@ def _shown(section: str, key: str, value: Any) -> Any:
 
 
 def _last(name: str) -> str:
-    """Returns a name of the hub, of a template or of a function as it is, and of a path of this machine its last part."""
+    """Returns a name of the hub, of a template or of a function as it is, and a path's last part."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1 else name
 
 

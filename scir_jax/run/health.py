@@ -147,8 +147,8 @@ def _model(config: Config) -> tuple[str, str]:
         raise InputError(f"{path}: holds no .safetensors file")
     templates = ", ".join(judge.template.name for judge in encoder.judges)
     return "ok", (
-        f"{path}: {arch.parameter_count():,} parameters, {weights / GIB:.1f} GiB of weights, context {arch.max_positions}, "
-        f"judge templates {templates}"
+        f"{path}: {arch.parameter_count():,} parameters, {weights / GIB:.1f} GiB of weights, context "
+        f"{arch.max_positions}, judge templates {templates}"
     )
 
 

@@ -291,7 +291,7 @@ class Model:
 
 
 def _coarse(lengths: Lengths, context: int) -> Lengths:
-    """Rounds lengths up to a multiple of UNIT, so that prompts of about a length share programs; results stay the same."""
+    """Rounds lengths up to a multiple of UNIT, so that prompts of about a length share programs; same results."""
 
     def rounded(tokens: int, most: int) -> int:
         return max(tokens, min(-(-tokens // UNIT) * UNIT, most))

@@ -175,8 +175,8 @@ def start_of(config: Config) -> tuple[Path, int] | None:
         directory, number = config.run.start_from, "1"
     if int(number) == 0:
         raise InputError(
-            f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and give "
-            "that run's model"
+            f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and "
+            "give that run's model"
         )
     return Path(run_directory(directory)), int(number)
 

@@ -161,8 +161,9 @@ def score_candidates(
     by_role = {role: read[numbers[role]] for role in asked}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
-            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first step it "
-            "is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before its tuning"
+            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first "
+            "step it is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before "
+            "its tuning"
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}

@@ -1,4 +1,4 @@
-"""docs/architecture.md's "Adding a method", followed word for word: a reward model, a consistency kind and a selection."""
+"""docs/architecture.md's "Adding a method", word for word: a reward model, a consistency kind and a selection."""
 
 import dataclasses
 import re
