@@ -98,7 +98,7 @@ def fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
                 result |= of(field.default_factory, f"{prefix}.{field.name}")
         return result
 
-    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    types: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return {key: field for section in sections for key, field in of(types[section], section).items()}
 
 

@@ -47,12 +47,15 @@ def here() -> Target:
     return Target(backend, jax.device_count(), min(hosts.gather(memory.limit())))
 
 
+SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
+
+
 def settle(
     config: Config,
     given: Collection[str],
     kinds: Collection[str] = tuple(proposals.PROPOSALS),
     *,
-    sections: Collection[str] = tuple(field.name for field in dataclasses.fields(Config)),
+    sections: Collection[str] = SECTIONS,
     target: Target | None = None,
     known: Callable[[str], tuple[dict, str]] | None = None,
     begun: bool = False,

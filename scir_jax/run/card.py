@@ -20,8 +20,9 @@ from scir_jax.run.directory import RunDirectory
 CARD = "README.md"
 TAG = "scir_jax"
 # Where a run computes and keeps its files, and what other parts of the card say.
-ELSEWHERE = ("run.directory", "run.start_from", "run.distributed", "run.host_timeout", "run.compilation_cache")
-ELSEWHERE += ("run.tensorboard", "run.wandb", "world.directory", "model.path", "lora.adapter", "sample.command")
+ELSEWHERE: tuple[str, ...] = ("run.directory", "run.start_from", "run.distributed", "run.host_timeout")
+ELSEWHERE += ("run.compilation_cache", "run.tensorboard", "run.wandb", "world.directory", "model.path")
+ELSEWHERE += ("lora.adapter", "sample.command")
 
 
 def write_card(directory: Path, config: Config, run: RunDirectory, number: int, name: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -48,7 +49,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _asked("bfloat16", _bfloat16)
     for implementation in IMPLEMENTATIONS:
         if implementation not in ("auto", "xla"):
-            yield _asked(f"attention {implementation}", lambda name=implementation: _attention(config, name))
+            yield _asked(f"attention {implementation}", functools.partial(_attention, config, implementation))
     yield _asked("to the bit", _deterministic)
     yield _asked("settings", lambda: _settings(config))
     yield _asked("model", lambda: _model(config))

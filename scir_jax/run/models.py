@@ -192,7 +192,7 @@ def copied(config: Config) -> dict[ModelName, ModelName]:
         return {} if start is None else {0: 0, 1: 1}
     directory, number = start
     recorded = directory / "config.yaml"
-    kept = {"sft": 1, "base": 0}
+    kept: dict[ModelName, ModelName] = {"sft": 1, "base": 0}
     if recorded.is_file():
         other = start_of(cli.of_run(directory))
         if other is not None and other[1] != 1:

@@ -194,7 +194,8 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
         if scored.rewards is not None:
             cached["external_reward"] = (float(scored.rewards[choice.a]), float(scored.rewards[choice.b]))
             said = scorer.label(cached["external_reward"], soft=config.preference.soft)
-        frozen, verdicts, i = {}, (), number_of.get(choice)
+        frozen, i = {}, number_of.get(choice)
+        verdicts: tuple[float, ...] = ()
         if i is not None:
             frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
             if scored.verdicts is not None:

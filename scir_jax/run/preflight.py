@@ -93,9 +93,9 @@ def _check_start(config: Config, programs: Programs) -> None:
         which = f"M{missing[0]}" if isinstance(missing[0], int) else f"{missing[0]!r}, which a reference of this run is"
         raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     other = cli.of_run(start[0])
-    theirs, ours = adapters_of(other.lora), programs.model.lora
+    adapters, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
-    if (theirs and theirs.computes) != (ours and ours.computes):
+    if (adapters and adapters.computes) != (ours and ours.computes):
         raise InputError(
             f"run.start_from {settings.start_from}: its models have {theirs or 'no adapters'}, this run's have "
             f"{ours or 'none'}; set lora as it is there"
