@@ -1,4 +1,4 @@
-"""One training step side by side: scir_jax, plain careful loops in torch, and TRL, on the same model and the same pairs.
+"""One training step side by side: scir_jax, plain careful loops in torch, and TRL, on the same model and pairs.
 
     python benchmarks/step.py --size 1m --steps 6
 
@@ -291,7 +291,7 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool,
 
 
 def run_trl(case: Case, directory: Path, steps: int, batch: int) -> dict:
-    """Takes steps of TRL's DPOTrainer with the reference's log-probabilities computed before; the first is not timed."""
+    """Takes steps of TRL's DPOTrainer with log-probabilities of the reference from before; the first is not timed."""
     import torch
     import transformers
     from datasets import Dataset

@@ -35,7 +35,7 @@ OPTIONS = {
     "programs": (
         str | None,
         None,
-        "stages whose programs are compiled, separated by commas: prefill,decode,score,judge,sft,optimise; all by default",
+        "stages whose programs are compiled, with commas between them: prefill,decode,score,judge,sft,optimise; or all",
     ),
     "compilation_cache": (str | None, None, "directory in which compiled programs are kept for the next plan"),
     "efficiency": (float, 0.4, "share of the least time's speed that the estimate of an iteration assumes"),

@@ -39,7 +39,7 @@ def run(*configs: Config | str | Path | Mapping[str, Any], **settings: Any) -> R
     if any(isinstance(config, Config) for config in configs):
         if len(configs) > 1 or settings:
             raise InputError("a Config has all settings of a run; give no others beside it")
-        return train(configs[0])
+        return train(configs[0])  # type: ignore[arg-type]
     argv: list[str] = []
     for config in (*configs, settings):
         argv += cli.arguments(config) if isinstance(config, Mapping) else ["--config", str(config)]

@@ -1,11 +1,14 @@
-"""Every command that stands in README and the guides is one that the program understands."""
+"""The documents: commands that the program understands, links that lead somewhere, tables that fit, a site."""
 
 import argparse
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ from tests.run.runs import content, lines
 from tests.small_model import write_data, write_model
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/guide.md", "docs/launch.md", "docs/plan.md")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for path in PAGES]
+WIDTH = 100
 MAIN = "python -m scir_jax.train --model models/my-model --prompts prompts.jsonl --run mine"
 
 
@@ -114,9 +119,49 @@ def test_no_configuration_names_data_that_a_user_must_have():
         assert config.world.directory or not any(getattr(config.data, name) for name in named)
 
 
+@pytest.mark.parametrize("path", PAGES, ids=DOCUMENTS)
+def test_tables_are_not_wider_than_a_screen(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.lstrip()[:1] in tuple("|┃│┏└") and len(line) > WIDTH] == []
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", text, re.M))
+    return {heading.strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=DOCUMENTS)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        page = path.parent / name if name else path
+        assert page.is_file(), target
+        assert not anchor or anchor in anchors(page), target
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Every page, link, anchor and docstring of mkdocs.yml; strict, so that a warning fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert pages >= {f"{path.stem}.html" for path in ROOT.glob("docs/*.md")}
+    reference = (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
+    for name in ("train.run", "run.loaded.Model.sample", "method.consistency.penalty", "config.schema.SampleConfig"):
+        assert f'id="scir_jax.{name}"' in reference
+
+
 @pytest.mark.slow
 def test_prompts_are_enough(tmp_path, monkeypatch, command):
-    """README's command, with a small random model: it trains, evaluates and exports; again, it keeps what it proposed."""
+    """README's command, with a small random model: it trains, evaluates, exports; again, it keeps what it proposed."""
     monkeypatch.chdir(tmp_path)
     # Its figures take longer than the run.
     monkeypatch.setattr(page, "write_report", lambda path: path / "report.html")

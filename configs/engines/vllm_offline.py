@@ -41,7 +41,7 @@ def main() -> None:
             stop_token_ids=[int(i) for i in arguments.stop_ids.split(",") if i],
             # One seed for all prompts would give prompts that are alike the same noise.
             seed=(arguments.seed + 7919 * row["prompt_number"]) % 2**31,
-            # The log-probabilities of the tokens themselves, before the temperature; scir_jax compares them with its own.
+            # The log-probabilities of the tokens themselves, before the temperature; scir_jax compares them.
             logprobs=0,
             skip_special_tokens=False,
         )

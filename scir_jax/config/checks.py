@@ -183,8 +183,8 @@ def until_of(config: Config) -> tuple[str, int] | None:
     first = 0 if name == "evaluate" else 1
     if name not in STAGES or not number.isdigit() or not first <= int(number) <= iterations:
         raise InputError(
-            f"run.until is {config.run.until!r}: this run's stages are sft, evaluate:0, and {', '.join(STAGES)} with the "
-            f"number of an iteration, 1 to {iterations}, as in sample:1"
+            f"run.until is {config.run.until!r}: this run's stages are sft, evaluate:0, and {', '.join(STAGES)} with "
+            f"the number of an iteration, 1 to {iterations}, as in sample:1"
         )
     if name == "sample" and config.data.pairs:
         raise InputError(f"run.until is {config.run.until!r}, but with data.pairs nothing is sampled")

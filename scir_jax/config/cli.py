@@ -49,7 +49,7 @@ def line(
     argv: Sequence[str] | None = None,
     *,
     sections: Sequence[str] | None = None,
-    options: dict[str, tuple[type, Any, str]] | None = None,
+    options: Mapping[str, tuple[Any, Any, str]] | None = None,
     default_config: str | None = None,
 ) -> Line:
     """Reads the configuration and a command's own options from its command line.
@@ -64,7 +64,7 @@ def line(
       InputError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong type.
     """
     options = options or {}
-    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    types: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     sections = list(sections or types)
     fields = names.fields(sections)
     flags = {f"--{name}" for name, (kind, _, _) in options.items() if kind is bool} | {"--auto"}
@@ -109,7 +109,7 @@ def line(
 
 
 def _help(
-    parser: jsonargparse.ArgumentParser, description: str, argv: list[str], options: dict, fields: Collection[str]
+    parser: jsonargparse.ArgumentParser, description: str, argv: list[str], options: Mapping, fields: Collection[str]
 ) -> None:
     """Prints the help that the command line asks for, and ends the command."""
     place = next((i for i, argument in enumerate(argv) if argument in ("--help", "-h")), None)

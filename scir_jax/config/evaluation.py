@@ -26,5 +26,5 @@ class EvaluateConfig:
     early_stop: bool = False
     """end the run behind an iteration in which agreement rose while both reward models' accuracies fell"""
     every: int = 0
-    """steps of a training stage after which the reward models are evaluated on the held-out pairs too; 0: only after the
-    stage"""
+    """steps of a training stage after which the reward models are evaluated on the held-out pairs too; 0: only after
+    the stage"""

@@ -56,7 +56,8 @@ def read(file: Path) -> dict[str, Any]:
             continue
         if not isinstance(values, dict):
             raise InputError(f"{file}: {section.name!r} must be a mapping of keys, found {type(values).__name__}")
-        for field in dataclasses.fields(section.default_factory):
+        kind: Any = section.default_factory
+        for field in dataclasses.fields(kind):
             inner = values.get(field.name, {})
             if dataclasses.is_dataclass(field.default_factory) and not isinstance(inner, dict):
                 name = f"{section.name}.{field.name}"

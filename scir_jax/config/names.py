@@ -1,4 +1,4 @@
-"""The names of settings on a command line: dotted keys, short names for what everybody sets, and the nearest known one."""
+"""The names of settings on a command line: dotted keys, short names for what everybody sets, the nearest known one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OWN = ("model.path", "data.prompts")
 
 
 def run_directory(name: str) -> str:
-    """Returns the directory of a run: a path as it stands, a plain NAME below runs/ unless there is such a directory."""
+    """Returns the directory of a run: a path as it stands, a plain NAME below runs/ unless there is such a one."""
     plain = name and "/" not in name and name not in (".", "..") and not Path(name).is_dir()
     return f"{RUNS}/{name}" if plain else name
 
@@ -98,7 +98,7 @@ def fields(sections: Sequence[str]) -> dict[str, dataclasses.Field]:
                 result |= of(field.default_factory, f"{prefix}.{field.name}")
         return result
 
-    types = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    types: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return {key: field for section in sections for key, field in of(types[section], section).items()}
 
 

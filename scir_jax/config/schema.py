@@ -29,17 +29,17 @@ class RunConfig:
     host_timeout: float = 60.0
     """seconds without a sign of another host after which the others stop"""
     until: str | None = None
-    """stop when this stage is done, for example sample:2 (sft, or sample, score, optimise, evaluate with the number of the
-    iteration); the same command without it goes on"""
+    """stop when this stage is done, for example sample:2 (sft, or sample, score, optimise, evaluate with the number of
+    the iteration); the same command without it goes on"""
     accept_replaced: tuple[str, ...] = ()
     """files of stages that were replaced on purpose, for example [iteration_01/responses.jsonl]; any other file that is
     not what the run wrote is refused"""
     start_from: str | None = None
-    """RUN or RUN:M3, another run whose model is M1 here, instead of SFT; its references come with it. RUN alone is RUN:M1,
-    so that methods start from one model"""
+    """RUN or RUN:M3, another run whose model is M1 here, instead of SFT; its references come with it. RUN alone is
+    RUN:M1, so that methods start from one model"""
     auto: bool = False
-    """propose what is not given from the model, the data's lengths and the device's memory; the default where --model or
-    --prompts are given and --config is not"""
+    """propose what is not given from the model, the data's lengths and the device's memory; the default where --model
+    or --prompts are given and --config is not"""
     proposed: dict[str, str] = field(default_factory=dict)
     """written by the program: setting -> why it was proposed; a resumed run keeps these settings"""
     tensorboard: bool = True
@@ -159,8 +159,8 @@ class TextConfig:
     bin_tokens: int = 0
     """of a bin at the most; 0: 4096 on accelerators or the longest row, no limit on a CPU"""
     share_prompts: Literal["auto", "always", "never"] = "auto"
-    """a pair's rows that begin alike, with its prompt, share what is computed of it; in bins with blocks or xla attention;
-    auto: where that makes a stage's steps shorter"""
+    """a pair's rows that begin alike, with its prompt, share what is computed of it; in bins with blocks or xla
+    attention; auto: where that makes a stage's steps shorter"""
 
 
 @dataclass(frozen=True)
@@ -330,8 +330,8 @@ class PreferenceConfig:
     labels: Literal[
         "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
     ] = "agreement"
-    """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by M_t and by
-    M_{t-1}, with pairs.kind cream"""
+    """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by
+    M_t and by M_{t-1}, with pairs.kind cream"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""
     update: Literal["dynamic", "frozen"] = "dynamic"

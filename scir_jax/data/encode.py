@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A supervised row: `marks` says of every id whether it is to be learned; `where` names the row that it came from."""
+    """A supervised row: `marks` says of every id whether it is to be learned; `where` names the row it came from."""
 
     ids: Ids
     marks: tuple[bool, ...]

@@ -84,6 +84,7 @@ def _jsonl_rows(path: Path) -> Places:
                 _check_no_mark(line, f"{path}:1")
             if line.strip():
                 where = f"{path}:{number}"
+                row: dict[str, Any] | InputError
                 try:
                     row = _object(_decode(line.removesuffix(b"\n"), where), where)
                 except InputError as error:

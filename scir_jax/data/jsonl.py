@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scir_jax.errors import InputError
 
@@ -72,7 +72,7 @@ class AppendOnly:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = None
+        self._file: TextIO | None = None
 
     def rows(self) -> list[dict]:
         """Reads the rows written so far; a torn last line, which a killed process may leave, does not count."""

@@ -109,9 +109,9 @@ def deal(items: Sequence[Item], pairs: int, devices: int, micro: int) -> Dealt:
     parts: list[list[int]] = [[] for _ in range(micro)]
     for first, end, most in ((0, pairs, pairs // micro), (pairs, len(items), len(items))):
         for number in sorted(range(first, end), key=lambda i: -sizes[i]):
-            part = min((m for m in range(micro) if len(parts[m]) < most), key=lambda m: load[m])
-            parts[part].append(number)
-            load[part] += sizes[number]
+            to = min((m for m in range(micro) if len(parts[m]) < most), key=lambda m: load[m])
+            parts[to].append(number)
+            load[to] += sizes[number]
         if not first:
             _exchange(parts, load, sizes)
             dealt = [sorted(part) for part in parts]

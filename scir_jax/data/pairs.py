@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scir_jax.data.messages import Messages, prompt_text
@@ -139,7 +139,7 @@ def to_row(pair: Pair, number: int) -> dict[str, Any]:
     return {**row, "length_penalty": pair.length_penalty, "weight": pair.weight}
 
 
-def from_row(row: Mapping[str, Any], where: str, labels: tuple[str, ...] = ("label",)) -> Pair:
+def from_row(row: Mapping[str, Any], where: str, labels: Sequence[str] = ("label",)) -> Pair:
     """Reads a pair from a row of pairs.jsonl.
 
     Args:
@@ -151,13 +151,14 @@ def from_row(row: Mapping[str, Any], where: str, labels: tuple[str, ...] = ("lab
       InputError: a key is missing, a list does not hold token ids, or a value is not a number in its range.
     """
     ids = {key: token_ids(need(dict(row), key, where), f"{where}: {key}", 2**31) for key in IDS}
-    sides = [Answer(row.get(f"response_{y}", ""), ids[f"response_{y}_ids"], ids[f"quote_{y}_ids"]) for y in "ab"]
+    a, b = [Answer(row.get(f"response_{y}", ""), ids[f"response_{y}_ids"], ids[f"quote_{y}_ids"]) for y in "ab"]
     return Pair(
         Prompt(row.get("messages", []), ids["prompt_ids"], ids["prompt_quote_ids"], where),
-        *sides,
-        label=external_label(row, labels, where),
+        a,
+        b,
+        label=external_label(dict(row), labels, where),
         weight=_number(row.get("weight", 1.0), f"{where}: weight"),
-        cached=_numbers(row, "cached", where, 2),
+        cached=_numbers(row, "cached", where, 2),  # type: ignore[arg-type]
         frozen=_numbers(row, "frozen_logits", where),
         verdicts=_list([] if row.get("verdicts") is None else row["verdicts"], f"{where}: verdicts"),
         length_penalty=_number(row.get("length_penalty", 0.0), f"{where}: length_penalty"),

@@ -150,7 +150,7 @@ def _batches(
     check_bins(way, ((len(row.ids), row.where) for name, _ in spec.targets for row in rows[name]))
 
     def planned(most: int) -> tuple[Packing, Callable[[int], _Step], int]:
-        """Lays the stage out, where rows of up to `most` tokens share their beginning -> also the tokens of all steps."""
+        """Lays the stage out, where rows of up to `most` tokens share their beginning -> also all steps' tokens."""
         pair_items = [tuple(one.size for one in spec.pairs.laid(pair, encoder, most)) for pair in pairs]
 
         def step(number: int) -> _Step:

@@ -179,7 +179,7 @@ def _chosen_rejected(row: dict, columns: ColumnsConfig, where: str) -> tuple[Mes
                     raise InputError(f"{place} does not begin with the prompt")
                 side = checked[-1:]
             texts.append(answer_text(side, place))
-        return messages, *texts
+        return messages, texts[0], texts[1]
     if all(isinstance(side, str) for side in sides):
         sides = [hh_messages(side) for side in sides]
     if not all(isinstance(side, list) for side in sides):
@@ -194,7 +194,7 @@ def _chosen_rejected(row: dict, columns: ColumnsConfig, where: str) -> tuple[Mes
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise InputError(f"{where}: chosen and rejected must share all messages but the last")
     messages = prompt_messages(chosen[:-1], places[0])
-    return messages, *(answer_text(side[-1:], place) for side, place in zip((chosen, rejected), places))
+    return messages, answer_text(chosen[-1:], places[0]), answer_text(rejected[-1:], places[1])
 
 
 _UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected (or response_a, response_b, label)"
@@ -214,14 +214,14 @@ def _refuse_tools(row: dict, where: str) -> None:
         raise InputError(f"{where}: has 'tools', which are not supported; leave such rows out")
 
 
-def _find(row: dict, names: tuple[str, ...]) -> str | None:
+def _find(row: dict, names: Sequence[str]) -> str | None:
     """Returns the first of the names whose column has a value here, else the first that is there, else None."""
     present = [name for name in names if name in row]
     # A table has every column in every row.
     return next((name for name in present if row[name] is not None), present[0] if present else None)
 
 
-def _lacks(row: dict, names: tuple[str, ...], where: str, advice: str = "") -> InputError:
+def _lacks(row: dict, names: Sequence[str], where: str, advice: str = "") -> InputError:
     first, *others = map(repr, names)
     either = f" (or {', '.join(others)})" if others else ""
     if "text" in row:
@@ -229,7 +229,7 @@ def _lacks(row: dict, names: tuple[str, ...], where: str, advice: str = "") -> I
     return InputError(f"{where}: lacks the key {first}{either}; has {_keys(row)}{f'; {advice}' if advice else ''}")
 
 
-def external_label(row: dict, names: tuple[str, ...], where: str) -> float | None:
+def external_label(row: dict, names: Sequence[str], where: str) -> float | None:
     """Reads the probability that response_a is better.
 
     Args:

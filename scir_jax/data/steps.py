@@ -118,7 +118,7 @@ class PairSpec:
         """Returns a pair's `rows` as they lie in bins.
 
         Args:
-          most: the two rows of a group share their beginning where they have one and so many tokens hold both; 0: never.
+          most: the two rows of a group share their beginning if they have one and so many tokens hold both; 0: never.
         """
         found = []
         for kind, both in enumerate(self.rows(pair, encoder)):

@@ -86,7 +86,9 @@ class ModelStore:
         dtype = str(jax.tree.leaves(found)[0].dtype)
         expected = self._recorded().get(self.path(number).name, {}).get(dtype)
         if expected is None:
-            raise InputError(f"{self.directory / ARRAYS}: holds no checksums of {self.path(number).name} in {dtype}; restore it")
+            raise InputError(
+                f"{self.directory / ARRAYS}: holds no checksums of {self.path(number).name} in {dtype}; restore it"
+            )
         if name := first_change(checksums(found), expected):
             raise InputError(
                 f"{self.path(number)}: was changed since it was saved ({name} is not what it was); restore it"

@@ -14,9 +14,9 @@ Array = jax.Array
 def checksums(tree: Any, dtype: str | None = None) -> dict[str, int]:
     """Computes a checksum of every array of a tree, by its path.
 
-    It is the sum of the array's 32-bit words, each times the odd number 2 i + 1 of its place i, modulo 2^32: one changed
-    word always changes it, and so do most exchanges. Integers are summed, so that it does not depend on how an array is
-    split over devices.
+    It is the sum of the array's 32-bit words, each times the odd number 2 i + 1 of its place i, modulo 2^32: one
+    changed word always changes it, and so do most exchanges. Integers are summed, so that it does not depend on how an
+    array is split over devices.
 
     Args:
       tree: of arrays, on this process's or on all processes' devices.

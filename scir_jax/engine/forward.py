@@ -48,8 +48,8 @@ def _entropy(model: Model, params: Params, hidden: Array, targets: Array) -> Arr
 
 
 SPANS = {"logps": (_logps, False), "entropy": (_entropy, True)}
-"""Readings of a row's scored span. What is read at each token: (model, params, hidden states [..., D] before the tokens,
-the tokens [...] int32) -> [...] float32; and whether the span's is the mean of it, else it is the sum."""
+"""Readings of a row's scored span. What is read at each token: (model, params, hidden states [..., D] before the
+tokens, the tokens [...] int32) -> [...] float32; and whether the span's is the mean of it, else it is the sum."""
 
 
 def _of_span(name: str, values_MR: Array, scored_MR: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -41,7 +41,7 @@ def supervised(model: Model, *, segmented: bool = False) -> Loss:
     def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
         return _terms(forward.outputs(model, params, batch, segmented=segmented, key=key).sft), {}
 
-    return Loss(sums, lambda found: sum(objective.divide(*pair) for pair in found.values()))
+    return Loss(sums, lambda found: sum(objective.divide(*pair) for pair in found.values()))  # type: ignore[arg-type,return-value]
 
 
 def scir(
@@ -60,7 +60,7 @@ def scir(
       verdict_ids: ids of the two verdicts of every judge template.
     """
     wanted = objective.needs(config)
-    settings = dict(
+    settings: dict[str, Any] = dict(
         segmented=segmented,
         verdict_ids=tuple(verdict_ids) if wanted.asks_judge else (),
         answer_tokens=spec.pairs.answers.scored,

@@ -240,7 +240,7 @@ class Programs(Descriptions):
 
     @cached_property
     def _beside(self) -> Memory:
-        """The memory that is taken where answers are scored and pairs judged: with evaluate.every a training state too."""
+        """The memory taken where answers are scored and pairs judged: with evaluate.every a training state too."""
         if not self.config.evaluate.every:
             return self._weights
         state = self.optimise.abstract_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def attention(
         segmented=segments_BT is not None,
     )
     if implementation in ("blocks", "splash"):
-        settings = dict(window=window, scale=scale, cap=cap)
+        settings: dict[str, Any] = dict(window=window, scale=scale, cap=cap)
         if implementation == "blocks":
             attend = functools.partial(blockwise, **settings, backend=backend)
         else:

@@ -1,4 +1,4 @@
-"""Attention of one query in each row over a cache, in fixed blocks of places, of which no more are read than are needed.
+"""Attention of one query in each row over a cache, in fixed blocks of places, no more of which are read than needed.
 
 A running softmax over blocks: a block of which a row sees nothing adds exact zeros. So neither how many places a cache
 has nor how far other rows look back changes a bit of a row's result.

@@ -167,7 +167,7 @@ class Model:
         (x_B1D, cache), _ = jax.lax.scan(step, carry, xs)
         return self._final_norm(params, x_B1D)[:, 0], cache
 
-    def _groups(self, shapes: Sequence[tuple[int, int]]) -> layers.Groups:
+    def _groups(self, shapes: Sequence[tuple[int, ...]]) -> layers.Groups:
         parts = 1 if self.layout is None else self.layout.parts(*RULES["batch"])
         return layers.Groups(tuple(shapes), parts if all(rows % parts == 0 for rows, _ in shapes) else 1)
 

@@ -28,7 +28,7 @@ from scir_jax.model.sharding import Layout
 
 Kept = Callable[[float, tuple[int, ...]], jax.Array]  # Groups.kept with its key: (share, input axes) -> mask
 _INIT_SCALE = 0.02
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -285,7 +285,7 @@ class Groups:
         positions start anew with each. None: they hold one each.
     """
 
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
     parts: int = 1
     segments: tuple[jax.Array, ...] | None = None
 

@@ -126,7 +126,8 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     _print(table)
     _print(
         "arithmetic: every executed FLOP at the chips' peak; memory: what decoding must read of weights and cache; "
-        "links: what a device must receive. None of them can be beaten; how far they overlap is not known before it runs."
+        "links: what a device must receive. None of them can be beaten; how far they overlap is not known "
+        "before it runs."
     )
 
 
@@ -165,7 +166,8 @@ def show_iteration(
     lengths = f"lengths as stated ({load.source})" if load else "all rows and answers as long as the limits allow"
     _print(
         f"Assumed: {share:.0%} of the least time's speed (--efficiency), {lengths}, "
-        f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation come on top.{absent}"
+        f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation "
+        f"come on top.{absent}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What an iteration asks for where the lengths of prompts and answers are stated: a plan's share of its longest rows."""
+"""What an iteration asks for if the lengths of prompts and answers are stated: a plan's share of the longest rows."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def _of_file(path: Path) -> list[np.ndarray]:
             rows.append((len(row["prompt_ids"]), len(row["response_ids"])))
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path}:{number}: holds no prompt_ids and response_ids; --lengths takes a run's responses.jsonl, or what "
-                "python -m scir_jax.sample writes"
+                f"{path}:{number}: holds no prompt_ids and response_ids; --lengths takes a run's responses.jsonl, or "
+                "what python -m scir_jax.sample writes"
             ) from None
     if not rows:
         raise InputError(f"{path}: is empty")
@@ -153,7 +153,7 @@ def _judge_row(judge: Judge, x: int, a: int, b: int) -> int:
 def _packed(
     run: Programs, judges: list[Judge], pairs: np.ndarray, rng: np.random.Generator
 ) -> tuple[Shape | None, float, float]:
-    """Packs drawn steps -> the largest shape, the share of places with a token, and the mean step's share of the shape."""
+    """Packs drawn steps -> the largest shape, the share of places with a token, the mean step's share of the shape."""
     spec, way = run.optimise_spec, run.way
     asked = judges[len(judges) - spec.pairs.asked :] if spec.pairs.asked else []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scir_jax.report.contents import RunFiles, is_number
 
@@ -69,7 +69,7 @@ def _cells(iteration: str, stage: str, cost: Cost) -> list[str]:
     ]
 
 
-def _total(values: Iterable[object]) -> int | None:
+def _total(values: Iterable[Any]) -> int | None:
     numbers = [value for value in values if is_number(value)]
     return round(sum(numbers)) if numbers else None
 

@@ -16,6 +16,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -111,7 +112,7 @@ def show(value: object) -> str:
     return str(value)
 
 
-def show_label(value: object) -> str:
+def show_label(value: Any) -> str:
     """Writes a label as the response that it prefers, with its weight where it is soft."""
     if not is_number(value):
         return "–"

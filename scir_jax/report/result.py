@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from scir_jax.report.contents import is_number
 from scir_jax.run.choice import agree_on_being_wrong
 
@@ -48,7 +50,7 @@ def warnings(rows: list[dict]) -> list[str]:
     return found
 
 
-def _change(title: str, before: object, now: float) -> str:
+def _change(title: str, before: Any, now: float) -> str:
     if not is_number(before):
         return f"{title} came to {now:.3f}"
     old, new = f"{float(before):.3f}", f"{now:.3f}"

@@ -19,7 +19,7 @@ from scir_jax.method.pairing import Choice
 from scir_jax.run.scoring import Item
 
 FAR = 0.1
-"""nats per token: log-probabilities of bfloat16 computations differ by a tenth of this, those of another model by more"""
+"""nats per token: log-probabilities in bfloat16 differ by a tenth of this, those of another model by more"""
 
 
 class Claim(NamedTuple):
@@ -160,8 +160,9 @@ def _check_prompt(encoder: Encoder, row: dict[str, Any], messages: list, vocabul
         place = next((i for i, pair in enumerate(zip(theirs, expected.ids)) if pair[0] != pair[1]), None)
         place = min(len(theirs), len(expected.ids)) if place is None else place
         raise InputError(
-            f"{where}: prompt_ids are not what this model's tokenizer and chat template give from token {place + 1} on: "
-            "the engine has another tokenizer, or applied a chat template twice; answer the prompt_ids as they are given"
+            f"{where}: prompt_ids are not what this model's tokenizer and chat template give from token {place + 1} "
+            "on: the engine has another tokenizer, or applied a chat template twice; answer the prompt_ids as they "
+            "are given"
         )
 
 

@@ -34,7 +34,7 @@ SAMPLE = 2000
 
 
 class Target(NamedTuple):
-    """Devices to propose for: what they are ("cpu", "gpu" or "tpu"), how many, and the bytes that each has for programs."""
+    """Devices to propose for: what they are ("cpu", "gpu" or "tpu"), how many, and the bytes each has for programs."""
 
     backend: str
     devices: int
@@ -47,12 +47,15 @@ def here() -> Target:
     return Target(backend, jax.device_count(), min(hosts.gather(memory.limit())))
 
 
+SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
+
+
 def settle(
     config: Config,
     given: Collection[str],
     kinds: Collection[str] = tuple(proposals.PROPOSALS),
     *,
-    sections: Collection[str] = tuple(field.name for field in dataclasses.fields(Config)),
+    sections: Collection[str] = SECTIONS,
     target: Target | None = None,
     known: Callable[[str], tuple[dict, str]] | None = None,
     begun: bool = False,
@@ -175,7 +178,8 @@ def _as_before(config: Config, given: Collection[str], before: dict) -> Config:
     reasons = (before.get("run") or {}).get("proposed") or {}
     if reasons:
         console.say(
-            f"settings that were proposed when the run began stay: see run.proposed in {config.run.directory}/config.yaml"
+            "settings that were proposed when the run began stay: see run.proposed in "
+            f"{config.run.directory}/config.yaml"
         )
     for key in reasons:
         section, name = key.split(".")

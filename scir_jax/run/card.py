@@ -20,8 +20,9 @@ from scir_jax.run.directory import RunDirectory
 CARD = "README.md"
 TAG = "scir_jax"
 # Where a run computes and keeps its files, and what other parts of the card say.
-ELSEWHERE = ("run.directory", "run.start_from", "run.distributed", "run.host_timeout", "run.compilation_cache")
-ELSEWHERE += ("run.tensorboard", "run.wandb", "world.directory", "model.path", "lora.adapter", "sample.command")
+ELSEWHERE: tuple[str, ...] = ("run.directory", "run.start_from", "run.distributed", "run.host_timeout")
+ELSEWHERE += ("run.compilation_cache", "run.tensorboard", "run.wandb", "world.directory", "model.path")
+ELSEWHERE += ("lora.adapter", "sample.command")
 
 
 def write_card(directory: Path, config: Config, run: RunDirectory, number: int, name: str | None = None) -> None:
@@ -118,8 +119,9 @@ def _models(run: RunDirectory, number: int) -> str:
     shown = (MODEL, *columns)
     table = _table([column.title for column in shown], [cells(row, shown) for row in rows])
     return (
-        f"{table}\n\nThis is M{number}; M1 is the model after supervised fine-tuning. GRM and IRM acc. are the accuracies "
-        "of the model as a judge and of its implicit reward on held-out labelled pairs. Agreement alone is no success."
+        f"{table}\n\nThis is M{number}; M1 is the model after supervised fine-tuning. GRM and IRM acc. are the "
+        "accuracies of the model as a judge and of its implicit reward on held-out labelled pairs. Agreement alone is "
+        "no success."
     )
 
 
@@ -158,7 +160,7 @@ def _shown(section: str, key: str, value: Any) -> Any:
 
 
 def _last(name: str) -> str:
-    """Returns a name of the hub, of a template or of a function as it is, and of a path of this machine its last part."""
+    """Returns a name of the hub, of a template or of a function as it is, and a path's last part."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1 else name
 
 

@@ -57,6 +57,7 @@ def main(run: Callable[[], int | None]) -> None:
     """
     host_memory.keep()
     without_absent_tpu()
+    reason: BaseException
     try:
         code = run() or 0
         _leave(None)

@@ -155,8 +155,9 @@ def run(command: str, log: Path, output: Path, bar: console.Bar, stopper: consol
             else f"exit code {process.returncode}"
         )
         raise InputError(
-            f"sample.command failed ({how}); {'its last lines are above, all of them' if last else 'what it printed is'} "
-            f"in {log}: mend it and run the same command again"
+            f"sample.command failed ({how}); "
+            f"{'its last lines are above, all of them' if last else 'what it printed is'} in {log}: "
+            "mend it and run the same command again"
         )
 
 

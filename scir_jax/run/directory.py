@@ -234,8 +234,8 @@ class RunDirectory:
         layout = read_json(manifest).get("layout") if manifest.exists() else LAYOUT
         if layout != LAYOUT or not self._is_ours(path):
             raise InputError(
-                f"{path}: was written by another version of scir_jax, whose files have another layout, or changed since; "
-                "finish it with that version, restore it, or choose another run.directory"
+                f"{path}: was written by another version of scir_jax, whose files have another layout, or changed "
+                "since; finish it with that version, restore it, or choose another run.directory"
             )
         return content
 

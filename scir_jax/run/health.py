@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -48,7 +49,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _asked("bfloat16", _bfloat16)
     for implementation in IMPLEMENTATIONS:
         if implementation not in ("auto", "xla"):
-            yield _asked(f"attention {implementation}", lambda name=implementation: _attention(config, name))
+            yield _asked(f"attention {implementation}", functools.partial(_attention, config, implementation))
     yield _asked("to the bit", _deterministic)
     yield _asked("settings", lambda: _settings(config))
     yield _asked("model", lambda: _model(config))
@@ -147,8 +148,8 @@ def _model(config: Config) -> tuple[str, str]:
         raise InputError(f"{path}: holds no .safetensors file")
     templates = ", ".join(judge.template.name for judge in encoder.judges)
     return "ok", (
-        f"{path}: {arch.parameter_count():,} parameters, {weights / GIB:.1f} GiB of weights, context {arch.max_positions}, "
-        f"judge templates {templates}"
+        f"{path}: {arch.parameter_count():,} parameters, {weights / GIB:.1f} GiB of weights, context "
+        f"{arch.max_positions}, judge templates {templates}"
     )
 
 

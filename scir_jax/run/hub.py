@@ -32,7 +32,7 @@ _found: dict[str, Path] = {}
 
 
 def directory(name: str, key: str, commit: str | None = None) -> Path:
-    """Returns the directory of a model: a local one where there is one of that name, else the hub's, fetched if need be.
+    """Returns the directory of a model: a local one if there is one of that name, else the hub's, fetched if need be.
 
     As long as the process runs a name stands for one directory, whatever happens to a branch in the meantime.
 

@@ -54,13 +54,14 @@ class Inputs:
 
     @cached_property
     def _divided(self) -> tuple[list[Prompt], list[Prompt]]:
-        """The rows of data.prompts for training, and those held out: evenly over the file, the same prompt on one side."""
+        """The rows of data.prompts for training, and those held out: evenly over the file, each prompt on one side."""
         prompts, count = self._prompts("prompts"), self.config.data.holdout
         if not count or not prompts:
             return prompts, []
         if count >= len(prompts):
             raise InputError(
-                f"data.holdout {count} leaves nothing of the {len(prompts)} prompts of {self.config.data.prompts} to train on"
+                f"data.holdout {count} leaves nothing of the {len(prompts)} prompts of {self.config.data.prompts} to "
+                "train on"
             )
         held = {prompts[len(prompts) * i // count].ids for i in range(count)}
         return [p for p in prompts if p.ids not in held], [p for p in prompts if p.ids in held]

@@ -91,15 +91,15 @@ class Ledger:
                 # What the run writes of itself may have been written just before it was killed.
                 if name not in (*OWN, GROWING):
                     said.append(
-                        f"{self.directory / name}: has no record (it was put there, or the run was stopped just then); it "
-                        "is taken as it is"
+                        f"{self.directory / name}: has no record (it was put there, or the run was stopped just then); "
+                        "it is taken as it is"
                     )
                 new.append(name)
             elif not self._same(name, entry):
                 if name not in accepted and name not in editable:
                     raise InputError(
-                        f"{self.directory / name}: was changed since this run wrote it; restore it, or, if you changed it "
-                        f"on purpose, add --run.accept_replaced '[{name}]'"
+                        f"{self.directory / name}: was changed since this run wrote it; restore it, or, if you changed "
+                        f"it on purpose, add --run.accept_replaced '[{name}]'"
                     )
                 said.append(f"{self.directory / name}: was replaced, and is taken as it is")
                 new.append(name)

@@ -127,7 +127,7 @@ class Model:
         Raises:
           InputError: a prompt cannot be used, or a setting is out of its range.
         """
-        asked = dict(responses=responses, temperature=temperature, top_p=top_p, top_k=top_k)
+        asked: dict[str, Any] = dict(responses=responses, temperature=temperature, top_p=top_p, top_k=top_k)
         chosen = {name: value for name, value in asked.items() if value is not None}
         found = self._prompts([prompts] if isinstance(prompts, str) else list(prompts))
         config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, **chosen))
@@ -291,7 +291,7 @@ class Model:
 
 
 def _coarse(lengths: Lengths, context: int) -> Lengths:
-    """Rounds lengths up to a multiple of UNIT, so that prompts of about a length share programs; results stay the same."""
+    """Rounds lengths up to a multiple of UNIT, so that prompts of about a length share programs; same results."""
 
     def rounded(tokens: int, most: int) -> int:
         return max(tokens, min(-(-tokens // UNIT) * UNIT, most))

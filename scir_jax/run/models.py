@@ -175,8 +175,8 @@ def start_of(config: Config) -> tuple[Path, int] | None:
         directory, number = config.run.start_from, "1"
     if int(number) == 0:
         raise InputError(
-            f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and give "
-            "that run's model"
+            f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and "
+            "give that run's model"
         )
     return Path(run_directory(directory)), int(number)
 
@@ -192,7 +192,7 @@ def copied(config: Config) -> dict[ModelName, ModelName]:
         return {} if start is None else {0: 0, 1: 1}
     directory, number = start
     recorded = directory / "config.yaml"
-    kept = {"sft": 1, "base": 0}
+    kept: dict[ModelName, ModelName] = {"sft": 1, "base": 0}
     if recorded.is_file():
         other = start_of(cli.of_run(directory))
         if other is not None and other[1] != 1:

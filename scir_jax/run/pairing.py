@@ -161,8 +161,9 @@ def score_candidates(
     by_role = {role: read[numbers[role]] for role in asked}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
-            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first step it "
-            "is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before its tuning"
+            f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first "
+            "step it is 1/2 for every pair; implicit.reference takes the directory of one, such as the model before "
+            "its tuning"
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}
@@ -193,7 +194,8 @@ def finished(config: Config, items: Sequence[Item], scored: Scored, chosen: Sequ
         if scored.rewards is not None:
             cached["external_reward"] = (float(scored.rewards[choice.a]), float(scored.rewards[choice.b]))
             said = scorer.label(cached["external_reward"], soft=config.preference.soft)
-        frozen, verdicts, i = {}, (), number_of.get(choice)
+        frozen, i = {}, number_of.get(choice)
+        verdicts: tuple[float, ...] = ()
         if i is not None:
             frozen = {name: tuple(map(float, logits[i])) for name, logits in scored.frozen.items()}
             if scored.verdicts is not None:

@@ -46,7 +46,8 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
         raise InputError("no prompts to train on: give --prompts FILE (data.prompts), or data.pairs")
     if config.data.pairs and len(inputs.given_pairs) < config.run.iterations:
         raise InputError(
-            f"{config.data.pairs}: {len(inputs.given_pairs)} pairs are too few for run.iterations={config.run.iterations}"
+            f"{config.data.pairs}: {len(inputs.given_pairs)} pairs are too few for "
+            f"run.iterations={config.run.iterations}"
         )
     if config.preference.labels == "external" and not config.data.pairs and not config.pairs.scorer:
         name = config.data.columns.label[0]
@@ -83,7 +84,7 @@ def missing(config: Config, inputs: Inputs) -> list[str]:
 
 
 def _check_start(config: Config, programs: Programs) -> None:
-    """Refuses to start from models that are not there, or have other adapters, which may well have the shapes of ours."""
+    """Refuses to start from models that are not there, or have other adapters, which may have the shapes of ours."""
     settings, start = config.run, start_of(config)
     if start is None or ModelStore(RunDirectory(settings.directory).checkpoints).exists(1):
         return
@@ -92,9 +93,9 @@ def _check_start(config: Config, programs: Programs) -> None:
         which = f"M{missing[0]}" if isinstance(missing[0], int) else f"{missing[0]!r}, which a reference of this run is"
         raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     other = cli.of_run(start[0])
-    theirs, ours = adapters_of(other.lora), programs.model.lora
+    adapters, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
-    if (theirs and theirs.computes) != (ours and ours.computes):
+    if (adapters and adapters.computes) != (ours and ours.computes):
         raise InputError(
             f"run.start_from {settings.start_from}: its models have {theirs or 'no adapters'}, this run's have "
             f"{ours or 'none'}; set lora as it is there"
@@ -115,8 +116,8 @@ def check_frozen(config: Config, hashes: dict[str, str]) -> None:
     for name, value in hashes.items():
         if name.endswith(".safetensors") and name.startswith("model.path/") and theirs.get(name) != value:
             raise InputError(
-                f"run.start_from {config.run.start_from}: its adapters belong to another model than {config.model.path} "
-                f"({name.removeprefix('model.path/')} differs); set model.path as it is there"
+                f"run.start_from {config.run.start_from}: its adapters belong to another model than "
+                f"{config.model.path} ({name.removeprefix('model.path/')} differs); set model.path as it is there"
             )
 
 
@@ -167,7 +168,7 @@ def check_memory(config: Config, programs: Programs, more: Sequence[Program] = (
 def check_shapes(
     config: Config, programs: Programs, title: str, shapes: Sequence[Shape], program: Callable[[Shape], Program]
 ) -> None:
-    """Compiles the shapes of a stage's step before its first one, and prints their memory; nothing where it is not packed.
+    """Compiles the shapes of a stage's step before its first one, and prints their memory; nothing if it is not packed.
 
     Raises:
       InputError: where one needs more than a device has.
@@ -214,8 +215,8 @@ def _compiled(
 
 def _say_large(name: str, need: str) -> None:
     console.say(
-        f"{name}: if all its rows were as long as text allows, it would need {need} GiB and not fit; the shapes that the "
-        "real rows need are checked before its first step"
+        f"{name}: if all its rows were as long as text allows, it would need {need} GiB and not fit; the shapes that "
+        "the real rows need are checked before its first step"
     )
 
 

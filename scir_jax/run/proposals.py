@@ -293,8 +293,8 @@ class Need:
 
 
 KEPT = 4
-"""how often a layer keeps its numbers without rematerialisation, in other dtypes and as factors of gradients: what XLA's
-CPU compiler counts for the step of a Qwen 3 of 0.6 billion parameters"""
+"""how often a layer keeps its numbers without rematerialisation, in other dtypes and as factors of gradients: what
+XLA's CPU compiler counts for the step of a Qwen 3 of 0.6 billion parameters"""
 LOGITS = 3 * 64 * 2**20
 """bytes of a chunk of logits, its gradient and what becomes of it"""
 

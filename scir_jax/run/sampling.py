@@ -74,15 +74,14 @@ def sample(
     settings = dict(responses=responses, sampling=sampling, key=key, owned=owned)
     done: set[tuple[int, int]] = set()
     try:
-        for found in _sample(encoder, programs, params, prompts, done, **settings):
-            yield found
+        yield from _sample(encoder, programs, params, prompts, done, **settings)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if not programs.halve_slots():
             raise InputError(
-                f"the device has no memory for {programs.slot_spec.slots} answers at once; set sample.batch_size to half "
-                "of it or less"
+                f"the device has no memory for {programs.slot_spec.slots} answers at once; set sample.batch_size to "
+                "half of it or less"
             ) from None
         console.say(f"the device's memory is exhausted: going on with {programs.slot_spec.slots} answers at once")
         yield from _sample(encoder, programs, params, prompts, done, **settings)

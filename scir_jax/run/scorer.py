@@ -152,7 +152,7 @@ class ModelScorer:
             raise InputError(f"pairs.scorer {directory}: {error}") from None
 
     def programs(self, prompts: Iterable[Prompt]) -> list[Program]:
-        """Returns the program for the longest prompt with the longest answer, if the reward model's tokens are as long."""
+        """Returns the program for the longest prompt with the longest answer, if the reward model's are as long."""
         # Another tokenizer's longest prompt is among this one's, as near as makes no difference.
         longest_here = sorted(prompts, key=lambda prompt: prompt.tokens)[-LOOKED_AT:]
         longest = max((len(self._row(prompt.messages, "").ids) for prompt in longest_here), default=0)

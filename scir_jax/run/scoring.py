@@ -146,8 +146,8 @@ def score_pairs(
         found = score_answers(encoder, programs, params, items, advance)
         fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
         cached["start_logps"] = fresh["logps"]
-    found = judge_pairs(encoder, programs, params, pairs, advance)
-    fresh |= {"verdicts": found.verdicts, "verdict_mass": found.mass}
+    judged = judge_pairs(encoder, programs, params, pairs, advance)
+    fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return evidence_of(pairs, fresh, cached, config)
 
 

@@ -29,7 +29,7 @@ _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 Content = str | Sequence["str | Ids"]
 """A message's content: text, or pieces of text and of finished ids."""
 
-Skeleton = tuple["str | int", ...]
+Skeleton = tuple[Any, ...]
 """A rendered conversation: the template's texts, and between them the numbers of the messages."""
 
 
@@ -91,9 +91,9 @@ class Chat:
         stops = list(dict.fromkeys(i for i in (*stop_ids, tokenizer.eos_token_id) if i is not None))
         self._text = TextEncoder(tokenizer, where, stops)
         self.control_ids = self._text.control_ids
-        self.lead, self._trail, closing = self._around_answer()
+        self.lead, self._trail, behind = self._around_answer()
         # The stop token that the template itself writes after an answer comes first.
-        closing = next((i for i in closing if i in stops), next(iter(closing), None))
+        closing = next((i for i in behind if i in stops), next(iter(behind), None))
         self.stop_ids: Ids = tuple(dict.fromkeys([closing, *stops] if closing is not None else stops))
         if not self.stop_ids:
             raise InputError(

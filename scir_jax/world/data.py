@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from scir_jax.world import tasks
 from scir_jax.world.grader import grade
 from scir_jax.world.spec import Probabilities, WorldSpec
 
-Rng = np.random.Generator
+Rng: TypeAlias = np.random.Generator
 
 # Draws in a row without a usable one before the specification is called impossible.
 MAX_DRAWS = 10_000

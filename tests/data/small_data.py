@@ -74,7 +74,7 @@ def step_of(spec, pairs, encoder, targets=None, share=np.arange):
 
 
 def read_of(batch, devices=1, micro=1):
-    """What each pair of a batch reads: (places, tokens) of both answers, place of each verdict [G, 2], and its cells."""
+    """What each pair of a batch reads: (places, tokens) of both answers, place of each verdict [G, 2], its cells."""
     cells = np.arange(devices * micro).reshape(devices, micro)
     size = len(batch.pairs.index) // devices
     found = []

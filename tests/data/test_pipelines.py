@@ -55,7 +55,8 @@ def batches_of(
     ).dataset
 
 
-def supervised(steps, seed=0, rows=None, tokens=4, sizes=dict(ift=3)):
+def supervised(steps, seed=0, rows=None, tokens=4, sizes=None):
+    sizes = sizes or {"ift": 3}
     spec = TrainSpec(None, tuple((name, RowGroup((size,), tokens, tokens)) for name, size in sizes.items()))
     rows = {"ift": REPLAYED["ift"] if rows is None else rows, "eft": REPLAYED["eft"]}
     seeds = {"ift": seed, "eft": seed + 1}

@@ -1,4 +1,4 @@
-"""README's "Adding to it", followed word for word: a reward model, a consistency kind and a selection."""
+"""docs/architecture.md's "Adding a method", word for word: a reward model, a consistency kind and a selection."""
 
 import dataclasses
 import re
@@ -14,15 +14,15 @@ from scir_jax.method.objective import needs
 from scir_jax.run.setup import prepare
 from tests.data.small_data import step_of
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 @pytest.fixture
 def added():
-    """The tables with the README's entries, which are taken out again."""
+    """The tables with the document's entries, which are taken out again."""
     tables = (rewards.REWARDS, consistency.KINDS, selection.SELECTION)
     before = [set(table) for table in tables]
-    exec(re.search(r"<!-- adding -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[1], {})
+    exec(re.search(r"<!-- adding -->\n```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)[1], {})
     yield
     for table, names in zip(tables, before):
         for name in table.keys() - names:

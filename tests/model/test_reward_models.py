@@ -1,4 +1,4 @@
-"""Reward models of every family against transformers' AutoModelForSequenceClassification, and those that are refused."""
+"""Reward models of every family against transformers' AutoModelForSequenceClassification, and those refused."""
 
 import json
 

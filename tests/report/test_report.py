@@ -181,8 +181,9 @@ def cells(path: Path, table: str) -> list[list[str]]:
 def test_the_result_stands_first_in_one_sentence(plain, tmp_path, no_figures):
     text = Page(plain).text
     result = (
-        "From M1 to M3 the quality of answers rose from 0.400 to 0.600, the generative reward model's accuracy rose from "
-        "0.700 to 0.800, the implicit one's rose from 0.550 to 0.750, and their agreement rose from 0.600 to 0.840."
+        "From M1 to M3 the quality of answers rose from 0.400 to 0.600, the generative reward model's accuracy rose "
+        "from 0.700 to 0.800, the implicit one's rose from 0.550 to 0.750, and their agreement rose from 0.600 to "
+        "0.840."
     )
     assert text.index(result) < text.index("Models")
     assert "right less often" not in text

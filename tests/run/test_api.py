@@ -49,7 +49,7 @@ def test_the_import_is_light_and_names_its_parts():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        scir_jax.trian
+        getattr(scir_jax, "trian")  # noqa: B009
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class StopsLater(console.Stopper):
 
 @pytest.mark.slow
 def test_evaluations_within_a_stage_change_nothing(configure, whole, no_page, tmp_path, monkeypatch):
-    """The steps and models are the run's without them, to the bit; interrupted behind one, it goes on to the same rows."""
+    """The steps and models are the run's without them, to the bit; interrupted behind one, it goes on to equal rows."""
     settings = WHOLE | dict(evaluate=WHOLE["evaluate"] | dict(every=2), data=dict(heldout_prompts=None))
     del settings["evaluate"]["grader"]
     monkeypatch.setattr(console, "Stopper", StopsLater)

@@ -58,7 +58,7 @@ def test_a_run_is_stopped_moved_and_changed_where_it_is_harmless(
 
 
 def test_going_on_from_a_later_model_with_its_references(configure, whole, world_dir, no_page, command, tmp_path):
-    """The model that is M0 in one run is a directory for another role: both roads lead to the same log-probabilities."""
+    """The model that is M0 in one run is a directory for another role: both lead to the same log-probabilities."""
     run, again = tmp_path / "run", tmp_path / "again"
     model_dir = str(world_dir / "model")
     settings = dict(WHOLE, implicit=dict(reference="base"), preference=dict(reference=model_dir))

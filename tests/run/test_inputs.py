@@ -341,10 +341,10 @@ def test_the_manifest_knows_the_files_of_a_directory(make, world_dir, tmp_path):
 def test_another_engines_responses_are_named_by_their_rows(make, tmp_path):
     path = tmp_path / "responses.jsonl"
 
-    def read(*rows, room={}, **sections):
+    def read(*rows, room=None, **sections):
         encoder, _, programs, _ = make(**sections)
         write(path, *rows)
-        lengths = dataclasses.replace(programs.facts.lengths, **room)
+        lengths = dataclasses.replace(programs.facts.lengths, **(room or {}))
         return answers.sampled_answers(encoder, lengths, programs.arch.vocab_size, path).items
 
     good = {"prompt": "copy a=", "response": "a"}

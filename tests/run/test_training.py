@@ -122,7 +122,7 @@ def test_speed_is_of_a_device_and_mfu_of_its_peak():
     assert "mfu" not in Speed(lambda _: 1, 2, None).of(work, 0.5)
 
 
-# --- packed rows -------------------------------------------------------------------------------------------------------
+# --- packed rows -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The base model that travels with the package: taken where it is the configured one, better than a shorter training."""
+"""The base model that travels with the package: taken where it is the configured one, better than shorter training."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ def test_a_base_model_is_not_trained_over_another(built, command):
 
 
 def quality(directory):
-    """What the base model of a world makes of held-out pairs: nats per token of the better answers, judge's accuracy."""
+    """What the base model of a world makes of held-out pairs: nats per token of better answers, judge's accuracy."""
     config, _ = cli.parse("train", "", ["--world.directory", str(directory)], default_config=cli.QUICKSTART)
     encoder, inputs, programs, parameters = prepare(resolve(config))
     params, pairs = parameters.configured(), inputs.heldout_pairs

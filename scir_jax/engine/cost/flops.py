@@ -2,10 +2,10 @@
 
 Two figures each, over all devices. *Model* FLOPs are those that the mathematics asks for, the numerator of MFU as in
 PaLM (arXiv 2204.02311, appendix B): 2 per weight and position forward and 4 backward (2 where the weight is frozen), of
-attention the query-key pairs that are visible, of the head the positions that are scored; padding is included where rows
-are given by a length that they are padded to (`inference`, `training`), and not in `of_step`. *Hardware* FLOPs are those that the programs of scir_jax.engine execute: besides, what rematerialisation and
-micro-batches compute again, pairs that are masked, log-probabilities' second pass over the vocabulary, the probability
-mass of the verdicts.
+attention the query-key pairs that are visible, of the head the positions that are scored; padding is included where
+rows are given by a length that they are padded to (`inference`, `training`), and not in `of_step`. *Hardware* FLOPs are
+those that the programs of scir_jax.engine execute: besides, what rematerialisation and micro-batches compute again,
+pairs that are masked, log-probabilities' second pass over the vocabulary, the probability mass of the verdicts.
 
 Shapes: B rows, T tokens per row, N scored positions, V vocabulary, D width, r rank of adapters.
 """
@@ -24,7 +24,7 @@ from scir_jax.model.cached import BLOCK
 from scir_jax.model.lora import Lora
 
 Flash = Callable[[int], bool]
-"""Whether attention over rows of this many tokens skips masked pairs (blocks, cuDNN, splash); XLA's computes them all."""
+"""Whether attention over rows of this many tokens skips masked pairs (blocks, cuDNN, splash); XLA's does not."""
 
 
 def never(tokens: int) -> bool:

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -26,7 +27,7 @@ SLICE_MS = 1000
 JAX_HEARTBEAT_SECONDS = 3600
 
 
-def arguments() -> dict[str, str | int]:
+def arguments() -> dict[str, Any]:
     """Reads what the environment says of the cluster.
 
     Returns:
@@ -36,7 +37,7 @@ def arguments() -> dict[str, str | int]:
       InputError: a variable is missing beside the others, or is not what it should be.
     """
     given = {name: os.environ[name].strip() for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name, "").strip()}
-    result: dict[str, str | int] = {}
+    result: dict[str, Any] = {}
     if ADDRESS in given:
         host, _, port = given[ADDRESS].rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

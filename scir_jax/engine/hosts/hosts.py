@@ -365,7 +365,7 @@ def _kind(error: BaseException) -> str:
 def _agreed(message: str) -> InputError:
     """Makes an InputError that all hosts raise."""
     error = InputError(message)
-    error.agreed = True
+    error.agreed = True  # type: ignore[attr-defined]
     return error
 
 

@@ -1,7 +1,7 @@
 """One module for each family of models: what its config.json says in terms of an Architecture.
 
-A new family is a module with MODEL_TYPE, HF_CLASS, REWARD_CLASS and `read(Reader) -> Architecture`, listed here. Tensor names are
-those that transformers gives to every family here (scir_jax.model.hf.weights).
+A new family is a module with MODEL_TYPE, HF_CLASS, REWARD_CLASS and `read(Reader) -> Architecture`, listed here.
+Tensor names are those that transformers gives to every family here (scir_jax.model.hf.weights).
 """
 
 from __future__ import annotations

@@ -131,11 +131,11 @@ def load(directory: Path, arch: Architecture, lora: Lora, abstract: Params | Non
                 )
             found[place] = name
         names = {}
-        for name, tensor in _names(arch, lora).items():
-            if (tensor.path, tensor.layer) not in found:
+        for name, wanted in _names(arch, lora).items():
+            if (wanted.path, wanted.layer) not in found:
                 linear, layer, side = _parse(name)
                 raise InputError(f"{path}: {linear} of layer {layer} has no {side}; adapt it in all layers or none")
-            names[found[tensor.path, tensor.layer]] = tensor
+            names[found[wanted.path, wanted.layer]] = wanted
         return files.load(names, stored, abstract)
 
 

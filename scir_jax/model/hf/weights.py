@@ -195,7 +195,7 @@ def _names(arch: Architecture) -> Names:
     biased = dict.fromkeys(("q", "k", "v"), arch.qkv_bias) | {"o": arch.o_bias}
     biased |= dict.fromkeys(("gate", "up", "down"), arch.mlp_bias)
     axes = arch.linear_axes()
-    in_layer = {"input_layernorm.weight": (("attention_norm", "scale"), ((d,),))}
+    in_layer: dict[str, Any] = {"input_layernorm.weight": (("attention_norm", "scale"), ((d,),))}
     for linear, (module, name) in LINEARS.items():
         prefix = f"{'self_attn' if module == 'attention' else module}.{linear}"
         in_layer[f"{prefix}.weight"] = ((module, name, "weight"), axes[linear])
