@@ -21,7 +21,19 @@ ROOMS = (
     "planning",
     "report",
 )
-COMMANDS = {"__main__", "world.__main__", "train", "sample", "judge", "evaluate", "export", "plan", "doctor", "ablate"}
+COMMANDS = {
+    "__main__",
+    "world.__main__",
+    "train",
+    "sample",
+    "judge",
+    "evaluate",
+    "compare",
+    "export",
+    "plan",
+    "doctor",
+    "ablate",
+}
 
 
 def modules() -> dict[str, ast.Module]:
