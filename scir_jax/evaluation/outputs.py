@@ -151,7 +151,7 @@ def read_annotations(source: str) -> list[Compared]:
 
 
 def named(compared: Sequence[Compared], names: tuple[str | None, str | None]) -> list[Compared]:
-    """Names the models where their files do not: the model's name and the baseline's."""
+    """Returns the pairs with these names of the model and of the baseline where their files give none."""
     ours, theirs = (name or "" for name in names)
     return [
         pair._replace(
