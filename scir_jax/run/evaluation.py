@@ -166,7 +166,7 @@ def evaluate(
 def divergence(
     encoder: Encoder, programs: Programs, params: Any, rows: Sequence[dict], advance: scoring.Advance = scoring.nothing
 ) -> float:
-    """Estimates the divergence KL(M_t || M) from another model M, nats per answer: the mean of log pi_t(y|x) - log pi(y|x).
+    """Computes the mean of log pi_t(y|x) - log pi(y|x), nats per answer: an estimate of KL(M_t || M) for another model M.
 
     The answers are those that M_t sampled; with another temperature than 1, top-p or top-k it is the mean over what is
     sampled so, which is no longer a divergence but still tells how far the models are apart.
@@ -209,8 +209,7 @@ def sample_heldout(
 
 
 def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Sequence[dict] | None) -> dict[str, float]:
-    """Measures length, entropy, end-of-sequence rate and diversity of sampled responses; with a grader quality and the win
-    rate.
+    """Measures length, entropy, ends and diversity of sampled responses; with a grader quality and the win rate.
 
     The entropy is the mean of -log pi(token), nats: an estimate of the policy's entropy where sample.temperature is 1.
 
@@ -246,8 +245,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
 
 
 def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict[str, float]:
-    """Measures the accuracy of the reward models, how far their probabilities can be trusted, their agreement and the
-    judge's health on labelled pairs.
+    """Measures the reward models' accuracy, reliability and agreement, and the judge's health, on labelled pairs.
 
     Args:
       evidence: as scoring.score_pairs makes it.
