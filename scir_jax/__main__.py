@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": ("sample", "responses of a model to a file of prompts"),
     "judge": ("judge", "both reward models' probabilities for a file of pairs"),
     "evaluate": ("evaluate", "a run's models, or a model directory, on held-out data"),
+    "compare": ("compare", "win rate and length-controlled win rate of two models' answers"),
     "export": ("export", "a checkpoint of a run as a Hugging Face directory"),
     "report": ("report.page", "report.html of a run"),
     "world": ("world.__main__", "an embedded world with a base model that is trained here"),

@@ -27,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 None,
                 "model directory of the implicit reward's reference; without one no p_implicit",
             ),
+            "summary": (str | None, None, "JSON file to write: what is printed, as numbers by name"),
             "with_ids": (bool, False, "add each judge row's token ids, verdict position and verdict ids"),
         },
     )
     from scir_jax.data import records
-    from scir_jax.data.jsonl import write_rows
+    from scir_jax.data.jsonl import write_json, write_rows
     from scir_jax.engine.hosts import hosts
     from scir_jax.run import auto, console, hub, judging, scoring
     from scir_jax.run.setup import prepare
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, pairs=None))
     check_positive(config, "text", "generative", "evaluate")
     output = hosts.together(lambda: cli.output_file(own["output"]))
+    summary_file = hosts.together(lambda: cli.output_file(own["summary"])) if own["summary"] else None
     found: dict[str, list] = {}
 
     def read(encoder, inputs):
@@ -75,9 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hosts.first():
         return 0
     write_rows(output, rows)
-    print(f"{'pairs':<20} {len(rows)}")
-    for name, value in judging.judged_summary(config, pairs, evidence).items():
-        print(f"{name:<20} {value:.4f}")
+    summary, lengths = judging.judged_summary(config, pairs, evidence), judging.by_length(config, pairs, evidence)
+    if summary_file:
+        write_json(summary_file, {"pairs": len(rows), **summary, "accuracy_by_length": lengths})
+    print(f"{'pairs':<24} {len(rows)}")
+    for name, value in summary.items():
+        print(f"{name:<24} {value:.4f}")
+    for name, bins in lengths.items():
+        for found in bins:
+            tokens = f"{found['from']:+d} to {found['to']:+d} tokens"
+            print(f"{name:<12} {tokens:<22} {found['accuracy']:.4f}  ({found['pairs']} pairs)")
     return 0
 
 

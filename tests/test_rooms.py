@@ -7,8 +7,33 @@ import scir_jax
 
 PACKAGE = Path(scir_jax.__file__).parent
 # From the bottom up: a room imports those before it. What is not a package is a command, or is named here.
-ROOMS = ("errors", "config", "text", "model", "data", "method", "engine", "world", "run", "planning", "report")
-COMMANDS = {"__main__", "world.__main__", "train", "sample", "judge", "evaluate", "export", "plan", "doctor", "ablate"}
+ROOMS = (
+    "errors",
+    "config",
+    "text",
+    "model",
+    "data",
+    "method",
+    "evaluation",
+    "engine",
+    "world",
+    "run",
+    "planning",
+    "report",
+)
+COMMANDS = {
+    "__main__",
+    "world.__main__",
+    "train",
+    "sample",
+    "judge",
+    "evaluate",
+    "compare",
+    "export",
+    "plan",
+    "doctor",
+    "ablate",
+}
 
 
 def modules() -> dict[str, ast.Module]:

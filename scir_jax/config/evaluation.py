@@ -16,6 +16,8 @@ class EvaluateConfig:
     """responses per held-out prompt, sampled as in `sample`"""
     greedy: bool = True
     """one greedy response per prompt too"""
+    divergence: bool = True
+    """estimate every model's divergence from M1 on its sampled answers, which M1 scores too"""
     grader: str | None = None
     """`module:function` of (prompt, response) -> {"quality": float, ...}; evaluation only, training never sees it"""
     select: Literal[

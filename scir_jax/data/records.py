@@ -27,6 +27,23 @@ class Comparison:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Answers to a prompt, those that are right and those that are wrong.
+
+    Attributes:
+      several: whether the row lists its answers; else there is one of each.
+      row: as it was read.
+    """
+
+    messages: Messages
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
+    several: bool
+    row: dict[str, Any]
+    where: str = ""
+
+
 def read_prompts(
     source: str | Path | list, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
 ) -> list[tuple[str, Messages]]:
@@ -93,6 +110,20 @@ def read_comparisons_with_rows(
         return _comparison(row, columns, where, need_label), row
 
     return [item for _, item in _read(source, columns, tally, parse)]
+
+
+def read_choices(
+    source: str | Path | list, columns: ColumnsConfig = COLUMNS, tally: Tally | None = None
+) -> list[Choices]:
+    """Reads prompts with right and wrong answers: `prompt`, `chosen`, `rejected`, each an answer or a list of texts.
+
+    Args:
+      columns, tally: as in `read_prompts`.
+
+    Raises:
+      InputError: as in `read_prompts`.
+    """
+    return [choices for _, choices in _read(source, columns, tally, _choices)]
 
 
 def _read(source, columns: ColumnsConfig, tally: Tally | None, parse) -> list[tuple[str, Any]]:
@@ -195,6 +226,22 @@ def _chosen_rejected(row: dict, columns: ColumnsConfig, where: str) -> tuple[Mes
         raise InputError(f"{where}: chosen and rejected must share all messages but the last")
     messages = prompt_messages(chosen[:-1], places[0])
     return messages, answer_text(chosen[-1:], places[0]), answer_text(rejected[-1:], places[1])
+
+
+def _choices(row: dict, columns: ColumnsConfig, where: str) -> Choices:
+    keys = [_find(row, names) for names in (columns.chosen, columns.rejected)]
+    sides = [None if key is None else row[key] for key in keys]
+    if not any(isinstance(side, list) and side and isinstance(side[0], str) for side in sides):
+        messages, right, wrong = _chosen_rejected(row, columns, where)
+        return Choices(messages, (right,), (wrong,), False, row, where)
+    for key, side in zip(keys, sides):
+        if not isinstance(side, list) or not side or not all(isinstance(text, str) for text in side):
+            raise InputError(f"{where}: {key}: expected a list of texts, as the other side is one")
+    right, wrong = (
+        tuple(answer_text(text, f"{where}: {key}[{i}]") for i, text in enumerate(side))
+        for key, side in zip(keys, sides)
+    )
+    return Choices(_prompt(row, columns, where), right, wrong, True, row, where)
 
 
 _UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected (or response_a, response_b, label)"

@@ -49,6 +49,11 @@ PANELS = (
     ("Answers by model", "models", "win rate", ("win_rate",), 0.5),
     ("Reward models by model", "models", "reward model accuracy", ("generative_accuracy", "implicit_accuracy"), 0.5),
     ("Reward models by model", "models", "agreement and label accuracy", ("agreement", "label_accuracy"), None),
+    ("Drift by model", "models", "tokens per answer", ("length",), None),
+    ("Drift by model", "models", "entropy of answers", ("entropy",), None),
+    ("Drift by model", "models", "divergence from M1", ("kl",), 0),
+    ("Drift by model", "models", "ended answers and verdict mass", ("eos_rate", "verdict_mass"), None),
+    ("Drift by model", "models", "different answers", ("distinct",), None),
     ("Within the stages", "steps", "on held-out pairs", ("eval/generative_accuracy", "eval/implicit_accuracy"), 0.5),
     ("Within the stages", "steps", "their agreement", ("eval/agreement",), None),
     ("Loss", "sft", "supervised fine-tuning", ("loss",), None),
@@ -66,7 +71,7 @@ PANELS = (
     ("Optimiser", "steps", "model TFLOP/s per device", ("teraflops",), None),
     ("Optimiser", "steps", "places that hold a token", ("filled",), None),
 )
-OPTIONAL = ("Within the stages",)  # figures that are left out where the run has nothing of them
+OPTIONAL = ("Drift by model", "Within the stages")  # figures that are left out where the run has nothing of them
 
 # Mid-tones that stand out from a white and from a near-black page alike, and from each other for the colour-blind.
 COLOURS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#b8860b", "#d55181")

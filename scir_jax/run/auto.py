@@ -16,6 +16,7 @@ from rich.table import Table
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
 from scir_jax.data import records
+from scir_jax.data.records import Comparison
 from scir_jax.data.tally import Tally
 from scir_jax.engine.cost import memory
 from scir_jax.engine.hosts import hosts
@@ -59,6 +60,7 @@ def settle(
     target: Target | None = None,
     known: Callable[[str], tuple[dict, str]] | None = None,
     begun: bool = False,
+    pairs: Sequence[Comparison] = (),
 ) -> Config:
     """Returns the configuration with proposals where nothing is given, if run.auto is set; says what they are.
 
@@ -69,6 +71,7 @@ def settle(
       target: devices to propose for; those here by default.
       known: model.path -> its config.json, and where that is, for a model that need not be there.
       begun: a run that has begun in run.directory keeps what was proposed for it.
+      pairs: whose tokens count beside those of the data files.
 
     Raises:
       InputError: the model or the prompts are missing or cannot be read.
@@ -86,7 +89,7 @@ def settle(
     if before is not None:
         return _as_before(config, given, before)
     target = target or here()
-    facts = hosts.together(lambda: facts_of(config, target, known))
+    facts = hosts.together(lambda: facts_of(config, target, known, pairs))
     config, found = proposals.propose(facts, config, given, kinds, sections)
     if found:
         _show(found)
@@ -96,7 +99,12 @@ def settle(
     return config
 
 
-def facts_of(config: Config, target: Target, known: Callable[[str], tuple[dict, str]] | None = None) -> Facts:
+def facts_of(
+    config: Config,
+    target: Target,
+    known: Callable[[str], tuple[dict, str]] | None = None,
+    pairs: Sequence[Comparison] = (),
+) -> Facts:
     """Collects the facts that proposals follow from; without a tokenizer, of a `known` model, nothing about texts."""
     directory = hub.directory(config.model.path, "model.path") if known is None else Path(config.model.path)
     if known is None:
@@ -118,11 +126,11 @@ def facts_of(config: Config, target: Target, known: Callable[[str], tuple[dict, 
             judges[name] = compile_judge(load_template(name), chat).fixed_tokens
         except InputError:  # another template may do, and where none does the run says why
             continue
-    prompts, rows, answers = _lengths(config, chat)
+    prompts, rows, answers = _lengths(config, chat, pairs)
     return Facts(arch, *target, prompts, rows, answers, judges, thinks)
 
 
-def _lengths(config: Config, chat: Chat) -> tuple[list[int], int, list[int]]:
+def _lengths(config: Config, chat: Chat, pairs: Sequence[Comparison]) -> tuple[list[int], int, list[int]]:
     """Counts tokens of prompts, rows of data.prompts, and tokens of given answers."""
     data = config.data
 
@@ -136,8 +144,9 @@ def _lengths(config: Config, chat: Chat) -> tuple[list[int], int, list[int]]:
     conversations = _some(conversations)
     conversations += [messages for _, messages in _some(read(records.read_prompts, "heldout_prompts"))]
     answers: list[str] = []
-    for key in ("pairs", "eft", "heldout_pairs"):
-        for pair in _some(read(records.read_comparisons, key)):
+    files = (read(records.read_comparisons, key) for key in ("pairs", "eft", "heldout_pairs"))
+    for compared in (pairs, *files):
+        for pair in _some(compared):
             conversations.append(pair.messages)
             answers += [pair.a, pair.b]
     for _, messages in _some(read(records.read_conversations, "ift")):

@@ -32,12 +32,17 @@ COLUMNS = (
     Column("agreement", "agreement"),
     Column("selected", "selected"),
     Column("label_accuracy", "label acc.", graded=True),
+    Column("verdict_mass", "verdict mass"),
     Column("length", "length", "{:.1f}"),
+    Column("entropy", "entropy"),
+    Column("kl", "KL to M1"),
     Column("eos_rate", "ended"),
     Column("distinct", "distinct", "{:.2f}"),
     Column("seconds", "seconds", "{:.0f}"),
 )
-CONSOLE = (MODEL, *(column for column in COLUMNS if column.key != "eos_rate"))
+DRIFT = ("verdict_mass", "entropy", "kl", "eos_rate")
+"""keys of columns that only the report shows"""
+CONSOLE = (MODEL, *(column for column in COLUMNS if column.key not in DRIFT))
 """the columns of the table at the end of a run"""
 KEYS = tuple(column.key for column in COLUMNS)
 GRADED = tuple(column.key for column in COLUMNS if column.graded)

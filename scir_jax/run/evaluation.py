@@ -19,11 +19,12 @@ from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.files import read_rows
 from scir_jax.data.jsonl import write_json, write_rows
-from scir_jax.data.pairs import Pair, Prompt
+from scir_jax.data.pairs import Answer, Pair, Prompt
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.errors import InputError
+from scir_jax.evaluation.reliability import reliability
 from scir_jax.method import rewards
 from scir_jax.method.rewards import REWARDS, Evidence
 from scir_jax.run import console, scoring
@@ -85,6 +86,7 @@ def evaluate_model(
         reference=load_reference,
         grader=grader,
         against=against,
+        first=(lambda: models.load(1)) if t and config.evaluate.divergence else None,
         title=f"evaluate M{number}",
         check=lambda: stopper.check(title),
     )
@@ -110,6 +112,7 @@ def evaluate(
     reference: Callable[[], Any] | None,
     grader: Grader | None,
     against: Sequence[dict] | None = None,
+    first: Callable[[], Any] | None = None,
     title: str,
     check: Callable[[], None] = scoring.nothing,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -118,6 +121,7 @@ def evaluate(
     Args:
       model, reference: give parameters when called; without a reference there is no implicit reward.
       against: M1's responses to the held-out prompts, for the win rate.
+      first: gives M1's parameters when called, for the divergence from it.
       title: of the progress bar.
       check: is called where the evaluation may be stopped.
 
@@ -131,6 +135,8 @@ def evaluate(
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))
     total += len(prompts) * sum(responses for _, responses, _ in kinds)
+    if first is not None:
+        total += len(prompts) * config.evaluate.samples
     values: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with console.stage(title, total) as bar:
@@ -152,7 +158,33 @@ def evaluate(
             ]
         if rows:
             values |= response_metrics(rows, grader, against)
+        if rows and first is not None:
+            values["kl"] = divergence(encoder, programs, first(), rows, advance)
     return values, rows
+
+
+def divergence(
+    encoder: Encoder, programs: Programs, params: Any, rows: Sequence[dict], advance: scoring.Advance = scoring.nothing
+) -> float:
+    """Computes the mean of log pi_t(y|x) - log pi(y|x), nats per answer: an estimate of KL(M_t || M) for another model M.
+
+    The answers are those that M_t sampled; with another temperature than 1, top-p or top-k it is the mean over what is
+    sampled so, which is no longer a divergence but still tells how far the models are apart.
+
+    Args:
+      params: M's.
+      rows: M_t's answers, with its log-probabilities; greedy ones do not count.
+    """
+    sampled = [row for row in rows if not row["greedy"]]
+    items = [
+        (
+            Prompt([], tuple(row["prompt_ids"]), tuple(row["prompt_quote_ids"])),
+            Answer(row["response"], tuple(row["response_ids"]), tuple(row["quote_ids"])),
+        )
+        for row in sampled
+    ]
+    theirs = scoring.score_answers(encoder, programs, params, items, advance)["logps"]
+    return float(np.mean(np.array([row["logprob"] for row in sampled], np.float64) - theirs))
 
 
 def sample_heldout(
@@ -177,7 +209,9 @@ def sample_heldout(
 
 
 def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Sequence[dict] | None) -> dict[str, float]:
-    """Measures length, end-of-sequence rate and diversity of sampled responses; with a grader quality and the win rate.
+    """Measures length, entropy, ends and diversity of sampled responses; with a grader quality and the win rate.
+
+    The entropy is the mean of -log pi(token), nats: an estimate of the policy's entropy where sample.temperature is 1.
 
     Args:
       against: M1's responses; the win rate is over all pairs of samples, ties count 1/2. There is none where the prompts
@@ -186,6 +220,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
     sampled = [r for r in rows if not r["greedy"]]
     result = {
         "length": float(np.mean([len(r["response_ids"]) for r in sampled])),
+        "entropy": -sum(r["logprob"] for r in sampled) / max(sum(len(r["response_ids"]) for r in sampled), 1),
         "eos_rate": float(np.mean([r["stop"] == "eos" for r in sampled])),
         "distinct": float(
             np.mean([len(set(texts)) for texts in _by_prompt(sampled, lambda r: r["response"]).values()])
@@ -210,7 +245,7 @@ def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Seque
 
 
 def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict[str, float]:
-    """Measures the accuracy of the reward models, their agreement and the judge's health on labelled pairs.
+    """Measures the reward models' accuracy, reliability and agreement, and the judge's health, on labelled pairs.
 
     Args:
       evidence: as scoring.score_pairs makes it.
@@ -220,7 +255,9 @@ def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict
     right = labels[decisive] > 0.5
     logits = reward_logits(config, evidence)
     result = {f"{name}_accuracy": accuracy(values[decisive], right) for name, values in logits.items()}
-    for name in logits:
+    for name, values in logits.items():
+        found = reliability(values, labels, evidence.lengths)
+        result |= {f"{name}_{key}": value for key, value in found.items()}
         health = REWARDS[name].health
         found = {} if health is None else health(evidence)
         result |= {key: float(np.mean(values)) for key, values in found.items()}

@@ -11,7 +11,8 @@ import numpy as np
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.pairs import Pair
-from scir_jax.method.rewards import REWARDS, Evidence
+from scir_jax.evaluation.reliability import accuracy_by_length, reliability
+from scir_jax.method.rewards import REWARDS, Evidence, single_verdicts
 from scir_jax.run.evaluation import accuracy, reward_logits
 
 
@@ -53,16 +54,40 @@ def judged_rows(
 
 
 def judged_summary(config: Config, pairs: Sequence[Pair], evidence: Evidence) -> dict[str, float]:
-    """Computes means over pairs: the judge's health, accuracies on the labelled pairs, and the agreement."""
+    """Computes means over pairs: the judge's health, the agreement, and on the labelled pairs accuracies and reliability.
+
+    Returns:
+      name -> value: slot_bias (nats), slot_a_rate (share of single verdicts for the answer that is shown as A), flip_rate,
+      verdict_mass; per reward model NAME_accuracy and what reliability.reliability measures; agreement.
+    """
     logits = reward_logits(config, evidence)
-    labels = np.array([np.nan if pair.label is None else pair.label for pair in pairs])
-    known = ~np.isnan(labels) & (labels != 0.5)
+    labels = _labels(pairs)
+    known, decisive = ~np.isnan(labels), ~np.isnan(labels) & (labels != 0.5)
     summary = {name: float(values.mean()) for name, values in _health(evidence).items()}
+    # In favour of the first answer, which is shown as A in every other verdict.
+    verdicts = single_verdicts(np.asarray(evidence.fresh["verdicts"])).reshape(len(pairs), -1, 2) * [1, -1]
+    summary["slot_a_rate"] = float(np.mean(0.5 + 0.5 * np.sign(verdicts)))
+    if decisive.any():
+        summary |= {f"{name}_accuracy": accuracy(x[decisive], labels[decisive] > 0.5) for name, x in logits.items()}
     if known.any():
-        summary |= {f"{name}_accuracy": accuracy(x[known], labels[known] > 0.5) for name, x in logits.items()}
+        for name, x in logits.items():
+            found = reliability(x[known], labels[known], evidence.lengths[known])
+            summary |= {f"{name}_{key}": value for key, value in found.items()}
     if "implicit" in logits:
         summary["agreement"] = float(np.mean(logits["generative"] * logits["implicit"] > 0))
     return summary
+
+
+def by_length(config: Config, pairs: Sequence[Pair], evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
+    """Computes the accuracy of each reward model on the labelled pairs, by how much longer the better answer is."""
+    labels = _labels(pairs)
+    known = ~np.isnan(labels)
+    logits = reward_logits(config, evidence)
+    return {name: accuracy_by_length(x[known], labels[known], evidence.lengths[known]) for name, x in logits.items()}
+
+
+def _labels(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.array([np.nan if pair.label is None else pair.label for pair in pairs])
 
 
 def _health(evidence: Evidence) -> dict[str, np.ndarray]:

@@ -59,6 +59,11 @@ def load(directory: str | Path, **settings: Any) -> Model:
     config = resolve(cli.parse("judge", "", argv, sections=SECTIONS)[0])
     if of_run:
         config = dataclasses.replace(config, mesh=meshes.fitting(config.mesh))
+    return of_config(config)
+
+
+def of_config(config: Config) -> Model:
+    """Opens the model of a resolved configuration; weights are read when they are first needed."""
     found: list[Any] = []
 
     def read(programs: Programs) -> Any:

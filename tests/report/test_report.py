@@ -83,7 +83,8 @@ def make_run(
                "greedy_quality": 0.45 + 0.1 * number, "win_rate": 0.5 + 0.1 * number if number else None,
                "generative_accuracy": 0.7 + 0.05 * number, "implicit_accuracy": 0.55 + 0.1 * number,
                "agreement": 0.6 + 0.12 * number, "selected": 0.6, "label_accuracy": 0.8 + 0.01 * number,
-               "length": 12.25 + number, "eos_rate": 0.98, "distinct": 0.8, "seconds": 3.5}  # fmt: skip
+               "length": 12.25 + number, "eos_rate": 0.98, "distinct": 0.8, "seconds": 3.5, "verdict_mass": 0.95,
+               "entropy": 0.5 - 0.1 * number, "kl": 1.5 * number if number else None}  # fmt: skip
         rows.append({name: value for name, value in row.items() if graded or name not in GRADED})
         (folder / "evaluation.json").write_text(json.dumps(rows[-1]))
         stages = {"sample": 2.0, "score": 1.0, "optimise": 20.0} if number else {"start": 0.5, "sft": 30.0}
@@ -161,7 +162,7 @@ def test_full_run_shows_every_part(plain):
         assert words in page.text
     assert "Agreement alone is no success" in page.text
     assert "not there:" not in page.text.lower() and "What is not there" not in page.text
-    assert page.tags.count("svg") == 23
+    assert page.tags.count("svg") == 28
     assert [path.name for path in plain.parent.iterdir() if path.name.startswith(".")] == []
 
 
@@ -230,7 +231,7 @@ def test_evaluations_within_stages_have_a_figure(tmp_path, plain, no_figures):
     looks = {"eval/generative_accuracy": 0.7, "eval/implicit_accuracy": 0.6, "eval/agreement": 0.8}
     write_json_lines(run / "metrics.jsonl", [row | (looks if row["step"] % 10 == 0 else {}) for row in rows])
     page = Page(write_report(run))
-    assert page.tags.count("svg") == 23 + 2 and "Within the stages" in page.text
+    assert page.tags.count("svg") == 28 + 2 and "Within the stages" in page.text
     assert "Within the stages" not in Page(plain).text
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import scir_jax
 from scir_jax import evaluate, train
 from scir_jax.config.checks import resolve
 from scir_jax.config.files import to_dict
@@ -248,3 +249,25 @@ def test_report_writes_the_page_again(copied, capsys):
     text = page.read_text(encoding="utf-8")
     assert text.lstrip().lower().startswith("<!doctype html") and "</html>" in text
     assert all(f"M{n}" in text for n in range(1, ITERATIONS + 2))
+
+
+def test_entropy_and_divergence_from_m1(whole):
+    run = scir_jax.Run(whole.path)
+    for t in range(ITERATIONS + 1):
+        folder = whole.path / f"iteration_{t:02d}"
+        values = content(folder / "evaluation.json")
+        rows = [row for row in lines(folder / "heldout_responses.jsonl") if not row["greedy"]]
+        ids = [row["response_ids"] for row in rows]
+        scored = {
+            name: np.array([run.models[name].logprobs(row["messages"], [row["response_ids"]])[0] for row in rows])
+            for name in {"M1", f"M{t + 1}"}
+        }
+        ours = scored[f"M{t + 1}"]
+        assert values["entropy"] == pytest.approx(-ours.sum() / sum(map(len, ids)), abs=1e-4)
+        if t:
+            assert values["kl"] == pytest.approx((ours - scored["M1"]).mean(), abs=1e-3) and values["kl"] != 0
+        else:
+            assert "kl" not in values
+        for name in ("generative", "implicit"):
+            if f"{name}_accuracy" in values:
+                assert {f"{name}_{key}" for key in ("ties", "ece", "brier")} <= set(values)

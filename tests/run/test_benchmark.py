@@ -1,0 +1,88 @@
+"""evaluate --benchmark: every answer's rewards, against what the model says of the row's pairs one by one."""
+
+import json
+import shutil
+from itertools import combinations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import scir_jax
+from scir_jax import evaluate
+from tests.run.runs import lines, write_lines
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+@pytest.fixture
+def other(world_dir, tmp_path):
+    """A model like the tiny one with other weights."""
+    directory = shutil.copytree(world_dir / "model", tmp_path / "other")
+    noise = np.random.default_rng(0)
+    for file in directory.glob("*.safetensors"):
+        tensors = {name: x + 0.02 * noise.normal(size=x.shape).astype(x.dtype) for name, x in load_file(file).items()}
+        save_file(tensors, file)
+    return directory
+
+
+def test_rewards_and_scores_of_several_answers(world_dir, other, judging, command, tmp_path):
+    given = lines(world_dir / "heldout_pairs.jsonl")
+    rows = [
+        {"id": str(i), "prompt": row["prompt"], "chosen": [row["chosen"]], "subset": "Math",
+         "rejected": [row["rejected"], given[i + 1]["chosen"]][: 1 + i % 2]}
+        for i, row in enumerate(given[:3])
+    ]  # fmt: skip
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    output, rewards = tmp_path / "rewardbench.json", tmp_path / "rewards.jsonl"
+    options = ("--benchmark", "rewardbench", "--input", source, "--output", output, "--rewards", rewards)
+    done = command(evaluate.main, *judging, *options, "--reference", other, "--implicit.beta", 0.5)
+    assert done.code == 0, done.err
+    model = scir_jax.load(
+        world_dir / "model",
+        text=dict(max_prompt_tokens=32, max_response_tokens=12),
+        generative=dict(templates=[f"{world_dir}/judge.yaml"]),
+        implicit=dict(beta=0.5),
+        **{"evaluate.batch_size": 8},
+    )
+    asked, numbers = [], []
+    for number, row in enumerate(rows):
+        answers = row["chosen"] + row["rejected"]
+        for i, j in combinations(range(len(answers)), 2):
+            asked.append({"prompt": row["prompt"], "response_a": answers[i], "response_b": answers[j]})
+            numbers.append((number, i, j))
+    judged = model.judge(asked, reference=str(other))
+    found = lines(rewards)
+    matrices = [np.zeros((len(row["chosen"] + row["rejected"]),) * 2) for row in rows]
+    for (number, i, j), told in zip(numbers, judged, strict=True):
+        logit = np.log(told["p_generative"] / (1 - told["p_generative"]))
+        matrices[number][i, j], matrices[number][j, i] = logit, -logit
+        r = found[number]["rewards"]["implicit"]
+        assert r[i] - r[j] == pytest.approx(np.log(told["p_implicit"] / (1 - told["p_implicit"])), abs=1e-4)
+    for row, z in zip(found, matrices, strict=True):
+        r, n = {name: np.array(values) for name, values in row["rewards"].items()}, len(z)
+        np.testing.assert_allclose(r["generative"], z.sum(axis=1) / (n - 1), atol=1e-4)
+        np.testing.assert_allclose(r["consensus"], z.sum(axis=1) / n + r["implicit"], atol=1e-4)
+        assert row["rewards"].keys() == {"generative", "implicit", "consensus"}
+    values = json.loads(output.read_text())
+    for name in ("generative", "implicit", "consensus"):
+        share = np.mean([np.argmax(row["rewards"][name]) == 0 for row in found])
+        assert values[name] == {"overall": share, "subsets": {"Math": share}}
+    assert values["counts"] == {"Math": 3} and values["version"] == 2
+    assert f"{100 * values['consensus']['overall']:.1f}" in done.out
+
+
+def test_two_answers_and_no_reference(world_dir, judging, command, tmp_path):
+    rows = [{**row, "subset": "hep-go"} for row in lines(world_dir / "heldout_pairs.jsonl")[:3]]
+    source, output = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "rewardbench.json"
+    options = ("--benchmark", "rewardbench", "--input", source, "--output", output)
+    done = command(evaluate.main, *judging, *options)
+    assert done.code == 0, done.err
+    values = json.loads(output.read_text())
+    assert values["version"] == 1 and values["generative"]["sections"].keys() == {"reasoning"}
+    assert "implicit" not in values and "REASONING" in done.out
+
+
+def test_without_rows(judging, command):
+    done = command(evaluate.main, *judging, "--benchmark", "rewardbench")
+    assert done.code == 2 and "--input" in done.err and not done.out
