@@ -67,6 +67,7 @@ VARIED = {
     "consistency.target": options("ConsistencyConfig", "target"),
     "consistency.weight": [1.0, 2.5, 0.0],
     "consistency.sharpen": [0.5, 1.3],
+    "consistency.entropy": [0.0, 0.7],
     "selection.rule": options("SelectionConfig", "rule"),
     "selection.confidence": [0.0, 0.1],
     "selection.power": [1.0, 2.5],
@@ -212,11 +213,14 @@ def ref_consistency(columns, kind, target=None):
     return np.mean([ref_cross(table(target), p) for p in tables], axis=0)
 
 
-def ref_penalty(logits, at, names, *, kind, stop_gradient="none", target="mutual", consensus=None, sharpen=0.5):
+def ref_penalty(
+    logits, at, names, *, kind, stop_gradient="none", target="mutual", consensus=None, sharpen=0.5, entropy=0.0
+):
     """`at`: the point at which everything under a stop-gradient is held while `logits` move."""
     columns = [(at if name == stop_gradient else logits)[:, r] for r, name in enumerate(names)]
+    doubt = entropy * np.mean([ref_entropy(table(column)) for column in columns], axis=0)
     if target == "mutual":
-        return ref_consistency(columns, kind, at.mean(axis=1) / sharpen)
+        return ref_consistency(columns, kind, at.mean(axis=1) / sharpen) + doubt
     teacher = table(consensus)
     result = []
     for r, column in enumerate(columns):
@@ -226,7 +230,7 @@ def ref_penalty(logits, at, names, *, kind, stop_gradient="none", target="mutual
             result.append(ref_cross(teacher, table(column)))
         else:
             result.append(ref_consistency([consensus, column], kind, (consensus + at[:, r]) / 2 / sharpen))
-    return np.mean(result, axis=0)
+    return np.mean(result, axis=0) + doubt
 
 
 def ref_loss(margin, q, *, kind, beta, label_smoothing=0.0):
@@ -343,6 +347,7 @@ def ref_objective(pairs, at, config):
         target=config.consistency.target,
         consensus=ref_consensus(ref_columns(ref_frozen(pairs), config)[1], names, config),
         sharpen=config.consistency.sharpen,
+        entropy=config.consistency.entropy,
     )
     weight = pairs["weight"]
     chosen = weight * share
