@@ -232,13 +232,16 @@ class SampleConfig:
 class PairsConfig:
     """Which responses of a prompt are compared."""
 
-    kind: Literal["random", "all", "best_worst", "cream"] = "random"
+    kind: Literal["random", "all", "best_worst", "cream", "dice"] = "random"
     """best_worst ranks the N responses by the judge's wins and pairs the best with the worst and the second-worst;
-    cream pairs the implicit reward's best with its worst, for preference.labels cream"""
+    cream pairs the implicit reward's best with its worst, for preference.labels cream; dice too, with its rewards less
+    alpha times the characters, for preference.labels dice"""
     per_prompt: int = 2
     """pairs per prompt (random and best_worst)"""
     likelihood_weight: float = 0.0
     """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
+    offline: float = 0.0
+    """share of the pairs to train on that are the labelled ones of data.eft, with pairs.kind dice"""
     scorer: str | None = None
     """who labels the pairs with preference.labels external, and ranks them with best_worst: `module:function` of
     (conversations, answers) -> rewards, or a reward model, a Hugging Face directory or OWNER/NAME of the hub"""
@@ -335,10 +338,10 @@ class PreferenceConfig:
     reference: str = "start"
     """reference model: start (M_t, so that the first step's loss is ln 2), sft (M1), base (M0), or a model directory"""
     labels: Literal[
-        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
+        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "dice", "external"
     ] = "agreement"
     """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by M_t and by
-    M_{t-1}, with pairs.kind cream"""
+    M_{t-1}, with pairs.kind cream; dice: the order of pairs.kind dice"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""
     update: Literal["dynamic", "frozen"] = "dynamic"

@@ -15,7 +15,17 @@ from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
-from scir_jax.run import answers, choice, command_sampling, console, evaluation, pairing, sampling, training
+from scir_jax.run import (
+    answers,
+    choice,
+    command_sampling,
+    console,
+    constructing,
+    evaluation,
+    pairing,
+    sampling,
+    training,
+)
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
@@ -52,7 +62,8 @@ def recipe(
     stopper: console.Stopper,
     external: Scorer | None = None,
 ) -> Iterator[Stage]:
-    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate.
+    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, construct (where the judge
+    learns from constructed pairs), score, optimise, evaluate.
 
     Args:
       external: what pairs.scorer names.
@@ -83,11 +94,17 @@ def recipe(
             source = partial(
                 answers.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
             )
+        if config.judge.constructed_batch_size:
+            built = directory.iteration(t) / constructing.NAME
+            build = partial(_construct, config, encoder, t, source, built)
+            yield Stage("construct", t, built.exists, build)
         yield Stage(
             "score",
             t,
             pairs.exists,
-            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper, external),
+            lambda: pairing.make_pairs(
+                config, encoder, programs, models, t, source(), pairs, stopper, external, inputs.eft
+            ),
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)
@@ -116,6 +133,11 @@ def _sample(
         command_sampling.sample_with_command(config, encoder, programs, models, directory, prompts, t, path, stopper)
     else:
         sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
+
+
+def _construct(config: Config, encoder: Encoder, t: int, source: Callable[[], answers.Source], path: Path) -> None:
+    """Writes constructed.jsonl of an iteration."""
+    constructing.construct_pairs(config, encoder, t, source(), path)
 
 
 def run_stages(
