@@ -25,7 +25,7 @@ def scores_of(rng, answers, candidates=(), *, reference_before=False, levels=Non
     roles = ("start", "preference", "implicit", "before")
     wins = rng.uniform(0, 1, len(candidates)) if levels is None else rng.integers(0, 3, len(candidates)) / 2
     logps = {role: draw(answers) for role in roles}
-    return Scores(logps, rng.integers(0, 9, answers), wins, reference_before)
+    return Scores(logps, rng.integers(0, 9, answers), rng.integers(0, 40, answers), wins, reference_before)
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_best_against_worst_by_hand():
     """Answer 2 beats all, 0 loses to all, 1 loses to 2 only: the likelihood can turn that round."""
     candidates = [Choice(0, 1), Choice(2, 0), Choice(2, 1)]
     logps = {"start": np.array([-1.0, -2.0, -9.0])}
-    scores = Scores(logps, np.array([1, 1, 9]), np.array([0.1, 0.9, 0.8]), False)
+    scores = Scores(logps, np.array([1, 1, 9]), np.array([1, 1, 9]), np.array([0.1, 0.9, 0.8]), False)
     for settings, expected in (
         ({}, [(2, 0), (2, 1)]),
         ({"pairs.per_prompt": 1}, [(2, 0)]),
@@ -158,8 +158,9 @@ def slow_cream(groups, scores):
         alike = []
         for x, i in enumerate(group):
             for j in group[:x]:
-                same, other = (now[i] > now[j]) == (before[i] > before[j]), now[i] == now[j] or before[i] == before[j]
-                alike.append(0.5 if other else float(same))
+                # Ordinal ranks: of equal rewards the one that comes later in the group ranks higher.
+                ahead = [(x[i] > x[j]) or (x[i] == x[j]) for x in (now, before)]
+                alike.append(float(ahead[0] == ahead[1]))
         shares.append(sum(alike) / len(alike))
         better = [i for i in group if now[i] == max(now.values())][0]
         worse = [i for i in group if now[i] == min(now.values())][0]
