@@ -333,7 +333,13 @@ def ref_shown(config):
     if config.judge.slot_penalty or config.selection.rule == "both_orders":
         looked.add("generative")
     if config.preference.update == "dynamic":
-        everyone = {"agreement": config.rewards.models, "consensus": config.rewards.models, "external": (), "cream": (), "dice": ()}
+        everyone = {
+            "agreement": config.rewards.models,
+            "consensus": config.rewards.models,
+            "external": (),
+            "cream": (),
+            "dice": (),
+        }
         looked |= set(everyone.get(config.preference.labels, [config.preference.labels]))
     return looked
 
