@@ -29,7 +29,7 @@ def construct(
     kinds: Sequence[str],
     rng: np.random.Generator,
 ) -> list[Construction]:
-    """Names a pair of each kind for each prompt; none of another prompt's answers where there is no other.
+    """Chooses a pair of each kind for each prompt; none of another prompt's answers where there is no other.
 
     Args:
       groups: places of each prompt's answers.

@@ -62,8 +62,9 @@ def recipe(
     stopper: console.Stopper,
     external: Scorer | None = None,
 ) -> Iterator[Stage]:
-    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, construct (where the judge
-    learns from constructed pairs), score, optimise, evaluate.
+    """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate.
+
+    Where the judge learns from constructed pairs, a stage `construct` follows `sample`.
 
     Args:
       external: what pairs.scorer names.
