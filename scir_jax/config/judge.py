@@ -13,9 +13,10 @@ class JudgeConfig:
     constructed_batch_size: int = 0
     """judge questions per step about constructed pairs, whose better answer is known: it was sampled for the prompt, the
     worse one was not; 0: none"""
-    constructions: tuple[Literal["other", "similar", "truncated"], ...] = ("similar", "truncated")
+    constructions: tuple[Literal["other", "similar", "cut", "perturbed", "truncated"], ...] = ("perturbed", "truncated")
     """the worse answer: other: it was sampled for another prompt of the iteration; similar: for the most alike of 64 other
-    prompts; truncated: the better answer without its second half"""
+    prompts; cut: the better answer without its second half; perturbed, truncated: it is sampled for the prompt with a word
+    exchanged for another prompt's, or without the second half of its last message"""
     constructed_weight: float = 0.3
     """of the verdicts' cross-entropy on constructed pairs, per token"""
     slot_penalty: float = 0.0

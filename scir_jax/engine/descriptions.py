@@ -111,6 +111,8 @@ class Descriptions:
         config = self.config
         sampled = config.run.iterations and not config.data.pairs and not config.sample.command
         counts = {config.sample.responses} if sampled else set()
+        if config.run.iterations and config.judge.constructed_batch_size:
+            counts |= {1} if {"perturbed", "truncated"} & set(config.judge.constructions) else set()
         if "heldout_prompts" in self.facts.present:
             counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
         return counts

@@ -1,7 +1,7 @@
 """Constructed pairs: two answers whose order is known by how they came about, to teach the judge.
 
-The better answer was sampled for the prompt. The worse one was sampled for another prompt, or it is the better one cut
-short. Sources of the idea: Self-Taught Evaluators, arXiv 2408.02666, and J1, arXiv 2505.10320.
+The better answer was sampled for the prompt. The worse one was sampled for another prompt or for the prompt changed, or it
+is the better one cut short. Sources of the idea: Self-Taught Evaluators, arXiv 2408.02666, and J1, arXiv 2505.10320.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOOKED_AT = 64
 
 
 class Construction(NamedTuple):
-    """A constructed pair: places of the answers; `worse` is None where it is the better one without its second half."""
+    """A constructed pair: places of the answers; `worse` is None where it is made of the better one or its prompt."""
 
     kind: str
     better: int
@@ -34,14 +34,14 @@ def construct(
     Args:
       groups: places of each prompt's answers.
       prompts: the different tokens of each prompt.
-      kinds: of "other", "similar" and "truncated".
+      kinds: as judge.constructions names them.
     """
     filled = [number for number, group in enumerate(groups) if group]
     found = []
     for number in filled:
         for kind in kinds:
             better = _one(groups[number], rng)
-            if kind == "truncated":
+            if kind not in ("other", "similar"):
                 found.append(Construction(kind, better, None))
             elif len(filled) > 1:
                 others = _others(filled, number, LOOKED_AT if kind == "similar" else 1, rng)

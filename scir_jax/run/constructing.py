@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,32 @@ from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder, Marked
 from scir_jax.data.files import read_rows
 from scir_jax.data.jsonl import write_rows
-from scir_jax.data.pairs import Answer, Pair, from_row, to_row
+from scir_jax.data.pairs import Answer, Pair, Prompt, from_row, to_row
+from scir_jax.data.tally import PromptTooLong
 from scir_jax.engine.hosts import hosts
+from scir_jax.engine.programs import Programs
+from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method.constructed import construct
+from scir_jax.run import console, sampling
 from scir_jax.run.answers import Source
+from scir_jax.run.models import Models
 from scir_jax.run.pairing import different
 
 NAME = "constructed.jsonl"
+_WORD = re.compile(r"\S+")
 
 
-def construct_pairs(config: Config, encoder: Encoder, iteration: int, source: Source, path: Path) -> None:
+def construct_pairs(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    iteration: int,
+    source: Source,
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
     """Writes constructed.jsonl: pairs whose first answer is the better one by construction.
 
     Raises:
@@ -30,13 +46,36 @@ def construct_pairs(config: Config, encoder: Encoder, iteration: int, source: So
     groups = different(items)
     prompts = [set(items[group[0]][0].ids) for group in groups]
     rng = np.random.default_rng(np.random.SeedSequence([config.run.seed, 3, iteration]))
+    found = construct(groups, prompts, config.judge.constructions, rng)
+    worse: list[Answer | None] = [None] * len(found)
+    asked: list[tuple[int, Prompt]] = []
+    for number, pair in enumerate(found):
+        prompt, answer = items[pair.better]
+        if pair.worse is not None:
+            worse[number] = items[pair.worse][1]
+        elif pair.kind == "cut":
+            worse[number] = first_half(encoder, answer)
+        else:
+            other = items[rng.integers(len(items))][0]
+            changed = changed_prompt(encoder, prompt, other, pair.kind, rng)
+            if changed is not None and len(changed.ids) <= programs.facts.lengths.prompt:
+                asked.append((number, changed))
+    if asked:
+        title = f"iteration {iteration}: answers to changed prompts"
+        params, key = models.load(iteration), stream_key(config.run.seed, "constructed", iteration)
+        with console.stage(title, len(asked)) as bar:
+            settings = dict(responses=1, sampling=sampling.settings_of(config.sample), key=key)
+            for some in sampling.sample(encoder, programs, params, asked, **settings):
+                for row in some.rows:
+                    worse[row["prompt_number"]] = encoder.sampled(row["response_ids"])
+                bar.advance(by=some.answers)
+                stopper.check(title)
     rows = []
-    for kind, better, worse in construct(groups, prompts, config.judge.constructions, rng):
-        prompt, answer = items[better]
-        other = truncated(encoder, answer) if worse is None else items[worse][1]
-        if other is not None and other.quote != answer.quote:
+    for pair, other in zip(found, worse, strict=True):
+        prompt, answer = items[pair.better]
+        if other is not None and other.quote and other.quote != answer.quote:
             row = to_row(Pair(prompt, answer, other, label=1.0), len(rows))
-            rows.append({**row, "construction": kind})
+            rows.append({**row, "construction": pair.kind})
     if not rows:
         raise InputError(
             f"iteration {iteration}: no pair can be constructed of the responses, which are all alike or of one token; "
@@ -46,12 +85,39 @@ def construct_pairs(config: Config, encoder: Encoder, iteration: int, source: So
         write_rows(path, rows)
 
 
-def truncated(encoder: Encoder, answer: Answer) -> Answer | None:
-    """Returns the first half of an answer, without a stop token; None where nothing would be left of it."""
+def first_half(encoder: Encoder, answer: Answer) -> Answer:
+    """Returns the first half of an answer, without a stop token."""
     ended = bool(answer.ids) and answer.ids[-1] in encoder.chat.stop_ids
-    half = (len(answer.ids) - ended) // 2
-    cut = encoder.sampled(answer.ids[:half])
-    return cut if cut.quote else None
+    return encoder.sampled(answer.ids[: (len(answer.ids) - ended) // 2])
+
+
+def changed_prompt(
+    encoder: Encoder, prompt: Prompt, other: Prompt, kind: str, rng: np.random.Generator
+) -> Prompt | None:
+    """Changes the last message of a prompt.
+
+    Args:
+      other: gives a word to a perturbed prompt.
+      kind: "truncated": its second half is left out, of its words or, where it is one word, of its letters; "perturbed":
+        one of its words is exchanged.
+
+    Returns:
+      The changed prompt; None where nothing is left, nothing is changed, or it is too long.
+    """
+    text = prompt.messages[-1]["content"]
+    words = list(_WORD.finditer(text))
+    if kind == "truncated":
+        changed = text[: words[len(words) // 2].start()].rstrip() if len(words) > 1 else text[: len(text) // 2]
+    else:
+        old = words[rng.integers(len(words))]
+        new = _WORD.findall(other.messages[-1]["content"])
+        changed = text[: old.start()] + new[rng.integers(len(new))] + text[old.end() :]
+    if not changed.strip() or changed == text:
+        return None
+    try:
+        return encoder.prompt([*prompt.messages[:-1], {**prompt.messages[-1], "content": changed}], prompt.where)
+    except PromptTooLong:
+        return None
 
 
 def constructed_rows(encoder: Encoder, path: Path) -> list[Marked]:

@@ -97,7 +97,7 @@ def recipe(
             )
         if config.judge.constructed_batch_size:
             built = directory.iteration(t) / constructing.NAME
-            build = partial(_construct, config, encoder, t, source, built)
+            build = partial(_construct, config, encoder, programs, models, t, source, built, stopper)
             yield Stage("construct", t, built.exists, build)
         yield Stage(
             "score",
@@ -136,9 +136,18 @@ def _sample(
         sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
 
 
-def _construct(config: Config, encoder: Encoder, t: int, source: Callable[[], answers.Source], path: Path) -> None:
+def _construct(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    t: int,
+    source: Callable[[], answers.Source],
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
     """Writes constructed.jsonl of an iteration."""
-    constructing.construct_pairs(config, encoder, t, source(), path)
+    constructing.construct_pairs(config, encoder, programs, models, t, source(), path, stopper)
 
 
 def run_stages(

@@ -14,8 +14,8 @@ OF = {place: number for number, group in enumerate(GROUPS) for place in group}
 
 def test_by_hand():
     assert alike({1, 2, 3}, {1, 2, 9}) == 0.5 and alike(set(), set()) == 0 and alike({4}, {4}) == 1
-    found = construct(GROUPS, PROMPTS, ("similar", "truncated"), np.random.default_rng(0))
-    assert [pair.kind for pair in found] == ["similar", "truncated"] * 4
+    found = construct(GROUPS, PROMPTS, ("similar", "cut"), np.random.default_rng(0))
+    assert [pair.kind for pair in found] == ["similar", "cut"] * 4
     assert [OF[pair.better] for pair in found] == [0, 0, 1, 1, 3, 3, 4, 4]
     # The first two prompts share two of four tokens, the last two two of three.
     assert [OF[pair.worse] for pair in found[::2]] == [1, 0, 4, 3]
@@ -34,11 +34,11 @@ def test_other_prompts_and_answers_are_as_likely():
 
 
 def test_the_seed_decides_and_one_prompt_has_no_other():
-    again = [construct(GROUPS, PROMPTS, ("other", "truncated"), np.random.default_rng(2)) for _ in range(2)]
-    assert again[0] == again[1] != construct(GROUPS, PROMPTS, ("other", "truncated"), np.random.default_rng(3))
+    again = [construct(GROUPS, PROMPTS, ("other", "cut"), np.random.default_rng(2)) for _ in range(2)]
+    assert again[0] == again[1] != construct(GROUPS, PROMPTS, ("other", "cut"), np.random.default_rng(3))
     rng = np.random.default_rng(4)
     assert construct([[0]], [{1}], ("other", "similar"), rng) == []
-    assert construct([[0]], [{1}], ("similar", "truncated"), rng) == [Construction("truncated", 0, None)]
+    assert construct([[0]], [{1}], ("similar", "cut"), rng) == [Construction("cut", 0, None)]
 
 
 @pytest.mark.parametrize("prompts", [2, 70, 300])

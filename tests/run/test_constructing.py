@@ -1,5 +1,7 @@
 """The stage that constructs pairs of known order, and the rows that they become."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ ANSWERS = (("abcd!", "abc"), ("abce!", "ab"), ("GHIJ!", "GHI"), ("jgh!", "j"))
 def made(make):
     """made(kinds, answers) -> (setup, source) of two answers to each of four prompts."""
 
-    def of(kinds=("similar", "truncated"), answers=ANSWERS, **judge):
+    def of(kinds=("similar", "cut"), answers=ANSWERS, **judge):
         setup = make(judge=dict(constructed_batch_size=4, constructions=kinds, **judge))
         encoder = setup.encoder
         prompts = [encoder.prompt([{"role": "user", "content": text}], text) for text in PROMPTS]
@@ -26,8 +28,10 @@ def made(make):
     return of
 
 
-def write(setup, source, path, iteration=1):
-    constructing.construct_pairs(setup.inputs.config, setup.encoder, iteration, source, path)
+def write(setup, source, path, iteration=1, params=None):
+    models, stopper = SimpleNamespace(load=lambda number: params), SimpleNamespace(check=lambda title: None)
+    encoder, programs = setup.encoder, setup.programs
+    constructing.construct_pairs(setup.inputs.config, encoder, programs, models, iteration, source, path, stopper)
     return lines(path)
 
 
@@ -49,14 +53,14 @@ def test_what_is_compared(made, tmp_path):
             assert row["response_b"] == row["response_a"][: len(row["response_a"]) // 2] != ""
             assert row["response_b_ids"][-1] not in setup.encoder.chat.stop_ids
     kinds = [row["construction"] for row in rows]
-    assert kinds.count("similar") == 4 and 3 <= kinds.count("truncated") <= 4
+    assert kinds.count("similar") == 4 and 3 <= kinds.count("cut") <= 4
     # Seed and iteration decide, and nothing else.
     assert write(setup, source, tmp_path / "again.jsonl") == rows
     assert write(setup, source, tmp_path / "b.jsonl", iteration=2) != rows
 
 
 def test_rows_are_judge_questions_in_both_orders(made, tmp_path):
-    setup, source = made(("other", "similar", "truncated"))
+    setup, source = made(("other", "similar", "cut"))
     encoder, path = setup.encoder, tmp_path / "a.jsonl"
     pairs = write(setup, source, path)
     rows = constructing.constructed_rows(encoder, path)
@@ -90,7 +94,52 @@ def test_answers_that_are_all_alike_are_refused(made, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_nothing_is_left_of_a_letter(make):
+def test_halves(make):
     encoder = make().encoder
-    assert constructing.truncated(encoder, encoder.answer("j")) is None
-    assert constructing.truncated(encoder, encoder.answer("jg!")).text == "j"
+    assert constructing.first_half(encoder, encoder.answer("jg!")).text == "j"
+    assert constructing.first_half(encoder, encoder.answer("j")).quote == ()
+
+
+def test_changed_prompts(make):
+    encoder, rng = make().encoder, np.random.default_rng(0)
+    one, other = (encoder.prompt([{"role": "user", "content": text}]) for text in ("copy abcd=", "upper ghij="))
+
+    def changed(kind, prompt=one):
+        found = constructing.changed_prompt(encoder, prompt, other, kind, rng)
+        return found and found.messages[-1]["content"]
+
+    assert changed("truncated") == "copy"
+    letters = encoder.prompt([{"role": "user", "content": "abcdef"}])
+    assert changed("truncated", letters) == "abc"
+    assert changed("truncated", encoder.prompt([{"role": "user", "content": "a"}])) is None
+    found = {changed("perturbed") for _ in range(40)}
+    assert found == {"upper abcd=", "ghij= abcd=", "copy upper", "copy ghij="}
+    assert {constructing.changed_prompt(encoder, one, one, "perturbed", rng) is None for _ in range(40)} == {
+        True,
+        False,
+    }
+    # What comes before the last message stays.
+    talk = [{"role": "user", "content": "copy b="}, {"role": "assistant", "content": "b"}, *one.messages]
+    found = constructing.changed_prompt(encoder, encoder.prompt(talk), other, "truncated", rng)
+    assert found.messages == [*talk[:2], {"role": "user", "content": "copy"}]
+
+
+def test_answers_to_changed_prompts_are_sampled(made, tmp_path):
+    """By the model that the iteration starts from; the answer and not the changed prompt stands in the pair."""
+    setup, source = made(("perturbed", "truncated"))
+    params = setup.parameters.configured()
+    rows = write(setup, source, tmp_path / "a.jsonl", params=params)
+    given = dict(zip(PROMPTS, ANSWERS))
+    assert {row["construction"] for row in rows} == {"perturbed", "truncated"} and 4 <= len(rows) <= 8
+    for row in rows:
+        assert row["response_a"] in given[row["prompt"]] and row["response_b"] != row["response_a"]
+        assert 0 < len(row["response_b_ids"]) <= 12
+    assert {row["prompt"] for row in rows} == set(PROMPTS)
+    assert write(setup, source, tmp_path / "b.jsonl", params=params) == rows
+
+
+@pytest.mark.parametrize(("kinds", "samples"), [(("other", "cut"), False), (("cut", "truncated"), True)])
+def test_the_sampler_is_planned_for_answers_to_changed_prompts(make, kinds, samples):
+    judge = dict(constructed_batch_size=4, constructions=kinds)
+    programs = make(data=dict(heldout_prompts=None), sample=dict(command="another engine"), judge=judge).programs
+    assert any(program.stage == "prefill" for program in programs.all()) == samples

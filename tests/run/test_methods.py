@@ -99,7 +99,7 @@ def test_methods(method, from_m1, whole):
 def check_constructed(run, rows):
     """The pairs of known order teach the judge in every step, and a run leaves and keeps their file."""
     pairs = lines(rows.folder / "constructed.jsonl")
-    assert {pair["construction"] for pair in pairs} == {"similar", "truncated"}
+    assert {pair["construction"] for pair in pairs} == {"perturbed", "truncated"}
     assert all(0 < row["sft/constructed"] < 5 for row in rows.steps)
     assert "iteration_01/constructed.jsonl" in content(run / "files.json")
     assert "construct" in content(rows.folder / "seconds.json")
