@@ -99,7 +99,7 @@ def changed_prompt(
     Args:
       other: gives a word to a perturbed prompt.
       kind: "truncated": its second half is left out, of its words or, where it is one word, of its letters; "perturbed":
-        one of its words is exchanged.
+        one of its words is exchanged for the other's at the same place (the last one where that is shorter).
 
     Returns:
       The changed prompt; None where nothing is left, nothing is changed, or it is too long.
@@ -109,9 +109,9 @@ def changed_prompt(
     if kind == "truncated":
         changed = text[: words[len(words) // 2].start()].rstrip() if len(words) > 1 else text[: len(text) // 2]
     else:
-        old = words[rng.integers(len(words))]
-        new = _WORD.findall(other.messages[-1]["content"])
-        changed = text[: old.start()] + new[rng.integers(len(new))] + text[old.end() :]
+        place, theirs = int(rng.integers(len(words))), _WORD.findall(other.messages[-1]["content"])
+        old, new = words[place], theirs[min(place, len(theirs) - 1)]
+        changed = text[: old.start()] + new + text[old.end() :]
     if not changed.strip() or changed == text:
         return None
     try:
