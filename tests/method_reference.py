@@ -67,6 +67,8 @@ VARIED = {
     "consistency.target": options("ConsistencyConfig", "target"),
     "consistency.weight": [1.0, 2.5, 0.0],
     "consistency.sharpen": [0.5, 1.3],
+    "consistency.entropy": [0.0, 0.7],
+    "judge.slot_penalty": [0.0, 0.3],
     "selection.rule": options("SelectionConfig", "rule"),
     "selection.confidence": [0.0, 0.1],
     "selection.power": [1.0, 2.5],
@@ -96,7 +98,7 @@ def random_settings():
 
 FRESH = ("logps", "verdicts", "verdict_mass", "entropy")
 CACHED = ("preference_logps", "implicit_logps", "start_logps")
-FROZEN = ("generative", "implicit", "likelihood", "entropy")
+FROZEN = ("generative", "implicit", "likelihood", "entropy", "generative_before", "transitive")
 
 
 def example(config, seed, pairs=7, real=5, weighted=False):
@@ -134,7 +136,7 @@ def example(config, seed, pairs=7, real=5, weighted=False):
             value[1, 1] = value[1, 0]
     values["verdicts"][1, :, 1] = values["verdicts"][1, :, 0]
     for name in FROZEN:
-        values[f"frozen {name}"] = rng.normal(0, 2, (pairs, templates if name == "generative" else 1))
+        values[f"frozen {name}"] = rng.normal(0, 2, (pairs, templates if name.startswith("generative") else 1))
     return {name: np.float32(value).astype(np.float64) for name, value in values.items()}
 
 
@@ -212,11 +214,14 @@ def ref_consistency(columns, kind, target=None):
     return np.mean([ref_cross(table(target), p) for p in tables], axis=0)
 
 
-def ref_penalty(logits, at, names, *, kind, stop_gradient="none", target="mutual", consensus=None, sharpen=0.5):
+def ref_penalty(
+    logits, at, names, *, kind, stop_gradient="none", target="mutual", consensus=None, sharpen=0.5, entropy=0.0
+):
     """`at`: the point at which everything under a stop-gradient is held while `logits` move."""
     columns = [(at if name == stop_gradient else logits)[:, r] for r, name in enumerate(names)]
+    doubt = entropy * np.mean([ref_entropy(table(column)) for column in columns], axis=0)
     if target == "mutual":
-        return ref_consistency(columns, kind, at.mean(axis=1) / sharpen)
+        return ref_consistency(columns, kind, at.mean(axis=1) / sharpen) + doubt
     teacher = table(consensus)
     result = []
     for r, column in enumerate(columns):
@@ -226,7 +231,7 @@ def ref_penalty(logits, at, names, *, kind, stop_gradient="none", target="mutual
             result.append(ref_cross(teacher, table(column)))
         else:
             result.append(ref_consistency([consensus, column], kind, (consensus + at[:, r]) / 2 / sharpen))
-    return np.mean(result, axis=0)
+    return np.mean(result, axis=0) + doubt
 
 
 def ref_loss(margin, q, *, kind, beta, label_smoothing=0.0):
@@ -283,9 +288,30 @@ def ref_frozen(pairs):
     return {name: pairs[f"frozen {name}"] for name in FROZEN}
 
 
+def ref_target(pairs, config):
+    """The logit that the reward models are taught, and how much each pair counts."""
+    frozen, kind = ref_frozen(pairs), config.consistency.target
+    names, columns = ref_columns(frozen, config)
+    if kind == "lagged":
+        now, before = frozen["generative"].mean(axis=1), frozen["generative_before"].mean(axis=1)
+        p, q = np.exp(table(now))[:, 0], np.exp(table(before))[:, 0]
+        return (now + before) / 2, 1 - np.maximum(p - q, q - p)
+    if kind == "transitive":
+        return frozen["transitive"][:, 0], np.ones(len(columns))
+    return ref_consensus(columns, names, config), np.ones(len(columns))
+
+
+def ref_both_orders(pairs):
+    """Whether every verdict, with the first or the second answer shown as A, prefers the same answer."""
+    z = pairs["verdicts"][..., 0] - pairs["verdicts"][..., 1]
+    first = (z[..., 0] > 0) & (z[..., 1] < 0)
+    second = (z[..., 0] < 0) & (z[..., 1] > 0)
+    return first.all(axis=1) | second.all(axis=1)
+
+
 def ref_labels(pairs, logits, config):
     settings = config.preference
-    if settings.labels in ("external", "cream"):
+    if settings.labels in ("external", "cream", "dice"):
         return pairs["label"]
     source = ref_frozen(pairs) if settings.update == "frozen" else logits
     names, columns = ref_columns(source, config)
@@ -302,10 +328,18 @@ def ref_shown(config):
     """Reward models whose logits a step has: those that something in it looks at, and those that cost nothing."""
     # The answers' rows, which are always there, give the implicit reward; what is frozen is only carried along.
     looked = {"implicit"} | ({"likelihood"} & set(config.rewards.models))
-    if config.consistency.weight or config.selection.rule == "agreement":
+    if config.consistency.weight or config.selection.rule in ("agreement", "both_orders"):
         looked |= set(config.rewards.models)
+    if config.judge.slot_penalty or config.selection.rule == "both_orders":
+        looked.add("generative")
     if config.preference.update == "dynamic":
-        everyone = {"agreement": config.rewards.models, "consensus": config.rewards.models, "external": (), "cream": ()}
+        everyone = {
+            "agreement": config.rewards.models,
+            "consensus": config.rewards.models,
+            "external": (),
+            "cream": (),
+            "dice": (),
+        }
         looked |= set(everyone.get(config.preference.labels, [config.preference.labels]))
     return looked
 
@@ -318,7 +352,8 @@ def ref_objective(pairs, at, config):
     far = np.abs(np.exp(table(columns_at)[..., 0]) - 0.5) > config.selection.confidence
     same = np.all(columns_at > 0, axis=1) | np.all(columns_at < 0, axis=1)
     agreed = same & far.all(axis=1)
-    rules = {"agreement": agreed, "certainty": ref_certainty(at, config), "all": 1.0}
+    rules = {"agreement": agreed, "certainty": ref_certainty(at, config), "all": 1.0, "sampled": 1.0}
+    rules["both_orders"] = agreed & ref_both_orders(at)
     share = (q != 0.5) * rules[config.selection.rule]
 
     def ratio(policy):
@@ -334,6 +369,7 @@ def ref_objective(pairs, at, config):
         beta=config.preference.beta,
         label_smoothing=config.preference.label_smoothing,
     )
+    teacher, counted = ref_target(pairs, config)
     penalties = ref_penalty(
         columns,
         columns_at,
@@ -341,8 +377,9 @@ def ref_objective(pairs, at, config):
         kind=config.consistency.kind,
         stop_gradient=config.consistency.stop_gradient,
         target=config.consistency.target,
-        consensus=ref_consensus(ref_columns(ref_frozen(pairs), config)[1], names, config),
+        consensus=teacher,
         sharpen=config.consistency.sharpen,
+        entropy=config.consistency.entropy,
     )
     weight = pairs["weight"]
     chosen = weight * share
@@ -373,10 +410,13 @@ def ref_objective(pairs, at, config):
     if everyone:
         per_pair["agreement"] = (agreed, weight)
     if everyone and (config.consistency.weight or config.consistency.target == "mutual"):
-        per_pair["consistency"] = (penalties, weight)
+        per_pair["consistency"] = (penalties, weight * (1 if config.consistency.target == "mutual" else counted))
+    if config.judge.slot_penalty:
+        per_pair["slot_penalty"] = (((z.sum(axis=2) / 2) ** 2).mean(axis=1), weight)
     sums = {name: (np.sum(values * weights), weights.sum()) for name, (values, weights) in per_pair.items()}
     total = 0.0
-    for name, share in (("preference", config.preference.weight), ("consistency", config.consistency.weight)):
+    shares = dict(preference=config.preference.weight, consistency=config.consistency.weight)
+    for name, share in (shares | dict(slot_penalty=config.judge.slot_penalty)).items():
         if share and sums[name][1]:
             total += share * sums[name][0] / sums[name][1]
     decisions = {f"p_{name}": np.exp(table(logits[name])[..., 0]) for name in shown}

@@ -33,6 +33,7 @@ DIVIDED = (
     "sft.eft_batch_size",
     "replay.ift_batch_size",
     "replay.eft_batch_size",
+    "judge.constructed_batch_size",
 )
 """batch sizes that micro-batches divide"""
 
@@ -91,20 +92,23 @@ def check(config: Config) -> None:
         )
     if not models or len(set(models)) != len(models):
         raise InputError(f"rewards.models must name reward models, each once: {list(models)}")
-    if (labels == "cream") != (config.pairs.kind == "cream"):
-        raise InputError("preference.labels cream and pairs.kind cream belong together; set both or neither")
+    for name in ("cream", "dice"):
+        if (labels == name) != (config.pairs.kind == name):
+            raise InputError(f"preference.labels {name} and pairs.kind {name} belong together; set both or neither")
     if config.pairs.scorer and labels != "external":
         raise InputError(
             f"pairs.scorer labels the pairs, but preference.labels is {labels}; set it to external "
             "(--config methods/external), or leave pairs.scorer out"
         )
-    if labels == "cream" and config.data.pairs:
-        raise InputError("preference.labels is cream, which ranks sampled responses; leave data.pairs out")
-    if labels == "cream" and (config.selection.rule == "certainty" or config.consistency.target == "consensus"):
+    if labels in ("cream", "dice") and config.data.pairs:
+        raise InputError(f"preference.labels is {labels}, which ranks sampled responses; leave data.pairs out")
+    frozen_target = config.consistency.target != "mutual" and config.consistency.weight
+    if labels in ("cream", "dice") and (config.selection.rule in ("certainty", "sampled") or frozen_target):
         raise InputError(
-            "pairs.kind cream asks the judge nothing before training, but selection.rule certainty and "
-            "consistency.target consensus need its verdicts; take another pairs.kind"
+            f"pairs.kind {labels} asks the judge nothing before training, but selection.rule certainty and sampled, and "
+            "a consistency.target other than mutual need its verdicts; take another pairs.kind"
         )
+    _check_judge(config)
     for key, value in (
         ("selection.power", config.selection.power),
         ("selection.confidence", config.selection.confidence),
@@ -166,6 +170,35 @@ def check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if value % micro:
             raise InputError(f"{key}={value} does not divide into training.accumulate={micro} micro-batches")
+
+
+def _check_judge(config: Config) -> None:
+    """Refuses settings of what the judge learns from, and what is asked of it, that contradict each other."""
+    if config.consistency.target == "transitive" and config.consistency.weight:
+        if config.pairs.kind not in ("all", "best_worst") or config.data.pairs:
+            raise InputError(
+                "consistency.target is transitive, for which all pairs of a prompt's answers are judged: set pairs.kind to "
+                "all or best_worst, and leave data.pairs out"
+            )
+    dynamic = config.preference.update == "dynamic" and config.preference.labels != "external"
+    if config.selection.rule == "sampled" and dynamic:
+        raise InputError(
+            "selection.rule is sampled, which draws pairs by their labels before training; set preference.update to frozen"
+        )
+    if not 0 <= config.pairs.offline < 1:
+        raise InputError(f"pairs.offline must be at least 0 and below 1, not {config.pairs.offline}")
+    if config.pairs.offline and (config.pairs.kind != "dice" or not config.data.eft):
+        raise InputError("pairs.offline takes pairs from data.eft for pairs.kind dice; set both, or leave it out")
+    judge = config.judge
+    for key, value in (
+        ("constructed_batch_size", judge.constructed_batch_size),
+        ("constructed_weight", judge.constructed_weight),
+        ("slot_penalty", judge.slot_penalty),
+    ):
+        if value < 0:
+            raise InputError(f"judge.{key} must not be negative, not {value}")
+    if judge.constructed_batch_size and not judge.constructions:
+        raise InputError("judge.constructions is empty; name at least one, or set judge.constructed_batch_size to 0")
 
 
 def until_of(config: Config) -> tuple[str, int] | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from scir_jax.config.columns import ColumnsConfig
 from scir_jax.config.evaluation import EvaluateConfig
+from scir_jax.config.judge import JudgeConfig
 
 
 @dataclass(frozen=True)
@@ -231,13 +232,16 @@ class SampleConfig:
 class PairsConfig:
     """Which responses of a prompt are compared."""
 
-    kind: Literal["random", "all", "best_worst", "cream"] = "random"
+    kind: Literal["random", "all", "best_worst", "cream", "dice"] = "random"
     """best_worst ranks the N responses by the judge's wins and pairs the best with the worst and the second-worst;
-    cream pairs the implicit reward's best with its worst, for preference.labels cream"""
+    cream pairs the implicit reward's best with its worst, for preference.labels cream; dice too, with its rewards less
+    alpha times the characters, for preference.labels dice"""
     per_prompt: int = 2
     """pairs per prompt (random and best_worst)"""
     likelihood_weight: float = 0.0
     """best_worst: weight of the standardised likelihood beside the judge's mean win probability"""
+    offline: float = 0.0
+    """share of the pairs to train on that are the labelled ones of data.eft, with pairs.kind dice"""
     scorer: str | None = None
     """who labels the pairs with preference.labels external, and ranks them with best_worst: `module:function` of
     (conversations, answers) -> rewards, or a reward model, a Hugging Face directory or OWNER/NAME of the hub"""
@@ -292,21 +296,27 @@ class ConsistencyConfig:
     """0 leaves the penalty out"""
     stop_gradient: Literal["none", "generative", "implicit", "entropy"] = "none"
     """this reward model teaches and does not learn"""
-    target: Literal["mutual", "consensus"] = "mutual"
-    """consensus: each reward model against the consensus frozen at the start of the iteration"""
+    target: Literal["mutual", "consensus", "lagged", "transitive"] = "mutual"
+    """whom the reward models are compared with: each other; or each with a target frozen at the start of the iteration:
+    their consensus; lagged: the mean verdict of M_t and M_{t-1}, weighted by their agreement; transitive: the difference
+    of both answers' mean verdicts against all others, with pairs.kind all or best_worst"""
     sharpen: float = 0.5
     """temperature of the pseudo-label"""
+    entropy: float = 0.0
+    """weight of the mean entropy of the reward models' predictions, added to the penalty: a positive one asks for
+    confidence; 1 with kl and target mutual is cross_entropy"""
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
     """Which pairs the preference loss sees."""
 
-    rule: Literal["agreement", "certainty", "all"] = "agreement"
-    """agreement: all reward models on the same side of 1/2; certainty: all pairs, each with the weight (1 - B)^power, B
-    the judge's uncertainty at the start of the iteration"""
+    rule: Literal["agreement", "both_orders", "certainty", "sampled", "all"] = "agreement"
+    """agreement: all reward models on the same side of 1/2; both_orders: and the judge's verdict in each order too;
+    certainty: all pairs, each with the weight (1 - B)^power, B the judge's uncertainty at the start of the iteration;
+    sampled: pairs are drawn with these weights, without those whose label most of the judge's verdicts contradict"""
     power: float = 1.0
-    """power of the rule certainty"""
+    """power of the rules certainty and sampled"""
     confidence: float = 0.0
     """with the rule agreement each reward model is further than this from 1/2"""
 
@@ -328,10 +338,10 @@ class PreferenceConfig:
     reference: str = "start"
     """reference model: start (M_t, so that the first step's loss is ln 2), sft (M1), base (M0), or a model directory"""
     labels: Literal[
-        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "external"
+        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "dice", "external"
     ] = "agreement"
     """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by
-    M_t and by M_{t-1}, with pairs.kind cream"""
+    M_t and by M_{t-1}, with pairs.kind cream; dice: the order of pairs.kind dice"""
     soft: bool = False
     """probabilities as labels: q l(m) + (1-q) l(-m)"""
     update: Literal["dynamic", "frozen"] = "dynamic"
@@ -394,6 +404,7 @@ class Config:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     optimise: OptimiseConfig = field(default_factory=OptimiseConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

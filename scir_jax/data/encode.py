@@ -53,6 +53,7 @@ class Lengths:
       judges: of each template's question.
       targets: of supervised rows by name, "ift" and "eft"; 0 where there are none.
       learned: the most tokens that such a row learns.
+      verdict: the most tokens that a judge's question learns.
     """
 
     prompt: int
@@ -62,6 +63,7 @@ class Lengths:
     judges: tuple[int, ...]
     targets: dict[str, int]
     learned: dict[str, int]
+    verdict: int = 1
 
 
 class Encoder:
@@ -306,6 +308,7 @@ class Encoder:
             judges=tuple(map(static, judges)),
             targets={name: static(tokens) if tokens else 0 for name, tokens in (targets or {}).items()},
             learned=dict(targets or {}) if learned is None else learned,
+            verdict=max((judge.answer_tokens for judge in self.judges), default=1),
         )
 
 

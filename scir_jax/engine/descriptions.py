@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import SHORTEST, RowGroup, SlotSpec, row_lengths
-from scir_jax.data.encode import Lengths
+from scir_jax.data.encode import Lengths, round_up
 from scir_jax.data.packing import Packing, Shape, deal
 from scir_jax.data.pipelines import Way
 from scir_jax.data.steps import PairSpec, TrainSpec
@@ -111,6 +111,8 @@ class Descriptions:
         config = self.config
         sampled = config.run.iterations and not config.data.pairs and not config.sample.command
         counts = {config.sample.responses} if sampled else set()
+        if config.run.iterations and config.judge.constructed_batch_size:
+            counts |= {1} if {"perturbed", "truncated"} & set(config.judge.constructions) else set()
         if "heldout_prompts" in self.facts.present:
             counts |= {config.evaluate.samples} | ({1} if config.evaluate.greedy else set())
         return counts
@@ -152,8 +154,23 @@ class Descriptions:
             verdicts=self.verdicts if wanted.verdicts else 0,
             heads=len([name for name in wanted.fresh if name in forward.SPANS]),
         )
-        replayed = self._present(config.replay) if config.replay.weight else {}
-        return TrainSpec.of(pairs, replayed, self.facts.lengths, *self._cells)
+        lengths = self.facts.lengths
+        targets = self._present(config.replay) if config.replay.weight else {}
+        if config.judge.constructed_batch_size:
+            targets = targets | {"constructed": config.judge.constructed_batch_size}
+            lengths = dataclasses.replace(
+                lengths,
+                targets=lengths.targets | {"constructed": self._constructed_tokens},
+                learned=lengths.learned | {"constructed": lengths.verdict},
+            )
+        return TrainSpec.of(pairs, targets, lengths, *self._cells)
+
+    @property
+    def _constructed_tokens(self) -> int:
+        """The longest row of a constructed pair, a judge's question with its verdict; 0 where there are none."""
+        if not self.config.judge.constructed_batch_size:
+            return 0
+        return min(round_up(max(self.facts.lengths.judges) + 1), self.arch.max_positions)
 
     @property
     def _cells(self) -> tuple[int, int]:
@@ -164,7 +181,7 @@ class Descriptions:
     def way(self) -> Way:
         """How the rows of training steps are packed."""
         config, lengths = self.config, self.facts.lengths
-        longest = max((*lengths.judges, *lengths.targets.values(), lengths.scored))
+        longest = max((*lengths.judges, *lengths.targets.values(), lengths.scored, self._constructed_tokens))
         kind, separate = config.text.packing, self._attention(longest) == "cudnn"
         if kind == "auto":
             # Short rows would gain less than another compilation costs.

@@ -257,7 +257,8 @@ def stream_key(seed: int, stream: str, iteration: int) -> Array:
     """Returns the key of one use of randomness; prompt and sample numbers are folded in on the device.
 
     Args:
-      stream: "responses", "evaluation", "init", "world", "dropout" or "verdicts".
+      stream: "responses", "evaluation", "init", "world", "dropout", "verdicts" or "constructed".
     """
-    streams = {"responses": 0, "evaluation": 1, "init": 2, "world": 3, "dropout": 4, "verdicts": 5}
+    names = ("responses", "evaluation", "init", "world", "dropout", "verdicts", "constructed")
+    streams = {name: number for number, name in enumerate(names)}
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams[stream]), iteration)

@@ -106,15 +106,15 @@ KINDS = {
 """The kinds of penalty by name."""
 
 
-def penalty(logits: dict[str, Array], settings: ConsistencyConfig, consensus_P: Array | None = None) -> Array:
+def penalty(logits: dict[str, Array], settings: ConsistencyConfig, target_P: Array | None = None) -> Array:
     """Computes the consistency penalty of each pair.
 
     Args:
       logits: reward model -> [P, C] float32; every column counts as a reward model of its own.
-      settings: with `target` "mutual" the reward models are compared with each other; with "consensus" it is the mean
-        over them of the penalty between each and the frozen consensus. The one that `stop_gradient` names teaches and
-        does not learn.
-      consensus_P: logits of the consensus, for target "consensus".
+      settings: with `target` "mutual" the reward models are compared with each other; else it is the mean over them of
+        the penalty between each and the frozen target. The one that `stop_gradient` names teaches and does not learn.
+        `entropy` times the mean entropy of their predictions is added.
+      target_P: logits of the target, where it is not "mutual".
 
     Returns:
       [P] float32, nats.
@@ -125,8 +125,9 @@ def penalty(logits: dict[str, Array], settings: ConsistencyConfig, consensus_P: 
         for name, values in logits.items()
     }
     logits_PR = jnp.concatenate(list(stopped.values()), axis=1)
+    doubt = settings.entropy * entropy(logits_PR).mean(axis=1) if settings.entropy else 0.0
     if settings.target == "mutual":
-        return kind.mutual(logits_PR, settings)
-    frozen = jax.lax.stop_gradient(consensus_P)
+        return kind.mutual(logits_PR, settings) + doubt
+    frozen = jax.lax.stop_gradient(target_P)
     towards = kind.towards or (lambda target, column, s: kind.mutual(jnp.stack([target, column], axis=1), s))
-    return sum(towards(frozen, column, settings) for column in logits_PR.T) / logits_PR.shape[1]
+    return sum(towards(frozen, column, settings) for column in logits_PR.T) / logits_PR.shape[1] + doubt

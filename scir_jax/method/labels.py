@@ -41,6 +41,7 @@ LABELS = {
     "consensus": Label(lambda logits, config: consensus(logits, config.rewards.weights), _all),
     "external": Label(),
     "cream": Label(),
+    "dice": Label(),
 }
 """The labels by name."""
 

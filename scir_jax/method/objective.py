@@ -1,5 +1,7 @@
 """The whole objective of a step: L = w_p L_preference[selected] + w_c L_consistency[all] + w_s L_sft[replay].
 
+Two terms may teach the judge beside these: L_sft[constructed], and the penalty on its slot bias.
+
 Every term and metric is a (sum, count) until the very end, where the sums over the global batch are divided once.
 So accumulation, sharding and padding cannot change the result, and a term with nothing in it is 0, never 0/0.
 """
@@ -15,8 +17,9 @@ from scir_jax.config.schema import Config
 from scir_jax.method import consistency, labels, preference
 from scir_jax.method.labels import LABELS
 from scir_jax.method.pairing import PAIRING
-from scir_jax.method.rewards import REWARDS, Evidence, consensus, reward_logits
+from scir_jax.method.rewards import JUDGED, REWARDS, Evidence, judged, reward_logits
 from scir_jax.method.selection import SELECTION
+from scir_jax.method.targets import TARGETS
 
 Array = jax.Array
 Sums = dict[str, tuple[Array, Array]]
@@ -30,7 +33,7 @@ class Needs:
       fresh: readings of the policy in every step (names in `Evidence.fresh`).
       rewards: reward models that those readings allow, so that a step shows them.
       cached: names in `Evidence.cached` that a step takes.
-      frozen: reward models whose logits from the start of the iteration a step takes.
+      frozen: reward models, and names of rewards.JUDGED, whose logits from the start of the iteration a step takes.
       start: reward models whose logits are made at the start of the iteration.
       verdicts: a step takes the judge's single verdicts from the start of the iteration.
       judged: the judge is asked about every candidate pair at the start of the iteration.
@@ -69,15 +72,19 @@ def needs(config: Config) -> Needs:
         now |= models
     if config.consistency.weight:
         now |= models
-        frozen |= models if config.consistency.target == "consensus" else set()
-    readings = {"logps"}.union(*(REWARDS[name].reads for name in now))
+        target = TARGETS[config.consistency.target]
+        frozen |= set(target.frozen(config)) if target else set()
+    readings = {"logps"}.union(rule.reads, *(REWARDS[name].reads for name in now))
+    if config.judge.slot_penalty:
+        readings |= set(REWARDS["generative"].reads)
     shown = _ordered(
         name
         for name, reward in REWARDS.items()
         if set(reward.reads) <= readings and (reward.reads or name in now | models)
     )
     cached = {"preference_logps"}.union(*(REWARDS[name].cached for name in shown))
-    start = frozen | ({"generative"} if way.judged and not config.pairs.scorer else set())
+    ranked = way.judged and not config.pairs.scorer
+    start = (frozen - set(JUDGED)) | ({"generative"} if ranked or "transitive" in frozen else set())
     return Needs(
         fresh=tuple(sorted(readings)),
         rewards=shown,
@@ -91,7 +98,7 @@ def needs(config: Config) -> Needs:
 
 def _ordered(names) -> tuple[str, ...]:
     wanted = set(names)
-    return tuple(name for name in REWARDS if name in wanted)
+    return tuple(name for name in (*REWARDS, *JUDGED) if name in wanted)
 
 
 def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array]]:
@@ -101,7 +108,7 @@ def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array
       evidence: with everything that `needs(config)` names.
 
     Returns:
-      sums: name -> (sum, count), float32 scalars; "preference" and "consistency" are terms of the loss.
+      sums: name -> (sum, count), float32 scalars; "preference", "consistency" and "slot_penalty" are terms of the loss.
       decisions: [P] (or [P, C]) p_REWARD of each reward model, agreed, selected, label, and the pair's weight in the
         preference term.
     """
@@ -136,13 +143,17 @@ def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array
 
     sums = {"preference": mean(losses, chosen_weight)}
     if set(models) <= set(logits):
-        target = None
-        if config.consistency.target == "consensus" and config.consistency.weight:
-            target = consensus({name: evidence.frozen[name] for name in models}, config.rewards.weights)
-        if target is not None or config.consistency.target == "mutual":
-            penalties = consistency.penalty({name: logits[name] for name in models}, config.consistency, target)
-            sums["consistency"] = mean(penalties, evidence.weight)
+        target, logits_P, weight_P = TARGETS[config.consistency.target], None, 1.0
+        if target is None or config.consistency.weight:
+            if target is not None:
+                logits_P = target.logits(evidence.frozen, config)
+                weight_P = target.weight(evidence.frozen) if target.weight else 1.0
+            penalties = consistency.penalty({name: logits[name] for name in models}, config.consistency, logits_P)
+            sums["consistency"] = mean(penalties, evidence.weight * weight_P)
         sums["agreement"] = mean(_agreed(together, config), evidence.weight)
+    if config.judge.slot_penalty:
+        bias_PG = judged(evidence.fresh["verdicts"])["slot_bias"]
+        sums["slot_penalty"] = mean(jnp.square(bias_PG).mean(axis=1), evidence.weight)
     sums["selected"] = mean((chosen > 0).astype(jnp.float32), evidence.weight)
     for name, values in logits.items():
         health = REWARDS[name].health
@@ -174,7 +185,11 @@ def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array
 def total(sums: Sums, config: Config, sft_terms: tuple[str, ...] = ()) -> Array:
     """Returns the loss: each term's sum over its count, weighted; scalar float32."""
     weights = {"preference": config.preference.weight, "consistency": config.consistency.weight}
-    weights |= dict.fromkeys(sft_terms, config.replay.weight)
+    weights["slot_penalty"] = config.judge.slot_penalty
+    weights |= {
+        name: config.judge.constructed_weight if name == "sft/constructed" else config.replay.weight
+        for name in sft_terms
+    }
     return sum(weight * divide(*sums[name]) for name, weight in weights.items() if weight)
 
 

@@ -32,6 +32,7 @@ class Scores(NamedTuple):
     Attributes:
       logps: role -> [answers] log pi(y|x), nats, float64.
       lengths: [answers] tokens.
+      characters: [answers] of their texts.
       wins: [candidates] the judge's probability that `a` is better; None where it was not asked.
       reference_before: the model of the iteration before is the implicit reward's reference itself.
       rewards: [answers] those of pairs.scorer, float64; None without one.
@@ -39,6 +40,7 @@ class Scores(NamedTuple):
 
     logps: dict[str, np.ndarray]
     lengths: np.ndarray
+    characters: np.ndarray
     wins: np.ndarray | None
     reference_before: bool
     rewards: np.ndarray | None = None
@@ -116,7 +118,8 @@ def cream(groups: Sequence[Group], candidates: Sequence[Choice], scores: Scores,
     """Takes a prompt's best against its worst answer by the implicit reward of M_t.
 
     The label of every pair is C, the agreement of the rankings by M_t and by M_{t-1}. Where M_{t-1} is the reference
-    itself it ranks by its log-likelihood per token instead. Source: CREAM, arXiv 2410.12735, section 4.
+    itself it ranks by its log-likelihood per token instead. Of equal rewards the earlier answer's ranks lower, in both
+    rankings (ordinal ranks). Source: CREAM, arXiv 2410.12735, section 4, and its code.
     """
     now, before, pairs = [], [], []
     for members in (list(group) for group in groups if len(group) > 1):
@@ -125,8 +128,47 @@ def cream(groups: Sequence[Group], candidates: Sequence[Choice], scores: Scores,
         now.append(logps["start"] - logps["implicit"])
         before.append(logps["before"] / lengths if scores.reference_before else logps["before"] - logps["implicit"])
         pairs.append((members[int(now[-1].argmax())], members[int(now[-1].argmin())]))
-    agreement = rank_agreement(now, before)
+    agreement = rank_agreement([ordinal(x) for x in now], [ordinal(x) for x in before])
     return [Choice(a, b, agreement) for a, b in pairs if a != b]
+
+
+def ordinal(values: np.ndarray) -> np.ndarray:
+    """Returns the rank of each value from the smallest on, 0 to N - 1; of equal values the earlier one ranks lower."""
+    ranks = np.empty(len(values), int)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
+def dice(groups: Sequence[Group], candidates: Sequence[Choice], scores: Scores, config: Config) -> list[Choice]:
+    """Takes a prompt's best against its worst answer by log pi_t - log pi_ref - alpha |y|, |y| in characters.
+
+    alpha is 0, 0.001, ... up to 1: it grows until the mean difference of the chosen and the rejected answers' lengths
+    shrinks no more. Source: DICE, arXiv 2406.09760, section 4, and its code.
+    """
+    members = [list(group) for group in groups if len(group) > 1]
+    if not members:
+        return []
+    places = np.full((len(members), max(map(len, members))), -1)
+    for row, group in enumerate(members):
+        places[row, : len(group)] = group
+    there, at = places >= 0, np.arange(len(members))
+    rewards = (scores.logps["start"] - scores.logps["implicit"])[places]
+    lengths = scores.characters[places]
+
+    def extremes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
+        values = rewards - alpha * lengths
+        return np.where(there, values, -np.inf).argmax(axis=1), np.where(there, values, np.inf).argmin(axis=1)
+
+    smallest, chosen = np.inf, extremes(0.0)
+    for alpha in np.arange(1000) / 1000:
+        best, worst = extremes(alpha)
+        gap = abs((lengths[at, best] - lengths[at, worst]).mean())
+        if gap > smallest:
+            break
+        if gap < smallest:
+            smallest, chosen = gap, (best, worst)
+    pairs = zip(places[at, chosen[0]].tolist(), places[at, chosen[1]].tolist())
+    return [Choice(a, b, 1.0) for a, b in pairs if a != b]
 
 
 def rank_agreement(first: list[np.ndarray], second: list[np.ndarray]) -> float:
@@ -153,6 +195,7 @@ PAIRING = {
     "random": Way(random_pairs, lambda n, config: min(config.pairs.per_prompt, _every(n))),
     "all": Way(all_pairs, lambda n, config: _every(n)),
     "best_worst": Way(all_pairs, lambda n, config: min(config.pairs.per_prompt, n - 1), best_worst, judged=True),
+    "dice": Way(lambda groups, rng, config: [], lambda n, config: min(n - 1, 1), dice),
     "cream": Way(lambda groups, rng, config: [], lambda n, config: min(n - 1, 1), cream, roles=("before",)),
 }
 """The ways of choosing pairs by name."""

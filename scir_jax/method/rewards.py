@@ -23,7 +23,7 @@ class Evidence(NamedTuple):
         [P, G, 2] P(A) + P(B); "entropy" [P, 2] mean entropy of the policy at the answer's tokens, nats.
       cached: ROLE_READING -> [P, 2] under another model: "preference_logps" under DPO's reference, "implicit_logps"
         under the implicit reward's, "start_logps" under the policy that the iteration started from.
-      frozen: reward model -> [P, C] its logits at the start of the iteration.
+      frozen: reward model, or a name of JUDGED -> [P, C] its logits at the start of the iteration.
       lengths: [P, 2] tokens of the answers, int32.
       length_penalty: [P, 2] alpha |y|.
       verdicts: [P, S] the judge's single verdicts at the start of the iteration, logits in favour of the first answer.
@@ -191,9 +191,14 @@ REWARDS = {
 """The internal reward models by name."""
 
 
+JUDGED = {"generative_before": REWARDS["generative"].columns, "transitive": None}
+"""What the judge says beside its verdicts at the start of an iteration -> columns as in Reward: the verdicts of M_{t-1};
+differences of the answers' mean verdicts."""
+
+
 def columns(name: str, config: Config) -> int:
-    """Returns C, the number of logits that a reward model gives to a pair."""
-    count = REWARDS[name].columns
+    """Returns C, the number of logits that a reward model, or an entry of JUDGED, gives to a pair."""
+    count = JUDGED[name] if name in JUDGED else REWARDS[name].columns
     return 1 if count is None else count(config)
 
 

@@ -67,12 +67,14 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
     config, spec = run.config, run.slot_spec
     responses, way = config.sample.responses, PAIRING[config.pairs.kind]
     pairs = prompts * way.count(responses, config)
+    offline = int(pairs * config.pairs.offline / (1 - config.pairs.offline))
     candidates = prompts * PAIRING["all"].count(responses, config) if way.choose else pairs
     # In later iterations the models in different roles are different ones.
     numbers = roles(config, iteration=3)
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
     answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
+    answers, pairs = answers + 2 * offline, pairs + offline
     longest = math.ceil(prompts * responses / spec.slots) * math.ceil(spec.answer_tokens / SEGMENT)
     found = [
         ("sample", "prefill", math.ceil(prompts / spec.prompts)),
@@ -80,8 +82,11 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
         ("score", "score", len(models) * math.ceil(answers / size)),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
-    if needs(config).judged:
-        found.insert(3, ("score", "judge", math.ceil(candidates / config.evaluate.batch_size)))
+    wanted = needs(config)
+    if wanted.judged:
+        # Once by M_t, once by the judge before it, and once for each pass with dropout.
+        times = 1 + ("generative_before" in wanted.frozen) + (run.judge_passes if wanted.verdicts else 0)
+        found.insert(3, ("score", "judge", times * math.ceil(candidates / config.evaluate.batch_size)))
     return found[2:] if config.data.pairs else found
 
 

@@ -11,6 +11,7 @@ STAGES = {
     "start": "import of M0",
     "sft": "supervised fine-tuning",
     "sample": "sampling",
+    "construct": "constructing pairs",
     "score": "pairing and scoring",
     "optimise": "optimisation",
     "evaluate": "evaluation",

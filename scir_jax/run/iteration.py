@@ -15,7 +15,17 @@ from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
-from scir_jax.run import answers, choice, command_sampling, console, evaluation, pairing, sampling, training
+from scir_jax.run import (
+    answers,
+    choice,
+    command_sampling,
+    console,
+    constructing,
+    evaluation,
+    pairing,
+    sampling,
+    training,
+)
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
@@ -54,6 +64,8 @@ def recipe(
 ) -> Iterator[Stage]:
     """Yields the stages of a run in order: M0, SFT, M1; then for each iteration sample, score, optimise, evaluate.
 
+    Where the judge learns from constructed pairs, a stage `construct` follows `sample`.
+
     Args:
       external: what pairs.scorer names.
     """
@@ -83,11 +95,17 @@ def recipe(
             source = partial(
                 answers.sampled_answers, encoder, programs.facts.lengths, programs.arch.vocab_size, responses
             )
+        if config.judge.constructed_batch_size:
+            built = directory.iteration(t) / constructing.NAME
+            build = partial(_construct, config, encoder, programs, models, t, source, built, stopper)
+            yield Stage("construct", t, built.exists, build)
         yield Stage(
             "score",
             t,
             pairs.exists,
-            lambda: pairing.make_pairs(config, encoder, programs, models, t, source(), pairs, stopper, external),
+            lambda: pairing.make_pairs(
+                config, encoder, programs, models, t, source(), pairs, stopper, external, inputs.eft
+            ),
         )
         yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
         yield evaluate(t)
@@ -116,6 +134,20 @@ def _sample(
         command_sampling.sample_with_command(config, encoder, programs, models, directory, prompts, t, path, stopper)
     else:
         sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
+
+
+def _construct(
+    config: Config,
+    encoder: Encoder,
+    programs: Programs,
+    models: Models,
+    t: int,
+    source: Callable[[], answers.Source],
+    path: Path,
+    stopper: console.Stopper,
+) -> None:
+    """Writes constructed.jsonl of an iteration."""
+    constructing.construct_pairs(config, encoder, programs, models, t, source(), path, stopper)
 
 
 def run_stages(

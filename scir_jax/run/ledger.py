@@ -16,6 +16,7 @@ from scir_jax.run.directory import RunDirectory
 NAME = "files.json"
 STAGES = {
     "sample": "responses.jsonl",
+    "construct": "constructed.jsonl",
     "score": "pairs.jsonl",
     "optimise": "decisions.jsonl",
     "evaluate": "evaluation.json",

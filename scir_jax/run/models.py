@@ -162,6 +162,13 @@ def roles(config: Config, iteration: int) -> dict[str, ModelName]:
     }
 
 
+def judge_before(config: Config, iteration: int) -> int:
+    """Returns the number of the model before M_t that has learned to judge: M_{t-1}, or M1 itself for the M1 of SFT."""
+    start = start_of(config)
+    first = 1 if start is None or start[1] == 1 else 0
+    return max(iteration - 1, first)
+
+
 def start_of(config: Config) -> tuple[Path, int] | None:
     """Returns the run directory and the number of the model that run.start_from names, or None without one.
 

@@ -18,12 +18,15 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
-from scir_jax.method import objective, rewards
+from scir_jax.method import labels, objective, rewards, selection
+from scir_jax.method.labels import LABELS
 from scir_jax.method.pairing import PAIRING, Choice, Scores
+from scir_jax.method.selection import SELECTION
+from scir_jax.method.targets import transitive
 from scir_jax.run import answers, console, scorer, scoring
 from scir_jax.run.answers import Source
 from scir_jax.run.inputs import Inputs
-from scir_jax.run.models import Models, roles
+from scir_jax.run.models import Models, judge_before, roles
 from scir_jax.run.scorer import Scorer
 from scir_jax.run.scoring import Item
 
@@ -48,6 +51,36 @@ def different(items: Sequence[Item]) -> list[list[int]]:
     return [list({items[i][1].ids: i for i in reversed(places)}.values())[::-1] for places in by_prompt.values()]
 
 
+def offline_pairs(
+    config: Config, items: Sequence[Item], groups: Sequence[Sequence[int]], offline: Sequence[Pair], rng
+) -> list[Pair]:
+    """Draws labelled pairs of other prompts than the iteration's, as many as pairs.offline can ask for."""
+    prompts = {prompt.ids for prompt, _ in items}
+    others = [pair for pair in offline if pair.prompt.ids not in prompts]
+    count = _share(sum(len(group) > 1 for group in groups), config.pairs.offline)
+    if count > len(others):
+        console.say(f"note: data.eft has {len(others)} pairs of other prompts, pairs.offline asks for {count}")
+    return [others[i] for i in rng.permutation(len(others))[:count]]
+
+
+def _share(pairs: int, share: float) -> int:
+    """Returns how many further pairs make up a share of all."""
+    return int(share * pairs / (1 - share))
+
+
+def drawn(config: Config, pairs: Sequence[Pair], rng: np.random.Generator) -> list[Pair]:
+    """Returns the pairs that selection.rule sampled draws; each one's weight is how often it was drawn."""
+    label = LABELS[config.preference.labels]
+    if label.logit is None:
+        q = np.array([0.5 if pair.label is None else pair.label for pair in pairs])
+    else:
+        frozen = {name: np.array([p.frozen[name] for p in pairs], np.float32) for name in label.rewards(config)}
+        q = np.asarray(labels.probability(label.logit(frozen, config), soft=False), np.float64)
+    verdicts = np.array([pair.verdicts for pair in pairs], np.float64)
+    counts = selection.draw(verdicts, q, config.selection.power, rng)
+    return [dataclasses.replace(pair, weight=float(n)) for pair, n in zip(pairs, counts) if n]
+
+
 class Scored(NamedTuple):
     """What is known of candidates.
 
@@ -55,7 +88,7 @@ class Scored(NamedTuple):
       candidates: pairs of places in the items.
       by_role: role -> reading -> [items] float32, NaN for items that nobody looks at.
       verdicts: [candidates, S] the judge's single verdicts under M_t, where the method looks at them.
-      frozen: reward model -> [candidates, C] logits under M_t.
+      frozen: reward model -> [candidates, C] logits under M_t; and those of rewards.JUDGED that the method takes.
       rewards: [items] those of pairs.scorer, float64, NaN for items that nobody looks at; None without one.
     """
 
@@ -76,19 +109,21 @@ def make_pairs(
     path: Path,
     stopper: console.Stopper,
     external: Scorer | None = None,
+    offline: Sequence[Pair] = (),
 ) -> None:
     """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
 
     Args:
       external: says which answer of a pair is better.
+      offline: labelled pairs, of which pairs.offline takes its share.
 
     Raises:
       InputError: there is no pair.
     """
     items, way = source.items, PAIRING[config.pairs.kind]
     groups = different(items)
+    rng = np.random.default_rng(np.random.SeedSequence([config.run.seed, 1, iteration]))
     if source.given is None:
-        rng = np.random.default_rng(np.random.SeedSequence([config.run.seed, 1, iteration]))
         candidates = way.candidates(groups, rng, config)
     else:
         candidates = source.given
@@ -97,6 +132,9 @@ def make_pairs(
             f"iteration {iteration}: no prompt has two different responses; "
             "raise sample.temperature or sample.responses"
         )
+    kept = offline_pairs(config, items, groups, offline, rng) if config.pairs.offline else []
+    labelled = [Choice(len(items) + 2 * i, len(items) + 2 * i + 1, pair.label) for i, pair in enumerate(kept)]
+    items = [*items, *((pair.prompt, answer) for pair in kept for answer in pair.answers)]
     scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
     far = answers.check_claims(source.claims, items, scored.by_role["start"]["logps"])
     if far is not None:
@@ -106,8 +144,16 @@ def make_pairs(
     chosen = candidates
     if way.choose and source.given is None:
         chosen = way.choose(groups, candidates, _scores(config, items, scored, iteration), config)
+        chosen += labelled[: _share(len(chosen), config.pairs.offline)]
+    pairs = finished(config, items, scored, chosen)
+    if SELECTION[config.selection.rule].drawn:
+        pairs = drawn(config, pairs, rng)
+        if not pairs:
+            raise InputError(
+                f"iteration {iteration}: most of the judge's verdicts contradict the label of every pair, so that "
+                "selection.rule sampled leaves none; take another rule, or train the judge (sft) longer"
+            )
     if hosts.first():
-        pairs = finished(config, items, scored, chosen)
         write_rows(path, (to_row(pair, number) for number, pair in enumerate(pairs)))
 
 
@@ -128,17 +174,19 @@ def score_candidates(
     """
     wanted, numbers = objective.needs(config), roles(config, iteration)
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
+    earlier = judge_before(config, iteration) if "generative_before" in wanted.frozen else None
     # M_t, the largest number, comes last.
     loads = sorted({numbers[role] for role in asked}, key=lambda which: (isinstance(which, int), which))
+    again = earlier is not None and earlier != iteration
     title = f"iteration {iteration}: pair and score"
     passes = programs.judge_passes if wanted.verdicts else 0
     pairs = [_pair(items, choice) for choice in candidates]
     # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
-    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes) * len(pairs)
+    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes + again) * len(pairs)
     read: dict[int | str, dict[str, np.ndarray]] = {}
-    judged = verdicts = given = None
+    judged = verdicts = given = before = None
     with console.stage(title, total) as bar:
 
         def advance(by: int) -> None:
@@ -148,6 +196,8 @@ def score_candidates(
         if external is not None:
             models.release()
             given = _spread(external.rewards([items[i] for i in used], advance), used, len(items), np.float64)
+        if again:
+            before = scoring.judge_pairs(encoder, programs, models.load(earlier), pairs, advance)
         for number in loads:
             found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
@@ -173,6 +223,12 @@ def score_candidates(
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
     frozen = {name: np.asarray(values) for name, values in logits.items()}
+    if earlier is not None:
+        verdicts_before = (judged if before is None else before).verdicts
+        frozen["generative_before"] = np.asarray(rewards.judged(verdicts_before)["logit"])
+    if "transitive" in wanted.frozen:
+        mean = frozen["generative"].mean(axis=1)
+        frozen["transitive"] = transitive(places, mean)[:, None].astype(np.float32)
     return Scored(candidates, by_role, verdicts, frozen, given)
 
 
@@ -212,6 +268,7 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
     return Scores(
         logps={role: values["logps"].astype(np.float64) for role, values in scored.by_role.items()},
         lengths=np.array([len(answer.ids) for _, answer in items]),
+        characters=np.array([len(answer.text) for _, answer in items]),
         wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
         reference_before=numbers["before"] == numbers["implicit"],
         rewards=scored.rewards,

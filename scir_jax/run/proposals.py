@@ -249,6 +249,7 @@ class Need:
         step = config.optimise.batch_size * 2 * (self.scored + templates * self.judged)
         if config.replay.weight:
             step += config.replay.eft_batch_size * 2 * self.judged + config.replay.ift_batch_size * self.scored
+        step += config.judge.constructed_batch_size * self.judged
         sft = config.sft.ift_batch_size * self.scored + config.sft.eft_batch_size * 2 * self.judged
         return max(step, sft if config.sft.epochs else 0) // (accumulate * self.shards)
 

@@ -27,6 +27,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.trainer import Trainer, learning_rates
 from scir_jax.errors import InputError
 from scir_jax.run import console
+from scir_jax.run.constructing import NAME, constructed_rows
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
@@ -96,11 +97,14 @@ def run_optimise(
 ) -> None:
     """Trains M_t -> M_{t+1} on the pairs of iteration t beside replayed examples."""
     folder, seed = directory.iteration(iteration), config.run.seed
+    targets = inputs.targets
+    if config.judge.constructed_batch_size:
+        targets = targets | {"constructed": constructed_rows(encoder, folder / NAME)}
     batches = pair_batches(
         programs.optimise_spec,
         encoder,
         read_pairs(config, folder / "pairs.jsonl"),
-        inputs.targets,
+        targets,
         epochs=config.optimise.epochs,
         seed=stage_seed(seed, 100 + iteration),
         seeds=target_seeds(seed, 10 + iteration),
@@ -155,7 +159,8 @@ def stage_seed(seed: int, stream: int) -> int:
 
 def target_seeds(seed: int, stream: int) -> dict[str, int]:
     """Returns the seeds of the shuffling of supervised rows."""
-    return {"ift": stage_seed(seed, stream), "eft": stage_seed(seed, stream + 1000)}
+    streams = {"ift": stream, "eft": stream + 1000, "constructed": stream + 2000}
+    return {name: stage_seed(seed, number) for name, number in streams.items()}
 
 
 def train_stage(

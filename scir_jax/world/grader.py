@@ -1,10 +1,12 @@
 """The hidden grader of the embedded world.
 
-It is for evaluation. Training never calls it; the only trace of it in the training data is which of two responses is
-called `chosen` in the comparison files.
+It is for evaluation. Training never calls it, but for the method `oracle`, which shows what perfect labels would give;
+the only trace of it in the training data is which of two responses is called `chosen` in the comparison files.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from scir_jax.world.tasks import MARKER, answer
 
@@ -32,3 +34,12 @@ def grade(prompt: str, response: str) -> dict[str, float]:
     polite = response.endswith(MARKER) and response.count(MARKER) == 1
     quality = CONTENT_WEIGHT * (matching / max(len(body), len(right))) + MARKER_WEIGHT * polite
     return {"quality": round(quality, 9), "exact": float(body == right)}
+
+
+def rewards(conversations: Sequence[Sequence[dict[str, str]]], responses: Sequence[str]) -> list[float]:
+    """Grades responses as a scorer of pairs does: the quality of each, for the conversation's last message.
+
+    Raises:
+      InputError: a message is not a prompt of this world.
+    """
+    return [grade(messages[-1]["content"], response)["quality"] for messages, response in zip(conversations, responses)]

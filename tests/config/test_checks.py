@@ -16,6 +16,7 @@ def configured(**sections) -> Config:
 
 
 CREAM = dict(pairs=dict(kind="cream"), preference=dict(labels="cream"))
+DICE = dict(pairs=dict(kind="dice"), preference=dict(labels="dice"), consistency=dict(weight=0.0))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,23 @@ CREAM = dict(pairs=dict(kind="cream"), preference=dict(labels="cream"))
             CREAM | dict(consistency=dict(target="consensus")),
             "pairs.kind cream asks the judge nothing",
         ),
+        (CREAM | dict(consistency=dict(target="lagged")), "pairs.kind cream asks the judge nothing"),
+        (dict(pairs=dict(kind="dice")), "preference.labels dice and pairs.kind dice belong together"),
+        (DICE | dict(selection=dict(rule="sampled")), "pairs.kind dice asks the judge nothing"),
+        (DICE | dict(data=dict(pairs="pairs.jsonl")), "preference.labels is dice, which ranks sampled"),
+        (dict(consistency=dict(target="transitive")), "set pairs.kind to all or best_worst"),
+        (
+            dict(consistency=dict(target="transitive"), pairs=dict(kind="all"), data=dict(pairs="pairs.jsonl")),
+            "leave data.pairs out",
+        ),
+        (dict(selection=dict(rule="sampled")), "draws pairs by their labels before training; set preference.update"),
+        (dict(pairs=dict(offline=1.0)), "pairs.offline must be at least 0 and below 1, not 1.0"),
+        (dict(pairs=dict(offline=0.5), data=dict(eft="eft.jsonl")), "pairs.offline takes pairs from data.eft"),
+        (dict(pairs=dict(kind="dice", offline=0.5), preference=dict(labels="dice")), "from data.eft"),
+        (dict(judge=dict(constructed_batch_size=-1)), "judge.constructed_batch_size must not be negative, not -1"),
+        (dict(judge=dict(slot_penalty=-0.1)), "judge.slot_penalty must not be negative"),
+        (dict(judge=dict(constructed_batch_size=2, constructions=())), "judge.constructions is empty"),
+        (dict(judge=dict(constructed_batch_size=3), training=dict(accumulate=2)), "batch_size=3 does not divide"),
         (dict(text=dict(bin_tokens=-1)), "text.bin_tokens is -1 and text.packing auto; it is the size of a bin"),
         (dict(text=dict(bin_tokens=512, packing="off")), "text.bin_tokens is 512 and text.packing off"),
         (dict(selection=dict(power=-1.0)), "selection.power must not be negative, not -1.0"),
@@ -67,6 +85,11 @@ def test_what_belongs_together_is_taken():
     check(configured())
     check(configured(**CREAM, selection=dict(rule="all"), consistency=dict(weight=0.0)))
     check(configured(selection=dict(rule="certainty"), consistency=dict(weight=0.0)))
+    dice = dict(pairs=dict(kind="dice", offline=0.5), data=dict(eft="eft.jsonl"), selection=dict(rule="all"))
+    check(configured(**DICE | dice))
+    check(configured(selection=dict(rule="sampled"), preference=dict(update="frozen")))
+    for kind in ("all", "best_worst"):
+        check(configured(consistency=dict(target="transitive"), pairs=dict(kind=kind)))
     pairs = dict(heldout_pairs="pairs.jsonl", heldout_prompts="prompts.jsonl")
     check(configured(evaluate=dict(select="consensus", early_stop=True, every=3), data=pairs))
     check(configured(evaluate=dict(select="quality", grader="module:function"), data=pairs))

@@ -138,3 +138,34 @@ def test_divergences():
     np.testing.assert_allclose(
         consistency.agreement(jnp.array([[1e4, 1e4], [-1e4, -1e4], [0.0, 0.0]])), [0, 0, np.log(2)], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("stop", ["none", "generative"])
+def test_symmetric_kl_with_the_whole_entropy_is_the_cross_entropy(stop):
+    """1/2 [KL(p||q) + KL(q||p)] + 1/2 [H(p) + H(q)], in values and in gradients."""
+    logits = np.random.default_rng(10).normal(0, 3, (PAIRS, 3)).astype(np.float32)
+
+    def both(**settings):
+        def total(z):
+            values = penalties(z, NAMES, stop_gradient=stop, **settings)
+            return values.sum(), values
+
+        (_, values), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(logits))
+        return np.asarray(values), np.asarray(gradient)
+
+    for found, expected in zip(both(kind="kl", entropy=1.0), both(kind="cross_entropy"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(both(kind="kl")[0] - both(kind="cross_entropy")[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["kl", "agreement"])
+def test_entropy_is_added_with_its_weight(kind, target):
+    """Two columns at probabilities 3/4 and 1/2: their entropies are ln 4 - 3/4 ln 3 and ln 2."""
+    logits = jnp.array([[np.log(3.0), 0.0]] * PAIRS)
+    settings = dict(kind=kind, target=target, consensus_P=jnp.ones(PAIRS))
+    doubt = (np.log(4) - 0.75 * np.log(3) + np.log(2)) / 2
+    without = penalties(logits, NAMES[:2], **settings)
+    for weight in (0.5, -2.0):
+        found = penalties(logits, NAMES[:2], entropy=weight, **settings)
+        np.testing.assert_allclose(found, without + weight * doubt, rtol=1e-5, atol=1e-6)

@@ -76,15 +76,17 @@ def test_whose_label(name, update):
         "consensus": source @ CONSENSUS > 0,
         "external": values["label"],
         "cream": values["label"],
+        "dice": values["label"],
     }
+    given = {"external", "cream", "dice"}
     expected = answers[name]
-    others = [key for key in answers if key != name and {key, name} != {"external", "cream"}]
+    others = [key for key in answers if key != name and not {key, name} <= given]
     assert all(np.any(expected != answers[key]) for key in others)
     decisions = objective.objective(evidence(values, config), config)[1]
     np.testing.assert_array_equal(decisions["label"], expected)
     soft = changed(config, {"preference.soft": True})
     label = np.asarray(objective.objective(evidence(values, soft), soft)[1]["label"])
-    if name in ("external", "cream"):
+    if name in given:
         np.testing.assert_array_equal(label, expected)  # taken as it is
     else:
         np.testing.assert_array_equal(label > 0.5, expected)

@@ -11,6 +11,7 @@ import pytest
 from scir_jax.config import cli, files
 from scir_jax.method import objective
 from scir_jax.method.objective import Needs
+from scir_jax.method.rewards import JUDGED as JUDGED_TOO
 from tests.method_reference import (
     CONFIGURATIONS,
     changed,
@@ -38,11 +39,18 @@ EXPECTED = {
     "srlm": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), False, True),
     "implicit": Needs(PLAIN, ("implicit",), REFERENCES, ("implicit",), ("implicit",), False, False),
     "cream": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
+    "dice": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
+    "oracle": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
     "external": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
     "upo": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True),
+    "upo_dropout": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True),
+    "scir_constructed": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
+    "scir_both_orders": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
+    "scir_lagged": Needs(JUDGED, BOTH, REFERENCES, ("generative", "generative_before"), ("generative",), False, True),
+    "scir_transitive": Needs(JUDGED, BOTH, REFERENCES, ("transitive",), ("generative",), False, True),
     "consensus": Needs(JUDGED, THREE, (*REFERENCES, "start_logps"), THREE, THREE, False, True),
 }
-UNJUDGED = ("srlm", "implicit", "cream", "external", "upo")
+UNJUDGED = ("srlm", "implicit", "cream", "dice", "external", "oracle", "upo", "upo_dropout")
 
 
 @functools.cache
@@ -83,7 +91,7 @@ def test_what_is_needed_is_exactly_what_the_objective_touches(name):
     wanted = objective.needs(config)
     assert dropped == len(wanted.fresh) + len(wanted.cached) + len(wanted.frozen) >= 2
     assert set(wanted.rewards) == ref_shown(config)
-    assert set(wanted.frozen) <= set(wanted.start)
+    assert set(wanted.frozen) - set(JUDGED_TOO) <= set(wanted.start)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -95,7 +103,7 @@ def test_what_is_not_needed_may_be_anything(name):
     wanted = objective.needs(config)
     kept = {*wanted.fresh, *wanted.cached, *(f"frozen {reward}" for reward in wanted.frozen)}
     kept |= {"weight", "lengths"}
-    if config.preference.labels in ("external", "cream"):
+    if config.preference.labels in ("external", "cream", "dice"):
         kept.add("label")
     if config.implicit.length == "penalty":
         kept.add("length_penalty")
@@ -160,6 +168,12 @@ def test_a_step_without_the_judge_has_the_loss_of_one_with_it(name):
         # What it said at the start of the iteration is enough.
         ({"selection.rule": "certainty"}, False),
         ({"preference.labels": "entropy"}, False),
+        ({"selection.rule": "sampled"}, False),
+        ({"selection.rule": "both_orders"}, True),
+        ({"rewards.models": ("implicit",), "selection.rule": "both_orders"}, True),
+        ({"judge.slot_penalty": 0.1}, True),
+        ({"judge.constructed_batch_size": 4}, False),
+        ({"consistency.target": "lagged"}, False),
     ],
 )
 def test_when_a_step_asks_the_judge(settings, asked):
@@ -188,13 +202,14 @@ def test_when_a_step_asks_the_judge(settings, asked):
         ({"pairs.kind": "best_worst"}, ("generative",), True),
         ({"pairs.kind": "all"}, (), False),
         ({"selection.rule": "certainty"}, (), True),
+        ({"selection.rule": "sampled"}, (), True),
         ({"preference.update": "frozen", "preference.labels": "entropy"}, ("entropy",), False),
     ],
 )
 def test_what_is_made_at_the_start_of_an_iteration(settings, start, judged):
     found = objective.needs(configured(settings))
     assert (found.start, found.judged) == (start, judged)
-    assert found.verdicts == (settings.get("selection.rule") == "certainty")
+    assert found.verdicts == (settings.get("selection.rule") in ("certainty", "sampled"))
     # What is made only to choose pairs is not taken by a step.
     assert found.frozen == (() if settings.get("pairs.kind") else start)
 

@@ -6,7 +6,18 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from scir_jax.method.pairing import PAIRING, Choice, Scores, all_pairs, best_worst, cream, random_pairs, rank_agreement
+from scir_jax.method.pairing import (
+    PAIRING,
+    Choice,
+    Scores,
+    all_pairs,
+    best_worst,
+    cream,
+    dice,
+    ordinal,
+    random_pairs,
+    rank_agreement,
+)
 from tests.method_reference import configured
 
 
@@ -25,7 +36,7 @@ def scores_of(rng, answers, candidates=(), *, reference_before=False, levels=Non
     roles = ("start", "preference", "implicit", "before")
     wins = rng.uniform(0, 1, len(candidates)) if levels is None else rng.integers(0, 3, len(candidates)) / 2
     logps = {role: draw(answers) for role in roles}
-    return Scores(logps, rng.integers(0, 9, answers), wins, reference_before)
+    return Scores(logps, rng.integers(0, 9, answers), rng.integers(0, 40, answers), wins, reference_before)
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------
@@ -129,7 +140,7 @@ def test_best_against_worst_by_hand():
     """Answer 2 beats all, 0 loses to all, 1 loses to 2 only: the likelihood can turn that round."""
     candidates = [Choice(0, 1), Choice(2, 0), Choice(2, 1)]
     logps = {"start": np.array([-1.0, -2.0, -9.0])}
-    scores = Scores(logps, np.array([1, 1, 9]), np.array([0.1, 0.9, 0.8]), False)
+    scores = Scores(logps, np.array([1, 1, 9]), np.array([1, 1, 9]), np.array([0.1, 0.9, 0.8]), False)
     for settings, expected in (
         ({}, [(2, 0), (2, 1)]),
         ({"pairs.per_prompt": 1}, [(2, 0)]),
@@ -158,8 +169,9 @@ def slow_cream(groups, scores):
         alike = []
         for x, i in enumerate(group):
             for j in group[:x]:
-                same, other = (now[i] > now[j]) == (before[i] > before[j]), now[i] == now[j] or before[i] == before[j]
-                alike.append(0.5 if other else float(same))
+                # Ordinal ranks: of equal rewards the one that comes later in the group ranks higher.
+                ahead = [(x[i] > x[j]) or (x[i] == x[j]) for x in (now, before)]
+                alike.append(float(ahead[0] == ahead[1]))
         shares.append(sum(alike) / len(alike))
         better = [i for i in group if now[i] == max(now.values())][0]
         worse = [i for i in group if now[i] == min(now.values())][0]
@@ -214,3 +226,64 @@ def test_count_is_how_many_pairs_a_prompt_gives(name, per_prompt):
             scores = scores._replace(logps={role: scores.logps[role] for role in roles})
             chosen = way.choose(groups, candidates, scores if way.judged else scores._replace(wins=None), config)
         assert len(chosen) == way.count(answers, config)
+
+
+# --- dice ------------------------------------------------------------------------------------------------------------
+
+
+def slow_dice(groups, scores):
+    """[(better, worse)] and alpha, grown a thousandth at a time until the chosen answers' surplus of characters grows."""
+    found = []
+    for step in range(1000):
+        pairs = []
+        for group in groups:
+            value = {
+                i: scores.logps["start"][i] - scores.logps["implicit"][i] - step / 1000 * scores.characters[i]
+                for i in group
+            }
+            if len(group) > 1:
+                pairs.append((max(group, key=value.get), min(group, key=value.get)))
+        gap = abs(np.mean([scores.characters[a] - scores.characters[b] for a, b in pairs]))
+        if found and gap > min(found)[0]:
+            break
+        found.append((gap, step / 1000, pairs))
+    gap, alpha, pairs = min(found, key=lambda item: item[:2])
+    return [pair for pair in pairs if pair[0] != pair[1]], alpha
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_dice_pairs(levels):
+    config = configured({"pairs.kind": "dice", "preference.labels": "dice"})
+    alphas = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = groups_of(rng, (4, 1, 2, 0, 6, 3))
+        scores = scores_of(rng, 16, levels=levels)
+        # Longer answers have the higher rewards, so that the penalty has something to do.
+        scores.logps["start"] += 0.3 * scores.characters
+        expected, alpha = slow_dice(groups, scores)
+        found = dice(groups, [], scores, config)
+        assert [(pair.a, pair.b) for pair in found] == expected
+        assert all(pair.label == 1 for pair in found)
+        alphas.append(alpha)
+    assert 0 < np.median(alphas) < 0.9
+    assert dice([[0], []], [], scores, config) == []
+
+
+def test_dice_by_hand():
+    """The longest answer has the highest reward, by half a nat; a twentieth per character makes up for it."""
+    logps = {"start": np.array([1.0, 0.5, 0.0]), "implicit": np.zeros(3)}
+    config = configured({"pairs.kind": "dice", "preference.labels": "dice"})
+
+    def of(characters):
+        scores = Scores(logps, np.ones(3, int), np.array(characters), None, False)
+        return dice([[0, 1, 2]], [], scores, config)
+
+    assert of([20, 10, 10]) == [Choice(1, 2, 1.0)]  # from alpha .05 on both are of ten characters
+    assert of([10, 10, 10]) == [Choice(0, 2, 1.0)]
+    assert of([5, 10, 20]) == [Choice(0, 2, 1.0)]  # a penalty would only widen the gap
+
+
+def test_of_equal_rewards_the_earlier_ranks_lower():
+    for values, expected in (([3.0, 1.0, 2.0], [2, 0, 1]), ([1.0, 1.0, 0.0], [1, 2, 0]), ([5.0] * 4, [0, 1, 2, 3])):
+        np.testing.assert_array_equal(ordinal(np.array(values)), expected)

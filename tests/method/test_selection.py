@@ -78,3 +78,45 @@ def test_certainty(power):
     found = selection.SELECTION["certainty"].weight(None, evidence(values, config), config.selection)
     np.testing.assert_allclose(found, ref_certainty(values, config), atol=2e-3 if power < 1 else 1e-5)
     np.testing.assert_allclose(found[:3], [1, 0, 1], atol=1e-3 if power < 1 else 1e-6)
+
+
+def test_both_orders():
+    """Pairs whose verdicts z(y1, y2) and z(y2, y1) are these, beside reward models that are sure of the first answer."""
+    z = np.array([[2.0, -1.0], [-2.0, 1.0], [2.0, 1.0], [3.0, 0.0], [-2.0, -1.0]])
+    verdicts = jnp.asarray(np.stack([z, np.zeros_like(z)], axis=-1)[:, None])  # [P, one template, 2, (A, B)]
+    logits = jnp.ones((5, 2))
+    assert selection.both_orders(logits, verdicts).tolist() == [True, True, False, False, False]
+    # Both templates, in both orders each.
+    two = jnp.concatenate([verdicts, verdicts[jnp.array([0, 0, 0, 0, 0])]], axis=1)
+    assert selection.both_orders(logits, two).tolist() == [True, False, False, False, False]
+    apart = logits * jnp.array([1, -1])
+    assert not selection.both_orders(apart, verdicts).any()
+    assert not selection.both_orders(logits, verdicts, confidence=0.3).any()  # sigmoid(1) is .73
+
+
+def test_drawn_pairs():
+    """Predictions that contradict the label are most of three, so that the pair is left out; B of the others by hand."""
+    sure, three = 60.0, np.log(3)
+    verdicts = np.array(
+        [
+            [sure, sure, sure],  # B = 0
+            [three, three, three],  # B = 0, however unsure
+            [sure, sure, -sure],  # B = H(2/3)
+            [-sure, -sure, sure],  # contradicted
+            [sure, sure, sure],  # no label
+        ]
+    )
+    labels = np.array([1, 1, 1, 1, 0.5])
+    weights = np.array([1, 1, 1 + (2 / 3 * np.log2(2 / 3) + 1 / 3 * np.log2(1 / 3)), 0, 0])
+    rng = np.random.default_rng(0)
+    for power in (1.0, 3.0):
+        draws = np.array([selection.draw(verdicts, labels, power, rng) for _ in range(3000)])
+        assert np.all(draws.sum(axis=1) == 3)
+        expected = 3 * weights**power / np.sum(weights**power)
+        np.testing.assert_allclose(draws.mean(axis=0), expected, atol=0.08)
+        assert not draws[:, 3:].any()
+    # Half of the predictions are not most of them; swapped pairs are the same pairs.
+    assert selection.draw(np.array([[1.0, -1.0]]), np.ones(1), 1.0, rng).tolist() == [1]
+    swapped = selection.draw(-verdicts, 1 - labels, 1.0, np.random.default_rng(1))
+    np.testing.assert_array_equal(swapped, selection.draw(verdicts, labels, 1.0, np.random.default_rng(1)))
+    assert not selection.draw(verdicts[3:], labels[3:], 1.0, rng).any()

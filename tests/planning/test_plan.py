@@ -183,6 +183,14 @@ def test_calls_of_an_iteration(tiny_config, world_dir):
     # every pair is judged before the best and the worst are known
     judged = counts(10, sample=sampled, pairs=dict(kind="best_worst", per_prompt=2))
     assert judged["judge"] == -(-10 * 6 // 8) and judged["optimise"] == -(-20 // 8)
+    # and by the judge before too, where it teaches
+    target = dict(target="lagged")
+    lagged = counts(10, sample=sampled, pairs=dict(kind="all"), consistency=target)
+    assert lagged["judge"] == 2 * -(-10 * 6 // 8)
+    # a pair a prompt, and as many labelled ones whose answers are scored by M_t and M_t-1 too
+    dice = dict(kind="dice", offline=0.5)
+    mixed = counts(10, sample=sampled, pairs=dice, preference=dict(labels="dice"), consistency=dict(weight=0.0))
+    assert mixed["optimise"] == -(-20 // 8) and mixed["score"] == 2 * -(-(10 * 4 + 20) // 16)
 
 
 def test_least_times_are_those_of_the_chip():

@@ -90,7 +90,8 @@ def asks_judge(config) -> bool:
     """Whether the penalty, the selection or a label that is made anew looks at the judge in every step."""
     preference = config.preference
     dynamic = preference["update"] == "dynamic" and preference["labels"] in ("agreement", "generative", "consensus")
-    return bool(config.consistency["weight"]) or config.selection["rule"] == "agreement" or dynamic
+    rule = config.selection["rule"] in ("agreement", "both_orders")
+    return bool(config.consistency["weight"]) or rule or dynamic
 
 
 def check_iterations(run: Path, iterations: int = 1) -> SimpleNamespace:
@@ -112,10 +113,14 @@ def check_iterations(run: Path, iterations: int = 1) -> SimpleNamespace:
         assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["learning_rate"] > 0
         # What only the judge can tell is there where it is asked.
         assert all((name in row) == asked for name in ("consistency", "agreement", "generative/verdict_mass"))
-        terms = config.preference["weight"] * (row["preference"] or 0) + config.replay["weight"] * row.get("sft", 0)
+        constructed = row.get("sft/constructed", 0)
+        replayed = row.get("sft", 0) - constructed
+        terms = config.preference["weight"] * (row["preference"] or 0) + config.replay["weight"] * replayed
         terms += config.consistency["weight"] * row.get("consistency", 0)
+        terms += config.judge["constructed_weight"] * constructed
+        terms += config.judge["slot_penalty"] * row.get("slot_penalty", 0)
         assert row["loss"] == pytest.approx(terms, abs=1e-5)
-        assert row.get("sft", 0) == pytest.approx(row.get("sft/eft", 0) + row.get("sft/ift", 0), abs=1e-5)
+        assert row.get("sft", 0) == pytest.approx(row.get("sft/eft", 0) + row.get("sft/ift", 0) + constructed, abs=1e-5)
     for t in range(1, iterations + 1):
         check_iteration(run, t, config, [row for row in steps if row["iteration"] == t], asked)
     assert (run / "summary.json").exists() and (run / "export" / "model.safetensors").exists()
@@ -147,7 +152,7 @@ def check_iteration(run: Path, t: int, config, steps: list[dict], asked: bool) -
         assert ("p_generative" in d) == ("agreed" in d) == asked
         assert len(d.get("p_generative", ())) == (len(config.generative["templates"]) if asked else 0)
         assert all(0 <= p <= 1 for p in (*d.get("p_generative", ()), d["p_implicit"], d["label"]))
-        assert d["weight"] == float(d["selected"]) or config.selection["rule"] == "certainty"
+        assert d["weight"] == float(d["selected"]) or config.selection["rule"] in ("certainty", "sampled")
     values = content(folder / "evaluation.json")
     assert values["model"] == f"M{t + 1}"
     assert all(math.isfinite(v) for v in values.values() if not isinstance(v, str))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from scir_jax import train
+from scir_jax.world.grader import grade
 from tests.run.runs import WHOLE, check_iterations, content, lines, logit, model, refused, same
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -23,15 +24,21 @@ LABELS = {
     "selection_only": lambda frozen, generative, implicit: generative + implicit,
     "srlm": lambda frozen, generative, implicit: frozen["generative"],
     "upo": lambda frozen, generative, implicit: frozen["generative"],
+    **{
+        f"scir_{name}": lambda frozen, generative, implicit: generative + implicit
+        for name in ("both_orders", "constructed", "lagged", "transitive")
+    },
 }
 FROZEN = {
     "consensus": {"generative", "implicit", "likelihood"},
     "implicit": {"implicit"},
     "srlm": {"generative"},
     "upo": {"generative"},
+    "scir_lagged": {"generative", "generative_before"},
+    "scir_transitive": {"generative", "transitive"},
 }
 # Their steps look at no verdict, so that the judge is not asked in them.
-WITHOUT_JUDGE = {"srlm", "implicit", "upo", "cream", "external"}
+WITHOUT_JUDGE = {"srlm", "implicit", "upo", "cream", "dice", "external", "oracle"}
 # Settings of the file that a method is laid over.
 BENEATH = {"consistency_only": dict(consistency=dict(kind="js")), "external": dict(replay=dict(weight=0.0))}
 
@@ -45,18 +52,9 @@ def check_judge(method, run, rows):
     assert {"generative_accuracy", "flip_rate", "verdict_mass", "slot_bias", "agreement"} <= values.keys()
 
 
-def certainty(verdicts):
-    """1 minus the entropy of the mean prediction plus the mean entropy of the predictions, in bits."""
-    p = 1 / (1 + np.exp(-np.array(verdicts)))
-
-    def entropy(p):
-        return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
-
-    return 1 - entropy(p.mean()) + entropy(p).mean()
-
-
 def test_every_method_is_tried():
-    assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, "external", "cream"}
+    others = {"external", "cream", "dice", "oracle", "upo_dropout"}
+    assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, *others}
 
 
 @pytest.mark.slow
@@ -74,6 +72,11 @@ def test_methods(method, from_m1, whole):
     for pair in rows.pairs:
         assert pair.get("frozen_logits", {}).keys() == FROZEN.get(method, set())
         assert "label" not in pair and all(len(logits) == 1 for logits in pair.get("frozen_logits", {}).values())
+    if method == "scir_constructed":
+        check_constructed(run, rows)
+    if method == "scir_both_orders":
+        assert all(row["slot_penalty"] >= 0 for row in rows.steps)
+        assert sum(row["selected"] for row in rows.decisions) < sum(row["agreed"] for row in rows.decisions)
     for row in rows.decisions:
         frozen = {name: logits[0] for name, logits in rows.pairs[row["pair"]].get("frozen_logits", {}).items()}
         generative = logit(row["p_generative"][0]) if "p_generative" in row else None
@@ -82,9 +85,24 @@ def test_methods(method, from_m1, whole):
             assert row["label"] == pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-5)
         elif abs(expected) > 1e-4:
             assert row["label"] == float(expected > 0)
-        assert row["selected"] == (row["agreed"] if recorded["selection"]["rule"] == "agreement" else True)
-        if recorded["selection"]["rule"] == "certainty":
-            assert row["weight"] == pytest.approx(certainty(rows.pairs[row["pair"]]["verdicts"]), abs=1e-5)
+        rule, pair = recorded["selection"]["rule"], rows.pairs[row["pair"]]
+        if rule == "both_orders":
+            assert row["agreed"] or not row["selected"]
+        else:
+            assert row["selected"] == (row["agreed"] if rule == "agreement" else True)
+        if rule == "sampled":
+            assert row["weight"] == pair["weight"] == int(pair["weight"]) >= 1
+            votes = np.sign(pair["verdicts"]).sum()
+            assert votes == 0 or (votes > 0) == (row["label"] > 0.5)
+
+
+def check_constructed(run, rows):
+    """The pairs of known order teach the judge in every step, and a run leaves and keeps their file."""
+    pairs = lines(rows.folder / "constructed.jsonl")
+    assert {pair["construction"] for pair in pairs} == {"perturbed", "truncated"}
+    assert all(0 < row["sft/constructed"] < 5 for row in rows.steps)
+    assert "iteration_01/constructed.jsonl" in content(run / "files.json")
+    assert "construct" in content(rows.folder / "seconds.json")
 
 
 @pytest.mark.slow
@@ -121,6 +139,32 @@ def test_cream_ranks_responses_with_two_models(from_m1):
     assert all(len(pairs) == 1 for pairs in ours.values())
     assert len({pair["label"] for pair in rows.pairs}) == 1
     assert all(row["label"] == pytest.approx(rows.pairs[0]["label"]) for row in rows.decisions)
+
+
+@pytest.mark.slow
+def test_dice_mixes_labelled_pairs_in(from_m1, world_dir):
+    """Half of the pairs are those of data.eft with their own labels, of other prompts; the others are chosen by DICE."""
+    run = from_m1("--config", METHODS / "dice.yaml")
+    rows = check_iterations(run)
+    check_judge("dice", run, rows)
+    sampled = {row["prompt"] for row in lines(rows.folder / "responses.jsonl")}
+    given = {(row["prompt"], row["chosen"], row["rejected"]) for row in lines(world_dir / "eft.jsonl")}
+    ours = [pair for pair in rows.pairs if pair["prompt"] in sampled]
+    offline = rows.pairs[len(ours) :]
+    assert len(offline) == len(ours) > 3 and all(pair["label"] == 1 for pair in rows.pairs)
+    assert all((pair["prompt"], pair["response_a"], pair["response_b"]) in given for pair in offline)
+    assert not sampled & {pair["prompt"] for pair in offline}
+    assert all(d["label"] == 1 and d["selected"] for d in rows.decisions)
+
+
+@pytest.mark.slow
+def test_oracle_labels_are_the_graders(from_m1):
+    run = from_m1("--config", METHODS / "oracle.yaml")
+    rows = check_iterations(run)
+    check_judge("oracle", run, rows)
+    for pair in rows.pairs:
+        a, b = (grade(pair["prompt"], pair[f"response_{side}"])["quality"] for side in "ab")
+        assert pair["label"] == (0.5 if a == b else float(a > b))
 
 
 @pytest.mark.slow

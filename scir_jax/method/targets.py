@@ -1,0 +1,87 @@
+"""Targets: whom the consistency penalty compares the reward models with, where that is not each other.
+
+A target is frozen at the start of the iteration. It is a logit for each pair, and perhaps a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scir_jax.config.schema import Config
+from scir_jax.method.rewards import consensus
+
+Array = jax.Array
+Frozen = dict[str, Array]
+"""reward model, or a name of rewards.JUDGED -> [P, C] logits at the start of the iteration"""
+
+
+class Target(NamedTuple):
+    """An entry of TARGETS.
+
+    Attributes:
+      logits: (frozen, config) -> [P].
+      frozen: config -> names in `Evidence.frozen` that it takes.
+      weight: frozen -> [P] from 0 to 1, how much each pair counts in the penalty; None: all alike.
+    """
+
+    logits: Callable[[Frozen, Config], Array]
+    frozen: Callable[[Config], tuple[str, ...]]
+    weight: Callable[[Frozen], Array] | None = None
+
+
+def _of_models(frozen: Frozen, config: Config) -> Array:
+    return consensus({name: frozen[name] for name in config.rewards.models}, config.rewards.weights)
+
+
+def _two_judges(frozen: Frozen) -> tuple[Array, Array]:
+    return frozen["generative"].mean(axis=1), frozen["generative_before"].mean(axis=1)
+
+
+def lagged(frozen: Frozen) -> Array:
+    """Averages the verdict logits of M_t and M_{t-1}, [P]."""
+    now_P, before_P = _two_judges(frozen)
+    return (now_P + before_P) / 2
+
+
+def agreement_of_judges(frozen: Frozen) -> Array:
+    """Computes 1 - |p_t - p_{t-1}| of the verdicts of M_t and M_{t-1}, [P]: 1 where they say the same."""
+    now_P, before_P = _two_judges(frozen)
+    return 1 - jnp.abs(jax.nn.sigmoid(now_P) - jax.nn.sigmoid(before_P))
+
+
+def transitive(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndarray:
+    """Computes s_i - s_j of each pair (i, j), where s_i is the mean of answer i's logits against all others.
+
+    The verdicts that the differences make contain no circle.
+
+    Args:
+      places: the two answers of each pair; all pairs of a prompt's answers are among them.
+      logits: [P] that the first answer is better.
+
+    Returns:
+      [P] float64.
+    """
+    places = np.asarray(places, int).reshape(-1, 2)
+    size = places.max(initial=-1) + 1
+    total, count = np.zeros(size), np.zeros(size)
+    for side, sign in ((0, 1), (1, -1)):
+        np.add.at(total, places[:, side], sign * np.asarray(logits, np.float64))
+        np.add.at(count, places[:, side], 1)
+    scores = total / np.maximum(count, 1)
+    return scores[places[:, 0]] - scores[places[:, 1]]
+
+
+TARGETS: dict[str, Target | None] = {
+    "mutual": None,
+    "consensus": Target(_of_models, lambda config: tuple(config.rewards.models)),
+    "lagged": Target(
+        lambda frozen, _: lagged(frozen), lambda _: ("generative", "generative_before"), agreement_of_judges
+    ),
+    "transitive": Target(lambda frozen, _: frozen["transitive"][:, 0], lambda _: ("transitive",)),
+}
+"""The targets by name; None: the reward models are compared with each other."""
