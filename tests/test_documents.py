@@ -18,7 +18,7 @@ from tests.run.runs import content, lines
 from tests.small_model import write_data, write_model
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/guide.md", "docs/launch.md", "docs/plan.md")
+DOCUMENTS = ("README.md", "docs/guide.md", "docs/launch.md", "docs/plan.md", "docs/evaluation.md")
 MAIN = "python -m scir_jax.train --model models/my-model --prompts prompts.jsonl --run mine"
 
 
