@@ -59,10 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     annotated = Path(judge).is_file()
     if not annotated and not (own["outputs"] and own["baseline"]):
         raise InputError(
-            "give --outputs and --baseline, the files of both models' answers (or a file of annotations as --judge)"
+            f"give --outputs and --baseline, the files of both models' answers: --judge {judge} is no file of annotations"
         )
-    if "model.path" in given:
-        raise InputError("the model that judges is named by --judge; leave --model out")
     config = dataclasses.replace(config, data=DataConfig(columns=config.data.columns))
     function = hub.is_function(judge)
     if not annotated and not function:

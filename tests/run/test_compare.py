@@ -70,7 +70,6 @@ def test_a_grader_judges(answers, command):
 
 
 def test_answers_are_needed(command, tmp_path, world_dir):
-    refused(command(compare.main, "--judge", world_dir / "model", "--model", world_dir / "model"), "leave --model out")
     refused(command(compare.main, "--judge", world_dir / "model"), "--outputs and --baseline")
     refused(
         command(compare.main, "--judge", tmp_path / "no.json", "--outputs", "a", "--baseline", "b"), "b: no such file"
