@@ -72,17 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     gamed = hosts.together(lambda: outputs.read_gamed(own["gamed"])) if own["gamed"] else None
     if gamed is not None:
         win_rates.needs_sklearn()
-    if annotated:
-        compared = hosts.together(lambda: outputs.read_annotations(judge))
-    else:
-        answers = [
-            outputs.read_outputs(own[name], config.data.columns, own["questions"]) for name in ("baseline", "outputs")
-        ]
-        compared = outputs.match(*answers, (own["baseline"], own["outputs"]))
+
+    def read() -> list[Compared]:
+        if annotated:
+            return outputs.read_annotations(judge)
+        columns, questions = config.data.columns, own["questions"]
+        both = [outputs.read_outputs(own[name], columns, questions) for name in ("baseline", "outputs")]
+        return outputs.match(*both, (own["baseline"], own["outputs"]))
+
+    compared = hosts.together(read)
     compared = outputs.named(compared, own["names"] or (own["outputs"], own["baseline"]))
     if not annotated:
         if function:
-            preferences = comparing.grade(compared, evaluation.load_grader(judge))
+            preferences = hosts.together(lambda: comparing.grade(compared, evaluation.load_grader(judge)))
         else:
             preferences = _judged(config, given, compared)
         compared = [pair._replace(preference=float(p)) for pair, p in zip(compared, preferences, strict=True)]
