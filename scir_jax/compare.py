@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     annotated = Path(judge).is_file()
     if not annotated and not (own["outputs"] and own["baseline"]):
         raise InputError(
-            "give --outputs and --baseline, the files of both models' answers (or a file of annotations as --judge)"
+            f"give --outputs and --baseline, the files of both models' answers: --judge {judge} is no file of annotations"
         )
     config = dataclasses.replace(config, data=DataConfig(columns=config.data.columns))
     function = hub.is_function(judge)
@@ -72,17 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     gamed = hosts.together(lambda: outputs.read_gamed(own["gamed"])) if own["gamed"] else None
     if gamed is not None:
         win_rates.needs_sklearn()
-    if annotated:
-        compared = hosts.together(lambda: outputs.read_annotations(judge))
-    else:
-        answers = [
-            outputs.read_outputs(own[name], config.data.columns, own["questions"]) for name in ("baseline", "outputs")
-        ]
-        compared = outputs.match(*answers, (own["baseline"], own["outputs"]))
+
+    def read() -> list[Compared]:
+        if annotated:
+            return outputs.read_annotations(judge)
+        columns, questions = config.data.columns, own["questions"]
+        both = [outputs.read_outputs(own[name], columns, questions) for name in ("baseline", "outputs")]
+        return outputs.match(*both, (own["baseline"], own["outputs"]))
+
+    compared = hosts.together(read)
     compared = outputs.named(compared, own["names"] or (own["outputs"], own["baseline"]))
     if not annotated:
         if function:
-            preferences = comparing.grade(compared, evaluation.load_grader(judge))
+            preferences = hosts.together(lambda: comparing.grade(compared, evaluation.load_grader(judge)))
         else:
             preferences = _judged(config, given, compared)
         compared = [pair._replace(preference=float(p)) for pair, p in zip(compared, preferences, strict=True)]

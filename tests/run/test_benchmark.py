@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import scir_jax
-from scir_jax import evaluate
+from scir_jax import evaluate, judge
 from tests.run.runs import lines, write_lines
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -38,20 +37,16 @@ def test_rewards_and_scores_of_several_answers(world_dir, other, judging, comman
     options = ("--benchmark", "rewardbench", "--input", source, "--output", output, "--rewards", rewards)
     done = command(evaluate.main, *judging, *options, "--reference", other, "--implicit.beta", 0.5)
     assert done.code == 0, done.err
-    model = scir_jax.load(
-        world_dir / "model",
-        text=dict(max_prompt_tokens=32, max_response_tokens=12),
-        generative=dict(templates=[f"{world_dir}/judge.yaml"]),
-        implicit=dict(beta=0.5),
-        **{"evaluate.batch_size": 8},
-    )
     asked, numbers = [], []
     for number, row in enumerate(rows):
         answers = row["chosen"] + row["rejected"]
         for i, j in combinations(range(len(answers)), 2):
             asked.append({"prompt": row["prompt"], "response_a": answers[i], "response_b": answers[j]})
             numbers.append((number, i, j))
-    judged = model.judge(asked, reference=str(other))
+    pairs, told = write_lines(tmp_path / "pairs.jsonl", asked), tmp_path / "judged.jsonl"
+    files = ("--input", pairs, "--output", told, "--reference", other, "--implicit.beta", 0.5)
+    assert command(judge.main, *judging, *files).code == 0
+    judged = lines(told)
     found = lines(rewards)
     matrices = [np.zeros((len(row["chosen"] + row["rejected"]),) * 2) for row in rows]
     for (number, i, j), told in zip(numbers, judged, strict=True):

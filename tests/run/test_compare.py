@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import scir_jax
-from scir_jax import compare, sample
+from scir_jax import compare, judge, sample
 from scir_jax.config.schema import Config, RunConfig, SampleConfig
 from scir_jax.run import mt_bench
 from tests.run.runs import lines, refused, write_lines
@@ -32,21 +32,17 @@ def answers(world_dir, tmp_path):
     return ("--outputs", write_lines(tmp_path / "ours.jsonl", ours), "--baseline", tmp_path / "theirs.json"), pairs
 
 
-def test_a_model_judges_both_orders(answers, world_dir, command, tmp_path):
+def test_a_model_judges_both_orders(answers, world_dir, judging, command, tmp_path):
     files, pairs = answers
-    options = ("--text.max_prompt_tokens", 32, "--text.max_response_tokens", 12, "--evaluate.batch_size", 8,
-               "--generative.templates", json.dumps([str(world_dir / "judge.yaml")]), "--run.auto", "false")  # fmt: skip
+    options = (*judging[2:], "--run.auto", "false")
     written, output = tmp_path / "annotations.json", tmp_path / "win_rates.json"
     done = command(compare.main, *files, "--judge", world_dir / "model", *options, "--annotations", written,
                    "--output", output, "--names", '["A", "C"]')  # fmt: skip
     assert done.code == 0, done.err
-    model = scir_jax.load(
-        world_dir / "model",
-        text=dict(max_prompt_tokens=32, max_response_tokens=12),
-        generative=dict(templates=[f"{world_dir}/judge.yaml"]),
-        **{"evaluate.batch_size": 8},
-    )
-    expected = [row["p_generative"] for row in model.judge(pairs)][::-1]
+    told = tmp_path / "judged.jsonl"
+    given = write_lines(tmp_path / "pairs.jsonl", pairs)
+    assert command(judge.main, *judging, "--input", given, "--output", told).code == 0
+    expected = [row["p_generative"] for row in lines(told)][::-1]
     rows = json.loads(written.read_text())
     assert [row["instruction"] for row in rows] == [row["prompt"] for row in pairs][::-1]
     assert {(row["generator_1"], row["generator_2"]) for row in rows} == {("B", "A")}
