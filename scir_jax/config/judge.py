@@ -11,12 +11,12 @@ class JudgeConfig:
     """What teaches the judge beside the consistency penalty and the replay."""
 
     constructed_batch_size: int = 0
-    """judge questions per step about constructed pairs, whose better answer is known: it was sampled for the prompt, the
-    worse one was not; 0: none"""
+    """judge questions per step about constructed pairs, whose order is known: the better answer was sampled for the
+    prompt, the worse one was not; 0: none"""
     constructions: tuple[Literal["other", "similar", "cut", "perturbed", "truncated"], ...] = ("perturbed", "truncated")
-    """the worse answer: other: it was sampled for another prompt of the iteration; similar: for the most alike of 64 other
-    prompts; cut: the better answer without its second half; perturbed, truncated: it is sampled for the prompt with a word
-    exchanged for another prompt's, or without the second half of its last message"""
+    """the worse answer: other: it was sampled for another prompt of the iteration; similar: for the most alike of 64
+    others; cut: the better answer without its second half; perturbed, truncated: it is sampled for the prompt with a
+    word exchanged for another prompt's, or without the second half of its last message"""
     constructed_weight: float = 0.3
     """of the verdicts' cross-entropy on constructed pairs, per token"""
     slot_penalty: float = 0.0

@@ -113,11 +113,8 @@ def test_changed_prompts(make):
     assert changed("truncated", letters) == "abc"
     assert changed("truncated", encoder.prompt([{"role": "user", "content": "a"}])) is None
     found = {changed("perturbed") for _ in range(40)}
-    assert found == {"upper abcd=", "ghij= abcd=", "copy upper", "copy ghij="}
-    assert {constructing.changed_prompt(encoder, one, one, "perturbed", rng) is None for _ in range(40)} == {
-        True,
-        False,
-    }
+    assert found == {"upper abcd=", "copy ghij="}
+    assert constructing.changed_prompt(encoder, one, one, "perturbed", rng) is None
     # What comes before the last message stays.
     talk = [{"role": "user", "content": "copy b="}, {"role": "assistant", "content": "b"}, *one.messages]
     found = constructing.changed_prompt(encoder, encoder.prompt(talk), other, "truncated", rng)

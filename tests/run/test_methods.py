@@ -158,6 +158,21 @@ def test_dice_mixes_labelled_pairs_in(from_m1, world_dir):
 
 
 @pytest.mark.slow
+def test_the_teacher_lags_by_one_model(from_m1, tmp_path):
+    """M1 is its own teacher. What the second iteration's pairs say of M1 is what a run says that starts with them."""
+    lagged = ("--config", METHODS / "scir_lagged.yaml")
+    run = from_m1(*lagged, run=dict(iterations=2)).rename(tmp_path / "first")
+    first, second = (lines(run / f"iteration_0{t}" / "pairs.jsonl") for t in (1, 2))
+    assert all(pair["frozen_logits"]["generative_before"] == pair["frozen_logits"]["generative"] for pair in first)
+    assert all(pair["frozen_logits"]["generative_before"] != pair["frozen_logits"]["generative"] for pair in second)
+    again = from_m1(*lagged, data=dict(pairs=str(run / "iteration_02" / "pairs.jsonl")))
+    rows = lines(again / "iteration_01" / "pairs.jsonl")
+    for ours, pair in zip(rows, second, strict=True):
+        expected = pair["frozen_logits"]["generative_before"]
+        assert ours["frozen_logits"]["generative"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_oracle_labels_are_the_graders(from_m1):
     run = from_m1("--config", METHODS / "oracle.yaml")
     rows = check_iterations(run)
