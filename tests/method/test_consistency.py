@@ -14,7 +14,7 @@ from tests.method_reference import differences, options, ref_penalty, table
 NAMES = ("generative", "implicit", "generative")
 PAIRS = 30  # one shape for all, so that operations compile once
 KINDS = options("ConsistencyConfig", "kind")
-TARGETS = options("ConsistencyConfig", "target")
+TARGETS = ("mutual", "consensus")  # every frozen target is taken like the consensus
 
 
 def penalties(logits, names, *, consensus_P=None, **settings):

@@ -193,7 +193,7 @@ def test_swapping_every_pair_changes_no_loss(number):
 @pytest.mark.parametrize(
     ("kind", "target", "loss_kind", "soft"),
     [
-        *itertools.product(KINDS, options("ConsistencyConfig", "target"), ["sigmoid"], [True]),
+        *itertools.product(KINDS, ["mutual", "consensus"], ["sigmoid"], [True]),
         *itertools.product(["kl"], ["mutual"], options("PreferenceConfig", "loss"), [False]),
     ],
 )

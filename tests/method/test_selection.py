@@ -108,10 +108,11 @@ def test_drawn_pairs():
     )
     labels = np.array([1, 1, 1, 1, 0.5])
     weights = np.array([1, 1, 1 + (2 / 3 * np.log2(2 / 3) + 1 / 3 * np.log2(1 / 3)), 0, 0])
-    rng = np.random.default_rng(0)
+    rng, copies = np.random.default_rng(0), 5000
     for power in (1.0, 3.0):
-        draws = np.array([selection.draw(verdicts, labels, power, rng) for _ in range(3000)])
-        assert np.all(draws.sum(axis=1) == 3)
+        found = selection.draw(np.tile(verdicts, (copies, 1)), np.tile(labels, copies), power, rng)
+        assert found.sum() == 3 * copies
+        draws = found.reshape(copies, 5)
         expected = 3 * weights**power / np.sum(weights**power)
         np.testing.assert_allclose(draws.mean(axis=0), expected, atol=0.08)
         assert not draws[:, 3:].any()
