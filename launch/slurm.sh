@@ -37,7 +37,7 @@ KillWait (30 s by default), scancel --signal=TERM JOB, which leaves it all the t
 
 examples
   launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --account lab --requeue \
-      -- --config mistral-7b --model /shared/models/mistral --prompts /shared/prompts.jsonl \
+      -- --config mistral-7b --model /shared/mistral --prompts /shared/prompts.jsonl \
       --run /shared/runs/mistral-7b
   launch/slurm.sh --nodes 1 --gpus-per-node 4 --sbatch=--mem=0 --dry-run -- --config mistral-7b
 HELP

@@ -55,7 +55,7 @@ ssh-add ~/.ssh/google_compute_engine
 example
   launch/tpu_vm.sh resume --watch --name scir --zone us-east5-a --accelerator-type v6e-16 --spot \
       --mount 'mountpoint -q /shared || sudo mount -t nfs 10.0.0.2:/share /shared' \
-      -- --config mistral-7b --model /shared/models/mistral --prompts /shared/prompts.jsonl --run /shared/runs/mistral-7b
+      -- --config mistral-7b --model /shared/mistral --prompts /shared/prompts.jsonl --run /shared/runs/mistral-7b
   launch/tpu_vm.sh logs --name scir --zone us-east5-a        # likewise status, stop, delete
 HELP
 }

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return outputs.read_annotations(judge)
         columns, questions = config.data.columns, own["questions"]
         both = [outputs.read_outputs(own[name], columns, questions) for name in ("baseline", "outputs")]
-        return outputs.match(*both, (own["baseline"], own["outputs"]))
+        return outputs.match(both[0], both[1], (own["baseline"], own["outputs"]))
 
     compared = hosts.together(read)
     compared = outputs.named(compared, own["names"] or (own["outputs"], own["baseline"]))

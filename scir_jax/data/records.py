@@ -237,11 +237,11 @@ def _choices(row: dict, columns: ColumnsConfig, where: str) -> Choices:
     for key, side in zip(keys, sides):
         if not isinstance(side, list) or not side or not all(isinstance(text, str) for text in side):
             raise InputError(f"{where}: {key}: expected a list of texts, as the other side is one")
-    right, wrong = (
+    texts = [
         tuple(answer_text(text, f"{where}: {key}[{i}]") for i, text in enumerate(side))
         for key, side in zip(keys, sides)
-    )
-    return Choices(_prompt(row, columns, where), right, wrong, True, row, where)
+    ]
+    return Choices(_prompt(row, columns, where), texts[0], texts[1], True, row, where)
 
 
 _UNPAIRED = "which this method cannot use; give pairs: prompt, chosen, rejected (or response_a, response_b, label)"

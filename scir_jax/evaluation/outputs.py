@@ -138,7 +138,8 @@ def read_annotations(source: str) -> list[Compared]:
         messages = _messages(row, records.COLUMNS, where) if row.get("instruction") else []
         dataset = str(row.get("dataset") or "")
         sides = [Output(where, messages, text, name, dataset, where) for text, name in zip(texts, names)]
-        found.append(Compared(*sides, _preference(records.need(row, "preference", where), f"{where}: preference")))
+        preference = _preference(records.need(row, "preference", where), f"{where}: preference")
+        found.append(Compared(sides[0], sides[1], preference))
         for side in ("baseline", "model"):
             first, this = getattr(found[0], side).generator, getattr(found[-1], side).generator
             if first != this:
@@ -216,7 +217,8 @@ def read_gamed(path: str) -> Gamed:
     first: dict[int, float] = {}
     for index, difficulty in zip(columns[0].astype(int), columns[3]):
         first.setdefault(int(index), float(difficulty))
-    return Gamed(*columns[1:], by_instruction=np.array([first[index] for index in sorted(first)]))
+    by_instruction = np.array([first[index] for index in sorted(first)])
+    return Gamed(columns[1], columns[2], columns[3], columns[4], by_instruction)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

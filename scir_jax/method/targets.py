@@ -66,14 +66,14 @@ def transitive(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndar
     Returns:
       [P] float64.
     """
-    places = np.asarray(places, int).reshape(-1, 2)
-    size = places.max(initial=-1) + 1
+    pairs = np.asarray(places, int).reshape(-1, 2)
+    size = pairs.max(initial=-1) + 1
     total, count = np.zeros(size), np.zeros(size)
     for side, sign in ((0, 1), (1, -1)):
-        np.add.at(total, places[:, side], sign * np.asarray(logits, np.float64))
-        np.add.at(count, places[:, side], 1)
+        np.add.at(total, pairs[:, side], sign * np.asarray(logits, np.float64))
+        np.add.at(count, pairs[:, side], 1)
     scores = total / np.maximum(count, 1)
-    return scores[places[:, 0]] - scores[places[:, 1]]
+    return scores[pairs[:, 0]] - scores[pairs[:, 1]]
 
 
 TARGETS: dict[str, Target | None] = {

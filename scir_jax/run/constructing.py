@@ -64,8 +64,8 @@ def construct_pairs(
         title = f"iteration {iteration}: answers to changed prompts"
         params, key = models.load(iteration), stream_key(config.run.seed, "constructed", iteration)
         with console.stage(title, len(asked)) as bar:
-            settings = dict(responses=1, sampling=sampling.settings_of(config.sample), key=key)
-            for some in sampling.sample(encoder, programs, params, asked, **settings):
+            how = sampling.settings_of(config.sample)
+            for some in sampling.sample(encoder, programs, params, asked, responses=1, sampling=how, key=key):
                 for row in some.rows:
                     worse[row["prompt_number"]] = encoder.sampled(row["response_ids"])
                 bar.advance(by=some.answers)

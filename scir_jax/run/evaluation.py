@@ -256,8 +256,8 @@ def pair_metrics(config: Config, evidence: Evidence, labels: np.ndarray) -> dict
     logits = reward_logits(config, evidence)
     result = {f"{name}_accuracy": accuracy(values[decisive], right) for name, values in logits.items()}
     for name, values in logits.items():
-        found = reliability(values, labels, evidence.lengths)
-        result |= {f"{name}_{key}": value for key, value in found.items()}
+        reliable = reliability(values, labels, evidence.lengths)
+        result |= {f"{name}_{key}": value for key, value in reliable.items()}
         health = REWARDS[name].health
         found = {} if health is None else health(evidence)
         result |= {key: float(np.mean(values)) for key, values in found.items()}

@@ -123,7 +123,15 @@ class Ledger:
     def _found(self) -> list[str]:
         patterns = (*OWN, GROWING, *(f"iteration_*/{name}" for name in STAGES.values()))
         paths = (path for pattern in patterns for path in self.directory.glob(pattern))
-        return sorted(path.relative_to(self.directory).as_posix() for path in paths)
+        names = (path.relative_to(self.directory).as_posix() for path in paths)
+        return sorted(name for name in names if self._whole(name))
+
+    def _whole(self, name: str) -> bool:
+        """Checks whether a file is more than a stage that is under way has written of it."""
+        folder, _, file = name.rpartition("/")
+        if file != STAGES["optimise"]:
+            return True
+        return ModelStore(self.directory / "checkpoints").exists(int(folder.removeprefix("iteration_")) + 1)
 
 
 def _sha256(path: Path, size: int) -> str:

@@ -92,12 +92,14 @@ def _check_start(config: Config, programs: Programs) -> None:
     if missing := [name for name in copied(config).values() if not theirs.exists(name)]:
         which = f"M{missing[0]}" if isinstance(missing[0], int) else f"{missing[0]!r}, which a reference of this run is"
         raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
+    if not (start[0] / "config.yaml").is_file():
+        return
     other = cli.of_run(start[0])
     adapters, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
     if (adapters and adapters.computes) != (ours and ours.computes):
         raise InputError(
-            f"run.start_from {settings.start_from}: its models have {theirs or 'no adapters'}, this run's have "
+            f"run.start_from {settings.start_from}: its models have {adapters or 'no adapters'}, this run's have "
             f"{ours or 'none'}; set lora as it is there"
         )
 

@@ -31,7 +31,7 @@ def test_a_finished_run_goes_on_to_more_iterations(configure, whole, no_page, co
     changed = {name for name in before if after[name] != before[name]}
     changed -= {"files.json"}
     assert changed == {
-        *("config.yaml", "manifest.json", "metrics.jsonl", "summary.json"),
+        *("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "checkpoints/arrays.json"),
         *("export/model.safetensors", "export/README.md"),
     }
     (change,) = content(run / "manifest.json")["changes"]
@@ -83,7 +83,7 @@ def test_no_iterations_and_another_seed(configure, whole, tmp_path, command):
     run = tmp_path / "run"
     file = configure(run, run=dict(iterations=0, seed=1), data=dict(heldout_prompts=None))
     assert command(train.main, "--config", file).code == 0
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"M0", "M1"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"M0", "M1", "arrays.json"}
     assert same(model(run, 0), model(whole.path, 0)) and not same(model(run, 1), model(whole.path, 1))
     assert [row["model"] for row in content(run / "summary.json")["rows"]] == ["M1"]
     assert (run / "export" / "model.safetensors").exists() and (run / "report.html").exists()

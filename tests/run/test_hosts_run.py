@@ -300,7 +300,11 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
     )
     rows_once(run)
     whole = names(uninterrupted / "run")
-    assert names(run) - whole == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert names(run) - whole == {
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
     assert whole <= names(run)
     base = load_file(uninterrupted / "world" / "model" / "model.safetensors")
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")

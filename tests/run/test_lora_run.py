@@ -69,7 +69,7 @@ def network_of(directory):
 
 def test_checkpoints_hold_adapters_only(whole):
     names = {f"['layers']['{m}']['{n}']['{side}']" for m, n in TARGETS for side in ("lora_a", "lora_b")}
-    assert {p.name for p in (whole.path / "checkpoints").iterdir()} == {"M0", "M1", "M2"}
+    assert {p.name for p in (whole.path / "checkpoints").iterdir()} == {"M0", "M1", "M2", "arrays.json"}
     found = [model(whole.path, number) for number in range(3)]
     arch = whole.programs.arch
     d, f, queries = arch.hidden_size, arch.intermediate_size, arch.num_heads * arch.head_dim

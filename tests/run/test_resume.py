@@ -96,7 +96,7 @@ def stop(
 SOME = [
     kill("M0", COMMIT, 2),  # M0 is the first that is committed
     kill("pairs 1", WRITE, ("optimise", 1, 2), "after"),
-    stop("pairs 1", signal.SIGTERM, WRITE, ("optimise", 1, 3), where="iteration 1: optimise", steps=6 + 4),
+    stop("pairs 1", signal.SIGTERM, WRITE, ("optimise", 1, 3), where="iteration 1: optimise", steps=6 + 3),
     stop("pairs 2", signal.SIGTERM, WRITE, ("optimise", 2, 4), "twice"),
 ]
 CHAINS = {
@@ -138,7 +138,7 @@ CHAINS = {
     "stops": [
         stop("M0", signal.SIGINT, STORE, (0,), where="start-up"),
         stop("M0", signal.SIGTERM, SAVE, (2,), where="SFT", steps=3),
-        stop("M0", signal.SIGINT, WRITE, ("sft", 0, 4), where="SFT", steps=5),
+        stop("M0", signal.SIGINT, WRITE, ("sft", 0, 4), where="SFT", steps=4),
         stop("M1", signal.SIGTERM, JUDGE, where="evaluation of M1"),
         stop("evaluation of M1", signal.SIGINT, RESPONSES, where="iteration 1: sample"),
         stop("responses 1", signal.SIGTERM, SCORES, 2, where="iteration 1: pair and score"),

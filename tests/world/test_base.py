@@ -88,10 +88,11 @@ def quality(directory):
 
 
 @pytest.mark.slow
-def test_a_training_of_a_quarter_of_the_steps_comes_near(built, tmp_path, optimised):
-    options = ["--world.directory", str(tmp_path), "--world.steps", str(WORLD.steps // 4)]
+def test_a_training_of_an_eighth_of_the_steps_comes_near(built, tmp_path, optimised):
+    options = ["--world.directory", str(tmp_path), "--world.steps", str(WORLD.steps // 8)]
     config, _ = cli.parse("world", "", options, default_config=cli.QUICKSTART)
     base_model.build_world(config, console.Stopper(), retrain=True)
     (nats, accuracy), (sooner, accuracy_sooner) = quality(built), quality(tmp_path)
-    assert nats < sooner < 2 * nats
+    print(nats, accuracy, sooner, accuracy_sooner)
+    assert nats < sooner < 3 * nats
     assert 0.5 < accuracy_sooner < accuracy
