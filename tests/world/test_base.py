@@ -93,6 +93,5 @@ def test_a_training_of_an_eighth_of_the_steps_comes_near(built, tmp_path, optimi
     config, _ = cli.parse("world", "", options, default_config=cli.QUICKSTART)
     base_model.build_world(config, console.Stopper(), retrain=True)
     (nats, accuracy), (sooner, accuracy_sooner) = quality(built), quality(tmp_path)
-    print(nats, accuracy, sooner, accuracy_sooner)
     assert nats < sooner < 3 * nats
     assert 0.5 < accuracy_sooner < accuracy
