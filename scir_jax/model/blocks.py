@@ -31,12 +31,15 @@ class Settings(NamedTuple):
       block: S, places of a block; it divides the row.
       window: a query sees its own place and the window - 1 before it; None: all before it.
       scale, cap: of the scores, as in scir_jax.model.attention.
+      skip: blocks between a trunk and its branch are not computed; a branch of the program for each block is cheap on a
+        CPU only.
     """
 
     block: int
     window: int | None
     scale: float
     cap: float | None
+    skip: bool = False
 
 
 def block_size(tokens: int, backend: str, segmented: bool) -> int:
@@ -68,7 +71,7 @@ def blockwise(
       [B, T, H, d] in the queries' dtype.
     """
     block = block_size(q_BTHd.shape[1], backend, segments_BT is not None)
-    settings = Settings(block, window, scale, cap)
+    settings = Settings(block, window, scale, cap, segments_BT is not None and backend == "cpu")
     batch, tokens, heads, dim = q_BTHd.shape
     kv_heads = k_BTKd.shape[2]
     spare = -tokens % block
@@ -121,6 +124,16 @@ def _seeing(settings: Settings, j: Array, number: int, sight: Sight | None) -> A
     return jnp.minimum(end, ((j + 1) * settings.block + settings.window - 2) // settings.block + 1)
 
 
+def _where_seen(settings: Settings, i: Array, j: Array, sight: Sight | None, compute, state):
+    """Returns compute(state), or the state where no query of block i sees a key of block j."""
+    if not settings.skip:
+        return compute(state)
+    of = jax.tree.map(lambda x: _part(settings, x, i), sight.of)
+    first, last = j * settings.block, (j + 1) * settings.block - 1
+    before = (first < of.trunk) & (last >= of.first)
+    return jax.lax.cond((before | (last >= of.begin)).any(), compute, lambda state: state, state)
+
+
 def _part(settings: Settings, values_BT: Array, block: Array) -> Array:
     return jax.lax.dynamic_slice_in_dim(values_BT, block * settings.block, settings.block, axis=1)
 
@@ -159,6 +172,9 @@ def _forward(settings, q_BNKRd, k_BNKSd, v_BNKSd, sight):
         q_BKRd = jax.lax.dynamic_index_in_dim(q_BNKRd, i, 1, keepdims=False)
 
         def keys(j, state):
+            return _where_seen(settings, i, j, sight, functools.partial(of_block, j), state)
+
+        def of_block(j, state):
             maximum, total, mixed_BKRd = state
             k_BKSd = jax.lax.dynamic_index_in_dim(k_BNKSd, j, 1, keepdims=False)
             v_BKSd = jax.lax.dynamic_index_in_dim(v_BNKSd, j, 1, keepdims=False)
@@ -197,6 +213,9 @@ def _backward(settings, saved, cotangent_BNKRd):
         v_BKSd = jax.lax.dynamic_index_in_dim(v_BNKSd, j, 1, keepdims=False)
 
         def queries(i, state):
+            return _where_seen(settings, i, j, sight, functools.partial(of_block, i), state)
+
+        def of_block(i, state):
             dq_NBKRd, dk_BKSd, dv_BKSd = state
             q_BKRd = jax.lax.dynamic_index_in_dim(q_BNKRd, i, 1, keepdims=False)
             cotangent_BKRd = jax.lax.dynamic_index_in_dim(cotangent_BNKRd, i, 1, keepdims=False)
