@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from step import SIZES, alternate, make_case, parsed, write_figures
+from comparison import SIZES, alternate, make_case, parsed, write_figures
 
 CONTESTANTS = ("transformers", "vllm", "scir_jax")
 KEYS = ("size", "prompts", "responses", "batch", "longest", "answer", "mean", "dtype")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
+from scir_jax.model.hf.weights import TOKENIZER_FILES
 
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -17,14 +18,7 @@ FILES = (
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *TOKENIZER_FILES,
 )
 """what is fetched: configurations, safetensors, tokenizers, chat templates; no pickle and no code"""
 

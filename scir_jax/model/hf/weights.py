@@ -28,7 +28,7 @@ from scir_jax.model.hf.tensors import Names, Params, Stored, Tensor, Tensors
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", _INDEX)
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -162,9 +162,9 @@ def _replaced(directory: Path, source: Path | None) -> Iterator[Path]:
 
     copied: list[Path] = []
     if source is not None:
-        wanted = (*_TOKENIZER_FILES, "generation_config.json")
+        wanted = (*TOKENIZER_FILES, "generation_config.json")
         copied = [p for p in sorted(Path(source).iterdir()) if _matches(p, wanted)]
-        kept = [p for p in kept if not _matches(p, _TOKENIZER_FILES)]
+        kept = [p for p in kept if not _matches(p, TOKENIZER_FILES)]
     kept = [p for p in kept if not _matches(p, _WEIGHT_FILES)]
 
     directory.parent.mkdir(parents=True, exist_ok=True)
