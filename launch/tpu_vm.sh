@@ -151,7 +151,7 @@ create() {
         describe
         return
     fi
-    while ((SECONDS < timeout)); do
+    while :; do
         state=$(slice_state)
         [[ $state == "$before" ]] || say "$name: $state"
         case $state in
@@ -161,6 +161,7 @@ create() {
             FAILED | SUSPENDED) fail "$name is $state: resume requests it anew" ;;
         esac
         before=$state
+        ((SECONDS < timeout)) || break
         sleep "$poll"
     done
     fail "$name is still $state after $timeout s; it stays in the queue: create goes on waiting, delete gives it up"
