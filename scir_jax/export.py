@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
+from scir_jax.bucket.outputs import output
+from scir_jax.bucket.working import place
 from scir_jax.config import cli
 from scir_jax.config.names import run_directory
 from scir_jax.errors import InputError
@@ -16,8 +17,8 @@ from scir_jax.run import command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m scir_jax.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory, or NAME for runs/NAME")
-    parser.add_argument("output", type=Path, help="directory to write")
+    parser.add_argument("run", help="run directory, or NAME for runs/NAME")
+    parser.add_argument("output", help="directory to write")
     parser.add_argument(
         "--model", help="M0, M1, ...; by default a finished run's best (evaluate.select), else the newest"
     )
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if arguments.push:
         check_name(arguments.push)
-    arguments.run = Path(run_directory(str(arguments.run)))
+    arguments.run = place(run_directory(str(arguments.run)))
+    arguments.output = output(arguments.output)
     config = cli.of_run(arguments.run, arguments.distributed)
     command.join(config)
     config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))

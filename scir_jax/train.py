@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from scir_jax.bucket.objects import in_bucket, shown
 from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve, until_of
 from scir_jax.config.files import to_dict
@@ -72,22 +73,21 @@ def train(config: Config, given: Collection[str] | None = None) -> Run:
     config = auto.settle(resolve(config), differing(config) if given is None else given, begun=True)
     check(config)
     if config.run.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.compilation_cache).absolute()))
+        jax.config.update("jax_compilation_cache_dir", _cache(config.run.compilation_cache))
     directory = RunDirectory(config.run.directory)
     try:
         resumed = hosts.decide(lambda: directory.open(config))
-        hosts.shares(directory.path)
+        directory.share()
         with console.Stopper() as stopper:
             rows, report = _train(config, directory, stopper, resumed)
     finally:
-        if hosts.first():
-            directory.close()
+        directory.close()
     run = Run(directory.path, distributed=config.run.distributed)
     if not rows:
         console.say(f"stopped after {config.run.until}, as run.until says; the same command without it goes on")
         return run
     after = " (after SFT)" if config.sft.epochs and not config.run.start_from else ""
-    console.print_table(rows, f"{directory.path}: M1{after} to {rows[-1]['model']}", run.marked)
+    console.print_table(rows, f"{shown(directory.path)}: M1{after} to {rows[-1]['model']}", run.marked)
     console.say(f"report: {report}")
     return run
 
@@ -174,13 +174,18 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     best = choice.best(rows, config.evaluate.select)["model"]
     number = int(best.removeprefix("M"))
     hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
-    if not hosts.decide((directory.path / "export").exists):
+    if not hosts.decide((directory.path / "export" / "config.json").exists):
         export_model(config, programs, directory, number, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):
         export_adapter(config, programs, directory, number, directory.path / "adapter")
     for name in ("export", "adapter") if adapted else ("export",):
         hosts.decide(lambda: write_card(directory.path / name, config, directory, number))
     return rows, hosts.decide(lambda: str(write_report(directory.path)))
+
+
+def _cache(name: str) -> str:
+    """Returns where compiled programs are kept: a directory, or a place in a bucket, which JAX reads by itself."""
+    return name if in_bucket(name) else str(Path(name).absolute())
 
 
 def _parse(argv: Sequence[str] | None) -> cli.Line:

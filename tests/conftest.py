@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from markupsafe import Markup
 
 from scir_jax.config.files import to_yaml
 from scir_jax.config.schema import (
@@ -26,6 +27,7 @@ from scir_jax.config.schema import (
 )
 from scir_jax.model import decoder, families
 from scir_jax.model.hf import weights
+from scir_jax.report import page
 from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
 from tests.fake_cluster import Cluster
@@ -48,6 +50,13 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(request, monkeypatch):
+    """Leaves the figures of reports undrawn; the report's own tests draw them."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr(page, "panel", lambda title, draw, size=None: Markup("<svg></svg>"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ PACKAGE = Path(scir_jax.__file__).parent
 # From the bottom up: a room imports those before it. What is not a package is a command, or is named here.
 ROOMS = (
     "errors",
+    "bucket",
     "config",
     "text",
     "model",

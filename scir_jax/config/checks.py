@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from scir_jax.bucket.objects import in_bucket
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 
@@ -47,7 +48,8 @@ def resolve(config: Config) -> Config:
     """Replaces {world} in paths by the world's directory.
 
     Raises:
-      InputError: a path holds {world}, and world.directory is not set; a directory is one in a bucket, or empty.
+      InputError: a path holds {world}, and world.directory is not set; a directory is empty, or in a bucket that cannot
+        be read.
     """
     world = config.world.directory
     if not config.run.directory:
@@ -58,8 +60,8 @@ def resolve(config: Config) -> Config:
         ("world.directory", world),
         ("model.path", config.model.path),
     ):
-        if place and "://" in str(place):
-            raise InputError(f"{key} is {place}: no bucket is read or written; give a directory, a mounted one perhaps")
+        if place and in_bucket(place) and key == "world.directory":
+            raise InputError(f"{key} is {place}: the world is made on each host; give a directory")
 
     def fill(value: Any, key: str) -> Any:
         if isinstance(value, tuple):

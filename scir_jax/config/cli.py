@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import jsonargparse
 import yaml
 
+from scir_jax.bucket.objects import shown
+from scir_jax.bucket.outputs import output
 from scir_jax.config import help, names
 from scir_jax.config.files import find, keys, read
 from scir_jax.config.schema import Config
@@ -69,21 +72,7 @@ def line(
     fields = names.fields(sections)
     flags = {f"--{name}" for name, (kind, _, _) in options.items() if kind is bool} | {"--auto"}
     argv = _with_values(list(sys.argv[1:] if argv is None else map(str, argv)), flags)
-    parser = jsonargparse.ArgumentParser(
-        prog=f"python -m scir_jax.{command}", description=description, exit_on_error=False
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file or name (quickstart, methods/srlm); may be repeated, later ones win",
-    )
-    for name, (kind, default, text) in options.items():
-        if default is ...:
-            parser.add_argument(f"--{name}", type=kind, required=True, help=text)
-        else:
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    for name in sections:
-        parser.add_class_arguments(types[name], name)
+    parser = _parser(command, description, tuple(sections), tuple(options.items()))
     _help(parser, description, argv, options, fields)
     argv = names.expand(argv, fields, options)
     configured = any(a == "--config" or a.startswith("--config=") for a in argv)
@@ -106,6 +95,30 @@ def line(
     if own and not configured and "run" in sections and "run.auto" not in given:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, auto=True))
     return Line(config, {name: parsed[name] for name in options}, given)
+
+
+@functools.cache
+def _parser(
+    command: str, description: str, sections: tuple[str, ...], options: tuple[tuple[str, tuple[Any, Any, str]], ...]
+) -> jsonargparse.ArgumentParser:
+    """Makes the parser of a command; reading the help out of the dataclasses takes long, and is done once."""
+    types: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m scir_jax.{command}", description=description, exit_on_error=False
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file or name (quickstart, methods/srlm); may be repeated, later ones win",
+    )
+    for name, (kind, default, text) in options:
+        if default is ...:
+            parser.add_argument(f"--{name}", type=kind, required=True, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    for name in sections:
+        parser.add_class_arguments(types[name], name)
+    return parser
 
 
 def _help(
@@ -166,7 +179,7 @@ def of_run(directory: Path, several: bool = False) -> Config:
     if not recorded.is_file():
         raise InputError(f"{directory}: not a run directory (no config.yaml)")
     config = parse("train", "", ["--config", str(recorded)])[0]
-    run = dataclasses.replace(config.run, directory=str(directory), distributed=several)
+    run = dataclasses.replace(config.run, directory=shown(directory), distributed=several)
     return dataclasses.replace(config, run=run)
 
 
@@ -176,7 +189,7 @@ def output_file(name: str) -> Path:
     Raises:
       InputError: it is a directory, or the directory around it does not exist.
     """
-    path = Path(name)
+    path = output(name)
     if path.is_dir():
         raise InputError(f"--output {path}: is a directory, expected a file name")
     if not path.parent.is_dir():

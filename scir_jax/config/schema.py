@@ -49,6 +49,8 @@ class RunConfig:
     """log to Weights & Biases too, with tables of answers and pairs (needs the extra [wandb])"""
     trackio: bool = False
     """the same with Trackio (needs the extra [trackio])"""
+    lease: float = 90.0
+    """seconds of a run in a bucket (gs://): so long after its process was killed it goes on elsewhere"""
     compilation_cache: str | None = None
     """directory of compiled programs, so that a second run does not compile again"""
 

@@ -24,6 +24,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
+    if not isinstance(path, Path):  # in a bucket, where an object is written whole
+        path.write_text("".join(texts))
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

@@ -138,10 +138,10 @@ def _batches(
     Args:
       taken: number of a step -> numbers of its pairs, None where it is not full.
     """
-    shuffled = {
-        name: grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
-        for name, _ in spec.targets
-    }
+    shuffled = {}
+    for name, group in spec.targets:
+        order = grain.MapDataset.source(np.arange(len(rows[name]))).seed(seeds[name]).shuffle().repeat()
+        shuffled[name] = [int(order[place]) for place in range(steps * group.rows)]
     row_items = {name: [(spec.laid(name, row).size,) for row in rows[name]] for name, _ in spec.targets}
     check_bins(
         way,
@@ -156,7 +156,7 @@ def _batches(
         def step(number: int) -> _Step:
             mine = taken(number)
             beside = [
-                (name, int(shuffled[name][place]))
+                (name, shuffled[name][place])
                 for name, group in spec.targets
                 for place in range(number * group.rows, (number + 1) * group.rows)
             ]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from scir_jax.bucket import fetched
+from scir_jax.bucket.objects import in_bucket
 from scir_jax.data import files
 from scir_jax.errors import InputError
 
@@ -70,7 +72,7 @@ def local_files(source: str) -> list[Path] | None:
     Raises:
       InputError: the path does not exist, or is a directory without files that can be read.
     """
-    path = Path(source)
+    path = fetched.data(source) if in_bucket(source) else Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():

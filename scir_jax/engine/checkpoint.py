@@ -23,7 +23,8 @@ from scir_jax.model import lora
 absl_logging.set_verbosity(absl_logging.FATAL)
 
 COMMITTED = "_CHECKPOINT_METADATA"
-"""what Orbax writes last into a checkpoint's directory"""
+"""what Orbax writes last into a checkpoint's directory on a disk"""
+COMMITTED_IN_BUCKET = "commit_success.txt"
 
 ARRAYS = "arrays.json"
 """checksums of the arrays of each model, in each of DTYPES"""
@@ -34,7 +35,7 @@ class ModelStore:
     """M0, M1, ... of a run, parameters only. A model is there completely or not at all."""
 
     def __init__(self, directory: Path):
-        self.directory = directory.absolute()
+        self.directory = _absolute(directory)
 
     def path(self, number: int | str) -> Path:
         """Returns the directory of M_number, or of a model that is kept by name."""
@@ -42,7 +43,8 @@ class ModelStore:
 
     def exists(self, number: int | str) -> bool:
         """Checks whether M_number is there: its directory has the file that is written last."""
-        return (self.path(number) / COMMITTED).is_file()
+        last = COMMITTED if isinstance(self.directory, Path) else COMMITTED_IN_BUCKET
+        return (self.path(number) / last).is_file()
 
     def numbers(self) -> list[int]:
         """Lists the numbers of the models that are there, in order."""
@@ -122,7 +124,7 @@ class StageCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int):
-        self.directory = directory.absolute()
+        self.directory = _absolute(directory)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
         )
@@ -184,7 +186,19 @@ class StageCheckpoints:
         self.close()
         hosts.barrier(f"left {self.directory}")
         if hosts.first():
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove(self.directory)
+
+
+def remove(directory: Path) -> None:
+    """Deletes a directory with all that is in it, on a disk or in a bucket, if it is there."""
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        directory.rmtree()
+
+
+def _absolute(directory: Path) -> Path:
+    return directory.absolute() if isinstance(directory, Path) else directory
 
 
 def _sha256(meta: dict[str, Any]) -> str:

@@ -46,11 +46,12 @@ class Model:
 
     def abstract(self) -> Params:
         """Returns the parameters' shapes and dtypes, as jax.ShapeDtypeStruct; nothing is allocated."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        # A tree of the caller's own, whatever the caller does to it.
+        return jax.tree.map(lambda leaf: leaf, _abstract(self.arch, self.lora))
 
     def logical_axes(self) -> Params:
         """Returns a tuple of axis names for every array (None: never sharded), in the structure of the parameters."""
-        return layers.axes_of(nnx.state(nnx.eval_shape(lambda: self._decoder(jax.random.key(0))), nnx.Param))
+        return layers.axes_of(_shapes(self.arch, self.lora))
 
     def head(self, params: Params) -> jax.Array:
         """Returns the output head [V, D] in the parameters' dtype: the embedding where they are tied."""
@@ -225,6 +226,18 @@ class Model:
         }[self.remat]
         # A scan's body is not merged with its recomputation, so that the barriers are not needed.
         return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+@functools.cache
+def _shapes(arch: Architecture, lora: Lora | None) -> nnx.State:
+    """Defines the parameters, which nothing else of a model changes."""
+    model = define(arch, attention="xla", lora=lora)
+    return nnx.state(nnx.eval_shape(lambda: model._decoder(jax.random.key(0))), nnx.Param)
+
+
+@functools.cache
+def _abstract(arch: Architecture, lora: Lora | None) -> Params:
+    return jax.eval_shape(define(arch, attention="xla", lora=lora).init, jax.random.key(0))
 
 
 class _Definitions(NamedTuple):

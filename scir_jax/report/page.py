@@ -22,9 +22,12 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from scir_jax.bucket import objects
+from scir_jax.bucket.working import copy_of, place
 from scir_jax.config.names import run_directory
 from scir_jax.errors import InputError
 from scir_jax.report.contents import (
@@ -135,13 +138,17 @@ def generative(decision: dict) -> float:
 def panel(title: str, draw, size: tuple[float, float] = (3.9, 2.8)) -> Markup:
     """Makes one SVG drawn by `draw(axes)`, in the page's own text colour and font, with nothing outside it."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):  # the salt keeps ids of different panels apart
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, dpi=72, layout="constrained")  # the dots of SVG
+        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title)
         labels = sorted(axes.get_legend_handles_labels()[1], key=len)
         if labels and labels != [title.replace(" ", "_")]:
             figure.legend(loc="outside lower left", ncols=2 if len("".join(labels[-2:])) < 40 else 1)
+        # Laid out once: saving would draw the whole figure for it, and then again.
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
         target = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
@@ -341,9 +348,13 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write RUN_DIRECTORY/report.html: headline table, curves, lengths and sampled pairs of a run.",
         epilog="The run may be unfinished: the page says what is not there.",
     )
-    parser.add_argument("run_directory", type=Path, help="directory that a training run writes, or NAME for runs/NAME")
+    parser.add_argument("run_directory", help="directory that a training run writes, or NAME for runs/NAME")
     try:
-        print(write_report(Path(run_directory(str(parser.parse_args(arguments).run_directory)))))
+        path = place(run_directory(parser.parse_args(arguments).run_directory))
+        report = write_report(path)
+        if copy := copy_of(path):
+            copy.push()
+        print(objects.shown(report))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

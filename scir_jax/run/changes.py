@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 HERE = (
-    *("run.directory", "run.distributed", "run.host_timeout", "run.compilation_cache"),
+    *("run.directory", "run.distributed", "run.host_timeout", "run.lease", "run.compilation_cache"),
     *("run.until", "run.auto", "run.proposed", "run.accept_replaced"),
 )
 """keys that say where a run is computed and how far, beside the mesh; they are not compared"""

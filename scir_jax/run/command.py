@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scir_jax.bucket import outputs
+from scir_jax.bucket.objects import shown
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError, Interrupted
@@ -60,6 +62,7 @@ def main(run: Callable[[], int | None]) -> None:
     reason: BaseException
     try:
         code = run() or 0
+        outputs.upload()
         _leave(None)
         sys.exit(code)
     except InputError as error:
@@ -75,7 +78,7 @@ def main(run: Callable[[], int | None]) -> None:
             _leave(error)
             raise
         reason, code, message = error, 3, f"error: {_disk_full(error)}"
-    print(message, file=sys.stderr, flush=True)
+    print(shown(message), file=sys.stderr, flush=True)
     _leave(reason)
     sys.exit(code)
 

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from scir_jax.bucket.objects import shown
 from scir_jax.engine.hosts import hosts
 from scir_jax.errors import Interrupted
 from scir_jax.run.columns import CONSOLE, MODEL, cells
@@ -92,7 +93,7 @@ def show(table: Table) -> None:
 
 def say(message: str) -> None:
     """Prints a line on stderr."""
-    stderr.print(message, soft_wrap=True, markup=False)
+    stderr.print(shown(message), soft_wrap=True, markup=False)
 
 
 def table(rows: list[dict[str, Any]], title: str, best: str | None = None) -> Table:

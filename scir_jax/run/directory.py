@@ -7,20 +7,27 @@ import hashlib
 import json
 import platform
 import shutil
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 from filelock import FileLock, Timeout
 
+from scir_jax.bucket.fetched import weights_of
+from scir_jax.bucket.lease import Lease
+from scir_jax.bucket.working import copy_of, place
 from scir_jax.config.files import to_dict, to_yaml
 from scir_jax.config.schema import Config
 from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.hosts import hosts
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
-from scir_jax.run import hub
+from scir_jax.run import console, hub
 from scir_jax.run.changes import ADDED, MODELS, Change, compare
 from scir_jax.run.trackers import IDENTITY
 
@@ -42,6 +49,37 @@ LAYOUT = 3
 """of the files of a run; a directory of another one is refused"""
 
 
+def checkpoints_of(path: Path) -> Path:
+    """Returns where the checkpoints of a run lie: in its directory, or in the bucket."""
+    copy = copy_of(path)
+    return path / "checkpoints" if copy is None else epath.Path(copy.folder.url) / "checkpoints"
+
+
+def sync(path: Path) -> None:
+    """Lets all hosts have what each of them wrote of the run that a path belongs to. All hosts call it, as a barrier.
+
+    In a bucket it is from then on what a killed run goes on from.
+    """
+    copy = copy_of(path)
+    if copy is None:
+        hosts.barrier(f"sync {path}")
+        return
+    for host, names in enumerate(hosts.gather(copy.push())):
+        if host != hosts.index():
+            copy.pull(names)
+
+
+def save(path: Path, seconds: float = 0.0) -> None:
+    """Brings what this host wrote of the run that a path belongs to into its bucket; on a disk it is there already.
+
+    Args:
+      seconds: not before so many have passed since the last time.
+    """
+    copy = copy_of(path)
+    if copy is not None and time.monotonic() - copy.pushed >= seconds:
+        copy.push()
+
+
 class RunDirectory:
     """Paths of a run. Iteration 0 is SFT; iteration t turns M_t into M_{t+1}.
 
@@ -50,11 +88,16 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
+        """
+        Args:
+          path: of a disk, or gs://BUCKET/PATH, or the working copy of a run there.
+        """
+        self.path = place(path)
+        self._copy = copy_of(self.path)
+        self.checkpoints = checkpoints_of(self.path)
         self.changes: list[Change] = []
         self._config: Config | None = None
-        self._lock: FileLock | None = None
+        self._lock: FileLock | Lease | None = None
 
     def stage_checkpoints(self, iteration: int) -> Path:
         """Returns where a training stage keeps its checkpoints; iteration 0 is SFT."""
@@ -90,23 +133,10 @@ class RunDirectory:
           InputError: another process uses the directory, it holds a run of a configuration that would give other
             results (the keys that differ are listed), or it holds other files.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{self.path}: is a file, or below one; choose another run.directory") from None
-        except PermissionError:
-            raise InputError(f"{self.path}: may not be written; choose another run.directory") from None
-        # The lock is held until the process ends, however it ends: the kernel frees it.
-        self._lock = FileLock(self.path / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{self.path}: another process is running here; wait for it or choose another run.directory"
-            ) from None
+        self._take(config.run.lease)
         recorded = self.path / "config.yaml"
         # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
-        if recorded.exists() and any(self.checkpoints.glob("M0")):
+        if recorded.exists() and ModelStore(self.checkpoints).exists(0):
             found = compare(self._recorded(recorded), to_dict(config))
             if found.refused:
                 raise InputError(
@@ -141,10 +171,47 @@ class RunDirectory:
         _write_config(recorded, config)
         return False
 
+    def _take(self, lease: float) -> None:
+        """Makes the directory, and keeps other processes out of it."""
+        if self._copy is not None:
+            self._lock = self._copy.lease = Lease(self._copy.folder, lease)
+            self._copy.lease.acquire(console.say)
+            # What was here when the command began may have been another process's in the middle of its work.
+            self._copy.pull()
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{self.path}: is a file, or below one; choose another run.directory") from None
+        except PermissionError:
+            raise InputError(f"{self.path}: may not be written; choose another run.directory") from None
+        # The lock is held until the process ends, however it ends: the kernel frees it.
+        self._lock = lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another process is running here; wait for it or choose another run.directory"
+            ) from None
+
+    def share(self) -> None:
+        """Lets the hosts have one directory, after the first of them has opened it. All hosts call it.
+
+        Raises:
+          InputError: on all hosts, where they have no disk in common and the directory is in no bucket.
+        """
+        if self._copy is None:
+            hosts.shares(self.path)
+        elif not hosts.first():
+            self._copy.pull()
+
     def close(self) -> None:
-        """Unlocks the directory."""
+        """Brings what was written to where the run lies, and unlocks the directory."""
+        if self._copy is not None and (self._lock is not None or not hosts.first()):
+            self._copy.push()
         if self._lock is not None:
             self._lock.release()
+            self._lock = None
 
     def summarise(self, rows: list[dict[str, Any]], best: str, select: str) -> None:
         """Writes summary.json; what was exported of another model than the best one is removed.
@@ -297,10 +364,16 @@ def _hashes(directory: Path, weights: bool) -> dict[str, str]:
     """Computes the SHA-256 of the files of a model directory that are read, by name."""
     read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
     return {
-        path.name: sha256(path) if weights or path.suffix != ".safetensors" else f"{path.stat().st_size} bytes"
+        path.name: _digest(path) if weights or path.suffix != ".safetensors" else f"{path.stat().st_size} bytes"
         for path in sorted(directory.iterdir())
         if path.is_file() and path.suffix in read
     }
+
+
+def _digest(path: Path) -> str:
+    """Computes the SHA-256 of a file; of weights in a bucket it takes what the store says that they hold."""
+    in_bucket = weights_of(path)
+    return in_bucket.checksum() if in_bucket else sha256(path)
 
 
 def sha256(path: Path) -> str:

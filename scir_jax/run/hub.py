@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from scir_jax.bucket import fetched
+from scir_jax.bucket.objects import in_bucket
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 from scir_jax.model.hf.weights import TOKENIZER_FILES
@@ -26,18 +28,21 @@ _found: dict[str, Path] = {}
 
 
 def directory(name: str, key: str, commit: str | None = None) -> Path:
-    """Returns the directory of a model: a local one if there is one of that name, else the hub's, fetched if need be.
+    """Returns the directory of a model: a local one if there is one of that name, else a bucket's or the hub's,
+    fetched if need be.
 
     As long as the process runs a name stands for one directory, whatever happens to a branch in the meantime.
 
     Args:
-      name: a path, or OWNER/NAME or OWNER/NAME@REVISION.
+      name: a path, gs://BUCKET/PATH, or OWNER/NAME or OWNER/NAME@REVISION.
       key: of the configuration, for errors.
       commit: of the hub that is taken instead of the newest one.
 
     Raises:
       InputError: there is neither such a directory nor, within reach, such a model.
     """
+    if in_bucket(name):
+        return fetched.model_directory(name)
     if Path(name).exists() or not NAME.fullmatch(name):
         return Path(name)
     if name not in _found:

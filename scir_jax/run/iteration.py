@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import read_json, write_json
-from scir_jax.engine.checkpoint import ModelStore
+from scir_jax.engine.checkpoint import ModelStore, remove
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.run import (
@@ -26,7 +25,7 @@ from scir_jax.run import (
     sampling,
     training,
 )
-from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import RunDirectory, sync
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.metrics import Metrics
@@ -172,7 +171,7 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
     if hosts.decide(stage.done):
         # A process that was killed between saving the model and removing its checkpoints left these.
         if stage.name in ("sft", "optimise") and hosts.first():
-            shutil.rmtree(directory.stage_checkpoints(stage.iteration), ignore_errors=True)
+            remove(directory.stage_checkpoints(stage.iteration))
         return
     started = time.monotonic()
     stage.run()
@@ -181,7 +180,7 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
         seconds = read_json(path) if path.exists() else {}
         write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
         Ledger(directory.path).record_stage(stage.name, stage.iteration)
-    hosts.barrier(f"{stage.name} {stage.iteration}")
+    sync(directory.path)
     if stage.name == "start":
         stopper.check("start-up")
 

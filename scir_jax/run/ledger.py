@@ -11,7 +11,7 @@ from scir_jax.config.schema import Config
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.errors import InputError
-from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import RunDirectory, checkpoints_of
 
 NAME = "files.json"
 STAGES = {
@@ -131,7 +131,7 @@ class Ledger:
         folder, _, file = name.rpartition("/")
         if file != STAGES["optimise"]:
             return True
-        return ModelStore(self.directory / "checkpoints").exists(int(folder.removeprefix("iteration_")) + 1)
+        return ModelStore(checkpoints_of(self.directory)).exists(int(folder.removeprefix("iteration_")) + 1)
 
 
 def _sha256(path: Path, size: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from scir_jax.bucket.objects import Folder, in_bucket
+from scir_jax.bucket.working import place
 from scir_jax.config import cli
 from scir_jax.config.checks import check_positive, check_sampling, resolve
 from scir_jax.config.schema import Config, DataConfig, GenerativeConfig
@@ -39,23 +41,23 @@ def load(directory: str | Path, **settings: Any) -> Model:
     templates, the dtype.
 
     Args:
-      directory: a Hugging Face directory, or a run directory.
+      directory: a Hugging Face directory, or a run directory, of a disk or gs://BUCKET/PATH.
       settings: sections of the configuration, text=dict(max_response_tokens=64), or anything else that the command
         judge takes.
 
     Raises:
       InputError: the directory is not there or cannot be used, or a setting is unknown.
     """
-    path, of_run = Path(directory), []
-    if (path / "manifest.json").is_file() and (path / "config.yaml").is_file():
-        if not (path / "export").is_dir():
-            raise InputError(
-                f"{path}: the run has exported no model yet; scir_jax.Run({str(path)!r}).models has its own"
-            )
+    name, of_run = str(directory).rstrip("/"), []
+    is_model = in_bucket(name) and Folder(name).read("manifest.json") is None
+    run = Path(name) if is_model else place(name)
+    if (run / "manifest.json").is_file() and (run / "config.yaml").is_file():
+        if not (run / "export" / "config.json").is_file():
+            raise InputError(f"{name}: the run has exported no model yet; scir_jax.Run({name!r}).models has its own")
         # Adapters are merged in the export.
-        of_run = ["--config", str(path / "config.yaml"), "--lora.rank=0", "--lora.adapter=null"]
-        path = path / "export"
-    argv = [*of_run, f"--model.path={path}", *cli.arguments(settings)]
+        of_run = ["--config", str(run / "config.yaml"), "--lora.rank=0", "--lora.adapter=null"]
+        name = f"{name}/export"
+    argv = [*of_run, f"--model.path={name}", *cli.arguments(settings)]
     config = resolve(cli.parse("judge", "", argv, sections=SECTIONS)[0])
     if of_run:
         config = dataclasses.replace(config, mesh=meshes.fitting(config.mesh))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from scir_jax.bucket.working import place
 from scir_jax.config import cli
 from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config, LoraConfig
@@ -185,7 +186,7 @@ def start_of(config: Config) -> tuple[Path, int] | None:
             f"run.start_from {config.run.start_from}: M0 is the model before training; leave run.start_from out, and "
             "give that run's model"
         )
-    return Path(run_directory(directory)), int(number)
+    return place(run_directory(directory)), int(number)
 
 
 def copied(config: Config) -> dict[ModelName, ModelName]:

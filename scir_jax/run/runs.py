@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from scir_jax.bucket.working import place
 from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data.jsonl import read_json, write_json
@@ -20,7 +21,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import command, console, evaluation, iteration
 from scir_jax.run.choice import LAST
-from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import RunDirectory, checkpoints_of
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
 from scir_jax.run.metrics import NoMetrics
@@ -44,7 +45,7 @@ class Run:
         Raises:
           InputError: the directory is not a run's, or that of another version.
         """
-        self.directory = Path(directory)
+        self.directory = place(directory)
         self.config = cli.of_run(self.directory, distributed)
         self._opened: dict[int, Model] = {}
         self._loaded: Models | None = None
@@ -110,7 +111,7 @@ class Run:
 
     @cached_property
     def _store(self) -> ModelStore:
-        return ModelStore(self.directory / "checkpoints")
+        return ModelStore(checkpoints_of(self.directory))
 
     @cached_property
     def _here(self) -> Config:
@@ -132,6 +133,7 @@ class Run:
         directory = RunDirectory(self.directory)
         try:
             hosts.decide(lambda: directory.open(config))
+            directory.share()
             with console.Stopper() as stopper:
                 encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
                 models = Models(ModelStore(directory.checkpoints), programs, parameters)
@@ -152,5 +154,4 @@ class Run:
                     lambda: [read_json(directory.iteration(t) / "evaluation.json") for t in range(last)]
                 )
         finally:
-            if hosts.first():
-                directory.close()
+            directory.close()

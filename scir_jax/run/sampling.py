@@ -23,9 +23,13 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import Sampling, Slots, stream_key
 from scir_jax.errors import InputError
 from scir_jax.run import console
+from scir_jax.run.directory import save, sync
 from scir_jax.run.scoring import check_finite
 
 Numbered = tuple[int, Prompt]
+
+SAVE_SECONDS = 30.0
+"""between two times that the answers so far are brought into a bucket"""
 
 
 class Task(NamedTuple):
@@ -256,6 +260,7 @@ def sample_file(
     """
     place = {number: i for i, (number, _) in enumerate(prompts)}
     done = set(hosts.decide(lambda: _gather_parts(path, place, responses)))
+    sync(path)
     partial = AppendOnly(_part(path, hosts.index()))
     left = [(number, prompt) for number, prompt in prompts if number not in done]
     started, tokens, answers = time.monotonic(), 0, 0
@@ -265,16 +270,17 @@ def sample_file(
             encoder, programs, params, left, responses=responses, sampling=sampling, key=key, owned=True
         ):
             _keep(partial, found.rows)
+            save(path, SAVE_SECONDS)
             tokens, answers = tokens + found.tokens, answers + found.answers
             rate = tokens / (time.monotonic() - started)
             bar.advance(f"{rate:,.0f} tokens/s, {tokens / answers:.0f} per answer", by=found.answers)
             stopper.check(title, resumable=resumable)
     partial.close()
-    hosts.barrier(f"sampled {path}")
+    sync(path)
     if hosts.first():
         _gather_parts(path, place, responses)
         _part(path, 0).replace(path)
-    hosts.barrier(f"wrote {path}")
+    sync(path)
 
 
 def _keep(partial: AppendOnly, rows: Sequence[dict[str, Any]]) -> None:

@@ -29,6 +29,7 @@ from scir_jax.errors import InputError
 from scir_jax.run import console
 from scir_jax.run.constructing import NAME, constructed_rows
 from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import save as save_files
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
@@ -244,6 +245,7 @@ def train_stage(
                 stop = stopper.vote()
                 if completed < steps and (stop or completed % config.checkpoint.every == 0):
                     writer.flush(sync=True)
+                    save_files(directory.path)
                     checkpoints.save(completed, state, {"data": batches.get_state(), "written": written()})
                 if stop and completed < steps:
                     checkpoints.wait()

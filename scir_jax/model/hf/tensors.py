@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from scir_jax.bucket.fetched import weights_of
 from scir_jax.model.hf import transfer
 from scir_jax.model.hf.transfer import Index
 
@@ -62,8 +63,11 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
     Raises:
       SafetensorError or OSError: the file cannot be read.
     """
-    file = stack.enter_context(safe_open(path, framework="numpy"))
-    views = {name: file.get_slice(name) for name in file.keys()}
+    if in_bucket := weights_of(path):
+        views: dict[str, Any] = dict(in_bucket.tensors())
+    else:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+        views = {name: file.get_slice(name) for name in file.keys()}
     return {name: Stored(path, view, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
 
 

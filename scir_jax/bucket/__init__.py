@@ -1,0 +1,1 @@
+"""Google Cloud Storage: a run, models, data and outputs below gs://BUCKET/PATH."""
