@@ -22,6 +22,8 @@ ADAPTER = "adapter_model.safetensors"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PART = 64 * 2**20
 """bytes that are read at once at most"""
+HEADER = 100 * 2**20
+"""bytes of a header at most; the format's own limit"""
 
 _found: dict[str, Path] = {}
 _weights: dict[Path, tuple[Folder, str]] = {}
@@ -92,6 +94,8 @@ class Weights(NamedTuple):
         """
         try:
             (size,) = struct.unpack("<Q", self.folder.read(self.name, 0, 8) or b"")
+            if size > HEADER:
+                raise ValueError(f"a header of {size} bytes")
             header = json.loads(self.folder.read(self.name, 8, 8 + size) or b"")
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             return {name: Slices(self, 8 + size, entry) for name, entry in entries.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ SCHEME = "gs://"
 LARGE = 64 * 2**20
 """bytes; a file of more is uploaded in parts"""
 EXTRAS = ("gcsfs", "google.cloud.storage")
+CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "urllib3")
 
 _local: dict[str, str] = {}
 """directory here -> the address whose objects it holds"""
@@ -54,6 +56,19 @@ def shown(text: Any) -> str:
     return text
 
 
+def refusal(error: BaseException | None) -> str | None:
+    """Says what a store refused, where an exception tells of it, which other packages' clients raise too."""
+    while error is not None:
+        said = " ".join(str(error).split())
+        if type(error).__module__.startswith(CLIENTS) or "http_response_code" in said or SCHEME in said:
+            return (
+                f"the bucket does not answer as it should; what was written before is intact, the same command goes on "
+                f"({said[:200]})"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class Folder:
     """The objects whose names begin with a path.
 
@@ -68,14 +83,17 @@ class Folder:
         Raises:
           InputError: the address names no bucket, or the packages of the extra [gcs] are not installed.
         """
-        self.url = url.rstrip("/")
-        self.bucket, _, path = self.url.removeprefix(SCHEME).partition("/")
-        if not self.bucket or "//" in path:
+        self.bucket, _, path = url.removeprefix(SCHEME).rstrip("/").partition("/")
+        self.url = f"{SCHEME}{self.bucket}" + (f"/{path}" if path else "")
+        if not self.bucket or (path and "" in path.split("/")):
             raise InputError(f"{url}: is no address in a bucket; write {SCHEME}BUCKET/PATH")
         for package in EXTRAS:
             if not _installed(package):
                 raise InputError(f"{url}: a bucket needs the extra [gcs]: pip install 'scir_jax[gcs]'")
         self.prefix = f"{path}/" if path else ""
+        # What they log is raised too, and becomes one sentence.
+        for name in ("gcsfs", "google.auth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         import tensorstore
 
         self._store = self._ask(
@@ -170,10 +188,7 @@ class Folder:
                 ) from error
             if "404" in said or "NOT_FOUND" in said:
                 raise InputError(f"{self.url}: there is no bucket {self.bucket} ({said[:120]})") from error
-            raise InputError(
-                f"{self.url}: the bucket does not answer as it should; what was written before is intact, the same "
-                f"command goes on ({said[:200]})"
-            ) from error
+            raise InputError(f"{self.url}: {refusal(error) or said[:200]}") from error
 
 
 def _installed(package: str) -> bool:

@@ -40,6 +40,7 @@ class WorkingCopy:
         self.lease: Lease | None = None
         self.pushed = time.monotonic()
         self._known: dict[str, tuple[int, int, int] | None] = {}
+        self._news: dict[str, None] = {}
         self.pull()
 
     def pull(self, names: Iterable[str] | None = None) -> None:
@@ -81,7 +82,14 @@ class WorkingCopy:
             self.folder.delete(name)
             del self._known[name]
         self.pushed = time.monotonic()
+        self._news |= dict.fromkeys(changed + gone)
         return changed + gone
+
+    def news(self) -> list[str]:
+        """Pushes, and returns the names of all that was pushed since the last call."""
+        self.push()
+        found, self._news = list(self._news), {}
+        return found
 
     def _here(self) -> dict[str, Path]:
         paths = (path for path in self.path.rglob("*") if path.is_file())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scir_jax.bucket import outputs
-from scir_jax.bucket.objects import shown
+from scir_jax.bucket.objects import refusal, shown
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError, Interrupted
@@ -53,7 +53,8 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's 3.
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's
+    and the bucket's 3.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """
@@ -74,10 +75,11 @@ def main(run: Callable[[], int | None]) -> None:
     except Exception as error:
         # Orbax and TensorStore wrap the operating system's error in their own.
         full = isinstance(error, OSError) and error.errno in DISK_FULL
-        if not full and "No space left" not in str(error) and "File too large" not in str(error):
+        full = full or "No space left" in str(error) or "File too large" in str(error)
+        if not full and not refusal(error):
             _leave(error)
             raise
-        reason, code, message = error, 3, f"error: {_disk_full(error)}"
+        reason, code, message = error, 3, f"error: {_disk_full(error) if full else refusal(error)}"
     print(shown(message), file=sys.stderr, flush=True)
     _leave(reason)
     sys.exit(code)

@@ -64,7 +64,7 @@ def sync(path: Path) -> None:
     if copy is None:
         hosts.barrier(f"sync {path}")
         return
-    for host, names in enumerate(hosts.gather(copy.push())):
+    for host, names in enumerate(hosts.gather(copy.news())):
         if host != hosts.index():
             copy.pull(names)
 

@@ -89,8 +89,10 @@ class Ledger:
         for name in found:
             entry = entries.get(name)
             if entry is None:
+                if name == GROWING:  # rows of a stage that is not done, which are written anew
+                    continue
                 # What the run writes of itself may have been written just before it was killed.
-                if name not in (*OWN, GROWING):
+                if name not in OWN:
                     said.append(
                         f"{self.directory / name}: has no record (it was put there, or the run was stopped just then); "
                         "it is taken as it is"

@@ -251,6 +251,8 @@ def train_stage(
                     checkpoints.wait()
                     stopper.stop(title)
             writer.flush(sync=True)
+        # With its model the stage is done, and what it wrote is not written again.
+        save_files(directory.path)
         save(state.params)
         jax.block_until_ready(state)
     except BaseException:

@@ -9,6 +9,7 @@ from scir_jax.config.files import to_yaml
 from scir_jax.run.training import TIMINGS
 from tests.forks import ROOT, Fork, environment, quick
 from tests.gcs import Bucket
+from tests.hosts import run_hosts
 from tests.run.runs import lines
 from tests.strikes import Strike
 
@@ -23,18 +24,31 @@ def bucket(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, world_dir, compiled_directory, bucket, tmp_path_factory):
-    """run(directory, strike) -> (exit code, stderr) of the training command."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = tiny_config(
-        world_dir,
-        run=dict(iterations=1, tensorboard=True, compilation_cache=str(compiled_directory)),
-        world=dict(directory=None),
-        optimise=dict(epochs=2),
-        evaluate=dict(greedy=False, samples=2, grader="scir_jax.world.grader:grade"),
-    )
-    file = folder / "tiny.yaml"
-    file.write_text(to_yaml(config), encoding="utf-8")
+def configured(tiny_config, world_dir, compiled_directory, tmp_path_factory):
+    """configured(**sections) -> YAML file of a run."""
+    folder = tmp_path_factory.mktemp("configured")
+
+    def write(**sections) -> Path:
+        run = dict(iterations=1, tensorboard=True, compilation_cache=str(compiled_directory), **sections.pop("run", {}))
+        config = tiny_config(
+            world_dir,
+            run=run,
+            world=dict(directory=None),
+            optimise=dict(epochs=2),
+            evaluate=dict(greedy=False, samples=2, grader="scir_jax.world.grader:grade"),
+            **sections,
+        )
+        file = folder / f"{len(list(folder.iterdir()))}.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def run(configured, bucket, tmp_path_factory):
+    """run(directory, *arguments) -> (exit code, stderr) of the training command."""
+    folder, file = tmp_path_factory.mktemp("runs"), configured()
 
     def start(directory: str | Path, *arguments: str) -> tuple[int, str]:
         out, err = folder / "out", folder / "err"
@@ -44,6 +58,23 @@ def run(tiny_config, world_dir, compiled_directory, bucket, tmp_path_factory):
             return process.wait(300), err.read_text(errors="replace")
         finally:
             process.kill()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def hosts(configured, bucket):
+    """hosts(directory, lost) runs or resumes a run on two hosts, one of which may be killed."""
+    file = configured(run=dict(distributed=True, host_timeout=8.0), mesh=dict(data=2, fsdp=1, tensor=1))
+
+    def start(directory, lost=None) -> None:
+        def command(host):
+            strike = lost[1] if lost and lost[0] == host else Strike(ahead=False)
+            return [*strike.command, "--config", file, "--run.directory", directory]
+
+        done = run_hosts(command, 2, env=quick(**bucket.environment), seconds=240, forked=True)
+        expected = {lost[0]: -9, 1 - lost[0]: 4} if lost else {0: 0, 1: 0}
+        assert {host: one.code for host, one in enumerate(done)} == expected, done
 
     return start
 
@@ -73,3 +104,29 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(run, bucket, on_disk, tmp_path):
     assert code == 0, err
     assert results(bucket.copy("whole", tmp_path)) == on_disk
     assert "scir_jax-" not in err and f"report: gs://{bucket.name}/whole/report.html" in err
+
+
+def test_a_run_that_is_stopped_at_writes_goes_on(run, bucket, on_disk, tmp_path):
+    """The store takes so many writes more, and then none: as if the process had been killed there."""
+    url = f"gs://{bucket.name}/stopped"
+    for number in range(200):
+        bucket.faults(stop_at=(3, 17, 29, 41, 53, 64)[number % 6] + number)
+        code, err = run(url)
+        if code == 0:
+            break
+        # TensorStore tells of what it could not write to a save that had ended; the command says one sentence.
+        assert code in (2, 3) and "\nerror: " in err, err
+    assert number > 5
+    bucket.faults()
+    assert results(bucket.copy("stopped", tmp_path)) == on_disk
+
+
+def test_two_hosts_without_a_common_disk(hosts, bucket, tmp_path):
+    """One is killed while it samples, and one in training; both go on to what hosts of one disk make."""
+    hosts(tmp_path / "run")
+    url = f"gs://{bucket.name}/two"
+    hosts(url, lost=(1, Strike("scir_jax.run.sampling:_keep", 1, "after", ahead=False)))
+    hosts(url, lost=(0, Strike("scir_jax.run.metrics:Metrics.write", ("optimise", 1, 1), "after", ahead=False)))
+    hosts(url)
+    assert results(bucket.copy("two", tmp_path)) == results(tmp_path / "run")
+    assert not [name for name in bucket.objects() if "partial" in name or "lease" in name]
