@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from scir_jax.config.schema import Config
@@ -45,6 +46,20 @@ def directory(name: str, key: str, commit: str | None = None) -> Path:
     return _found[name]
 
 
+def configuration(name: str, key: str) -> Path:
+    """Returns a directory with the config.json of a model, of the hub too; no other file is fetched.
+
+    Args:
+      name, key: as `directory`.
+
+    Raises:
+      InputError: there is neither such a directory nor, within reach, such a model.
+    """
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return Path(name)
+    return _found[name] if name in _found else _fetched(name, key, None, FILES[:1])
+
+
 def is_function(name: str) -> bool:
     """Checks whether a name is that of a function, module:function, and not of a model."""
     return bool(FUNCTION.fullmatch(name)) and not Path(name).exists()
@@ -84,14 +99,14 @@ def keep(config: Config, recorded: dict[str, dict[str, str]]) -> None:
             directory(name, key, recorded[key]["commit"])
 
 
-def _fetched(name: str, key: str, commit: str | None) -> Path:
+def _fetched(name: str, key: str, commit: str | None, files: Sequence[str] = FILES) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     match = NAME.fullmatch(name)
     wanted, revision = match["repository"], commit or match["revision"]
     try:
-        found = huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=list(FILES))
+        found = huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=list(files))
     except errors.GatedRepoError:
         reason = f"the hub gives {wanted} to those who have accepted its terms: do so there, then hf auth login"
     except errors.RevisionNotFoundError:

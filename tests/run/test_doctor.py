@@ -7,6 +7,7 @@ import pytest
 
 from scir_jax import doctor
 from scir_jax.run import health
+from tests.run.reward_models import write_reward_model
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -35,6 +36,24 @@ def test_a_machine_on_which_the_run_could_start(asked):
     assert found["attention blocks"][0] == "ok" and "long rows take it" in found["attention blocks"][1]
     assert found["attention cudnn"] == ("-", "cuDNN runs on GPUs and this is a CPU")
     assert "parameters" in found["model"][1] and "prompts" in found["data"][1] and "are free at" in found["disk"][1]
+
+
+def test_what_takes_part_beside_the_model(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "IMPLEMENTATIONS", ())
+    reward = write_reward_model("llama", tmp_path / "reward")
+    ours = dict(pairs=dict(scorer=str(reward)), preference=dict(labels="external"))
+    there = dict(command="A=1 sh {engines}/x.sh {prompts} {output}")
+    code, found = asked(**ours, sample=there)
+    assert code == 0 and found["pairs.scorer"][0] == found["sample.command"][0] == "ok"
+    assert (
+        f"{reward}: " in found["pairs.scorer"][1] and f"runs {shutil.which('sh')}: A=1 sh" in found["sample.command"][1]
+    )
+    ours["pairs"] = dict(scorer="scir_jax.world.grader:grade")
+    code, found = asked(**ours, sample=dict(command="no-such-engine {prompts} {output}"))
+    assert code == 1 and found["pairs.scorer"][0] == "ok"
+    assert found["sample.command"][0] == "FAILS" and "'no-such-engine'" in found["sample.command"][1]
+    code, found = asked(sample=dict(command="(cd /; x {prompts}) > {output}"))
+    assert code == 0 and found["sample.command"][0] == "-"
 
 
 def test_bfloat16_attention_is_tried_in_bfloat16(asked, world_dir):

@@ -107,6 +107,11 @@ def test_neither_pickles_nor_code_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.directory("some/one@v2", "model.path") == tmp_path
     assert (wanted["repository"], wanted["revision"]) == ("some/one", "v2")
+    hub.configuration("another/one", "pairs.scorer")
+    assert (wanted["repository"], wanted["patterns"]) == ("another/one", ["config.json"])
+    assert hub.configuration("some/one@v2", "pairs.scorer") == tmp_path, "what is there is not fetched again"
+    assert wanted["repository"] == "another/one"
+    hub.directory("third/one", "model.path")
     needed = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     needed += ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     needed += ["generation_config.json", "adapter_config.json", "adapter_model.safetensors"]
