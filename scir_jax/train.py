@@ -171,7 +171,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
-    best = choice.best(rows, config.evaluate.select)["model"]
+    best = choice.best(rows, config.evaluate.select, early_stop=config.evaluate.early_stop)["model"]
     number = int(best.removeprefix("M"))
     hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
     if not hosts.decide((directory.path / "export").exists):

@@ -18,8 +18,7 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import command, console, evaluation, iteration
-from scir_jax.run.choice import LAST
+from scir_jax.run import choice, command, console, evaluation, iteration
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
@@ -70,8 +69,8 @@ class Run:
 
     @property
     def marked(self) -> str | None:
-        """The name of the model that tables mark: the best one, where the run chooses one."""
-        return self.best if self.config.evaluate.select != LAST else None
+        """The name of the model that tables mark: the exported one, where it is not just the last."""
+        return choice.marked(self.rows, self.best, self.config.evaluate.select)
 
     @property
     def report(self) -> Path | None:
