@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from scir_jax.config.names import HUB
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 
@@ -147,10 +148,11 @@ def check(config: Config) -> None:
     for key, names in REFERENCES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value not in names and not (Path(value) / "config.json").is_file():
+        on_hub = HUB.fullmatch(value) and not Path(value).exists()
+        if value not in names and not on_hub and not (Path(value) / "config.json").is_file():
             raise InputError(
-                f"{key} is {value!r}: it is one of {', '.join(names)}, or a model directory, and there is no "
-                f"{Path(value) / 'config.json'}"
+                f"{key} is {value!r}: it is one of {', '.join(names)}, a model directory, or OWNER/NAME of the hub, and "
+                f"there is no {Path(value) / 'config.json'}"
             )
     check_sampling(config)
     if config.sample.command:

@@ -267,7 +267,8 @@ class ImplicitConfig:
     beta: float = 0.1
     """reward per nat"""
     reference: str = "previous"
-    """reference model, which must lag the policy: previous (M_{t-1}), sft (M1), base (M0), or a model directory"""
+    """reference model, which must lag the policy: previous (M_{t-1}), sft (M1), base (M0), or a model, a
+    directory or a name like model.path"""
     length: Literal["none", "mean", "penalty"] = "none"
     """mean: per token; penalty: r - alpha |y|, alpha fitted once per iteration"""
 

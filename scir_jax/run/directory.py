@@ -257,6 +257,8 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     models = {"model.path": config.model.path}
     if config.pairs.scorer and not hub.is_function(config.pairs.scorer):
         models["pairs.scorer"] = config.pairs.scorer
+    references = {"implicit.reference": config.implicit.reference, "preference.reference": config.preference.reference}
+    models |= {key: name for key, name in references.items() if name not in MODELS}
     hashes = {
         f"{key}/{file}": value
         for key, name in models.items()
@@ -265,9 +267,6 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
     for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
         if name := getattr(config.data, key):
             hashes[f"data.{key}"] = sources.sha256(name)
-    for key, name in (("implicit", config.implicit.reference), ("preference", config.preference.reference)):
-        if name not in MODELS:
-            hashes |= {f"{key}.reference/{file}": value for file, value in _hashes(Path(name), weights).items()}
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)

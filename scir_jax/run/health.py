@@ -29,6 +29,7 @@ from scir_jax.model import decoder, lora
 from scir_jax.model.attention import IMPLEMENTATIONS, attention, chosen, refusal
 from scir_jax.run import hub
 from scir_jax.run.models import adapters_of
+from scir_jax.run.preflight import check_references
 from scir_jax.run.scorer import read_reward_model, user_function
 from scir_jax.run.setup import open_model
 
@@ -151,6 +152,7 @@ def _model(config: Config) -> tuple[str, str]:
     arch, encoder = open_model(config)
     path = hub.directory(config.model.path, "model.path")
     check_model(make_mesh(config.mesh), arch)
+    check_references(config, arch, encoder.chat)
     weights = _weights(path)
     templates = ", ".join(judge.template.name for judge in encoder.judges)
     return "ok", (

@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from scir_jax.config.names import HUB
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 from scir_jax.model.hf.weights import TOKENIZER_FILES
 
-NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+NAME = HUB
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 FILES = (
     "config.json",
@@ -71,6 +72,8 @@ def names(config: Config) -> dict[str, str]:
         "model.path": config.model.path,
         "lora.adapter": config.lora.adapter,
         "pairs.scorer": config.pairs.scorer,
+        "implicit.reference": config.implicit.reference,
+        "preference.reference": config.preference.reference,
     }
     return {key: name for key, name in given.items() if name and NAME.fullmatch(name) and not Path(name).exists()}
 

@@ -22,7 +22,7 @@ from scir_jax.run import hub
 KEPT = ("base", "sft")
 """models of another run that are kept by name, see run.start_from"""
 ModelName = int | str
-"""the number of a run's model, a name of KEPT, or a model directory"""
+"""the number of a run's model, a name of KEPT, or a model directory or a name of the hub"""
 
 
 class Parameters:
@@ -121,7 +121,7 @@ class Models:
         if isinstance(number, str) and number not in KEPT:
             self._loaded = None
             self.parameters.release()
-            return self.parameters.of_directory(Path(number), inference=True)
+            return self.parameters.of_directory(hub.directory(number, "reference"), inference=True)
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
             self._loaded = (number, self.store.load(number, self._programs.abstract_inference))

@@ -134,8 +134,8 @@ def test_a_stage_that_the_run_has_not(until):
 @pytest.mark.parametrize(
     "key, values, words",
     [
-        ("implicit", dict(reference="start"), "it is one of previous, sft, base, or a model directory"),
-        ("preference", dict(reference="models/none"), "there is no models/none/config.json"),
+        ("implicit", dict(reference="start"), "it is one of previous, sft, base, a model directory, or"),
+        ("preference", dict(reference="./models/none"), "there is no models/none/config.json"),
         ("data", dict(holdout=-1), "data.holdout must not be negative"),
     ],
 )
@@ -145,7 +145,8 @@ def test_references_and_held_out_rows(key, values, words):
         check(dataclasses.replace(Config(), **{key: section}))
 
 
-def test_a_reference_may_be_a_model_directory(tmp_path):
+def test_a_reference_may_be_a_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    section = dataclasses.replace(Config().implicit, reference=str(tmp_path))
-    check(dataclasses.replace(Config(), implicit=section))
+    for name in (str(tmp_path), "someone/model", "someone/model@v2"):
+        section = dataclasses.replace(Config().implicit, reference=name)
+        check(dataclasses.replace(Config(), implicit=section))

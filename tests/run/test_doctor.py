@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from scir_jax import doctor
 from scir_jax.run import health
@@ -74,10 +75,14 @@ def test_wrong_attention_fails(asked, monkeypatch):
 
 
 def test_what_the_run_lacks_is_named(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(health, "IMPLEMENTATIONS", ())
     code, found = asked(model=dict(path=str(tmp_path / "nothing")), data=dict(prompts=str(tmp_path / "absent.jsonl")))
     assert code == 1
     assert found["model"][0] == found["data"][0] == "FAILS"
     assert "nothing" in found["model"][1] and "no such file: data.prompts" in found["data"][1]
+    code, found = asked(implicit=dict(reference="nobody/nothing"))
+    assert code == 1 and found["model"][0] == "FAILS" and "implicit.reference 'nobody/nothing'" in found["model"][1]
     code, found = asked(mesh=dict(data=3, fsdp=1, tensor=1))
     assert code == 1 and found["settings"][0] == "FAILS" and "does not make the 1 devices" in found["settings"][1]
     monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))

@@ -57,16 +57,18 @@ def test_a_directory_of_that_name_wins(named, world_dir, tmp_path):
 
 
 def test_a_begun_run_keeps_its_commit(named, cache, world_dir, tiny_config, tmp_path):
-    config = tiny_config(world_dir, model=dict(path=named))
+    config = tiny_config(world_dir, model=dict(path=named), implicit=dict(reference=f"{named}@main"))
     run = tmp_path / "run"
     run.mkdir()
-    (run / "manifest.json").write_text(json.dumps(manifest(config, {})))
+    made = manifest(config, {})
+    assert {key.partition("/")[0] for key in made["sha256"]} >= {"model.path", "implicit.reference"}
+    (run / "manifest.json").write_text(json.dumps(made))
     hub_cache.add(cache, named, world_dir / "model", SECOND)
     hub._found.clear()
     assert hub.directory(named, "model.path").name == SECOND
     hub._found.clear()
     RunDirectory(run).keep_models(config)
-    assert hub.directory(named, "model.path").name == FIRST
+    assert [hub.directory(name, "").name for name in (named, f"{named}@main")] == [FIRST, FIRST]
     RunDirectory(tmp_path / "new").keep_models(config)
 
 
