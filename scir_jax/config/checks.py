@@ -162,8 +162,6 @@ def check(config: Config) -> None:
                 f"sample.command must say where {missing[0]} stands: the file of prompts that it reads is {{prompts}}, "
                 "the file of answers that it writes {output}"
             )
-        if config.run.distributed:
-            raise InputError("sample.command runs on one host, but run.distributed is true; leave one of them out")
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
     micro = config.training.accumulate

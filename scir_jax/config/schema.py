@@ -223,8 +223,8 @@ class SampleConfig:
     batch_size: int = 16
     """prompts whose answers are sampled at once; a slot whose answer is finished takes the next prompt's"""
     command: str | None = None
-    """shell command of another engine that answers the iterations' prompts, on one host: it reads {prompts} and the
-    model in {model}, and writes {output}; {engines}, {responses}, {temperature}, {top_p}, {top_k}, {max_tokens},
+    """shell command of another engine that answers the iterations' prompts, on the first host: it reads {prompts} and
+    the model in {model}, and writes {output}; {engines}, {responses}, {temperature}, {top_p}, {top_k}, {max_tokens},
     {stop_ids} and {seed} stand for what they say; `--config engines/vllm` has one"""
 
 
