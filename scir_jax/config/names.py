@@ -28,6 +28,8 @@ SHORT = {
 """short name -> the setting, and what its value is called"""
 RUNS = "runs"
 """where runs lie that are named without a directory"""
+OF_MODELS = ("sample", "judge", "compare")
+"""commands that read settings of the run's section and no run directory"""
 HUB = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 """a model on the Hugging Face hub, unless there is a directory of that name"""
 OWN = ("model.path", "data.prompts")

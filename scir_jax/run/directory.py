@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from scir_jax.config import cli
 from scir_jax.config.files import to_dict, to_yaml
 from scir_jax.config.schema import Config
 from scir_jax.data import sources
@@ -38,6 +40,8 @@ PACKAGES = (
 )
 
 
+DATA = tuple(f"data.{key}" for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"))
+"""keys of files"""
 LAYOUT = 3
 """of the files of a run; a directory of another one is refused"""
 
@@ -74,6 +78,58 @@ class RunDirectory:
         manifest = self.path / "manifest.json"
         if manifest.exists():
             hub.keep(config, read_json(manifest).get("hub", {}))
+
+    def check_layout(self) -> None:
+        """Refuses a run whose files have another layout.
+
+        Raises:
+          InputError: another version of this program wrote it.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.exists() and read_json(manifest).get("layout") != LAYOUT:
+            raise InputError(
+                f"{self.path}: was written by another version of scir_jax, whose files have another layout; use that "
+                "version"
+            )
+
+    def check_models(self, config: Config) -> None:
+        """Refuses to compute with another model than the run's: its weights count where they are not trained.
+
+        Raises:
+          InputError: the run is not complete, or its model is gone or has changed.
+        """
+        path, adapted = self.path / "manifest.json", bool(config.lora.rank or config.lora.adapter)
+        if not path.exists():
+            raise InputError(f"{self.path}: holds no models, or manifest.json was removed; restore it")
+        self.check_places(config, ("model.path", *(("lora.adapter",) if config.lora.adapter else ())))
+        recorded = read_json(path)["sha256"]
+        found = _hashes(hub.directory(config.model.path, "model.path"), adapted)
+        for file, value in found.items():
+            if recorded.get(f"model.path/{file}") != value and (adapted or not file.endswith(".safetensors")):
+                raise InputError(
+                    f"{self.path}: changed since this run began: model.path/{file} in {config.model.path}; restore it"
+                )
+
+    def check_places(self, config: Config, wanted: Sequence[str]) -> None:
+        """Refuses a run whose model or data are not where it has them.
+
+        Args:
+          wanted: keys of the configuration; those without a value, and names that may be the hub's, are let be.
+
+        Raises:
+          InputError: one is gone; it is named.
+        """
+        for key in wanted:
+            section, field = key.split(".")
+            name = getattr(getattr(config, section), field)
+            elsewhere = not name or "://" in name or (section != "data" and hub.NAME.fullmatch(name))
+            # A name of data that is no path may be that of a data set.
+            if elsewhere or Path(name).exists() or (section == "data" and not Path(name).suffix):
+                continue
+            raise InputError(
+                f"{self.path}: {key} is {name}, which is not there; restore it, or tell the run where it lies now: "
+                f"python -m scir_jax.train --config {self.path}/config.yaml --run {self.path} --{key} PLACE"
+            )
 
     def iteration(self, number: int) -> Path:
         """Returns the directory of an iteration's files, made if it is not there."""
@@ -240,6 +296,19 @@ class RunDirectory:
         return content
 
 
+def settings_of(path: Path, several: bool = False) -> Config:
+    """Reads the settings that a run directory records, with run.directory and run.distributed as they are here.
+
+    Args:
+      several: whether this is one of several processes.
+
+    Raises:
+      InputError: the directory is no run's, or that of another version.
+    """
+    RunDirectory(path).check_layout()
+    return cli.of_run(path, several)
+
+
 def _write_config(path: Path, config: Config) -> None:
     partial = path.with_name("config.yaml.partial")
     # Where this command ends, and what it accepts, is nothing of the run's.
@@ -264,9 +333,9 @@ def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True)
         for key, name in models.items()
         for file, value in _hashes(hub.directory(name, key), weights).items()
     }
-    for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
-        if name := getattr(config.data, key):
-            hashes[f"data.{key}"] = sources.sha256(name)
+    for key in DATA:
+        if name := getattr(config.data, key.removeprefix("data.")):
+            hashes[key] = sources.sha256(name)
     if config.lora.adapter:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)

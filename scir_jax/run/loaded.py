@@ -23,6 +23,7 @@ from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.model.architecture import Architecture
 from scir_jax.run import console, judging, sampling, scoring
+from scir_jax.run.directory import RunDirectory
 from scir_jax.run.models import Parameters, adapters_of
 from scir_jax.run.setup import facts_of, open_model
 
@@ -52,6 +53,7 @@ def load(directory: str | Path, **settings: Any) -> Model:
             raise InputError(
                 f"{path}: the run has exported no model yet; scir_jax.Run({str(path)!r}).models has its own"
             )
+        RunDirectory(path).check_layout()
         # Adapters are merged in the export.
         of_run = ["--config", str(path / "config.yaml"), "--lora.rank=0", "--lora.adapter=null"]
         path = path / "export"

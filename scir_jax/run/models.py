@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from scir_jax.config import cli
 from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config, LoraConfig
 from scir_jax.engine import sampler
@@ -18,6 +17,7 @@ from scir_jax.errors import InputError
 from scir_jax.model import families, lora
 from scir_jax.model.hf import adapters, weights
 from scir_jax.run import hub
+from scir_jax.run.directory import settings_of
 
 KEPT = ("base", "sft")
 """models of another run that are kept by name, see run.start_from"""
@@ -201,7 +201,7 @@ def copied(config: Config) -> dict[ModelName, ModelName]:
     recorded = directory / "config.yaml"
     kept: dict[ModelName, ModelName] = {"sft": 1, "base": 0}
     if recorded.is_file():
-        other = start_of(cli.of_run(directory))
+        other = start_of(settings_of(directory))
         if other is not None and other[1] != 1:
             kept = {name: name for name in KEPT}
     asked = {config.implicit.reference, config.preference.reference}

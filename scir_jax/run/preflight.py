@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data import statistics
 from scir_jax.data.jsonl import read_json
@@ -27,7 +26,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
 from scir_jax.run import console, hub
 from scir_jax.run.changes import MODELS
-from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import RunDirectory, settings_of
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import adapters_of, copied, start_of
 from scir_jax.text.chat import Chat, load_tokenizer
@@ -94,7 +93,7 @@ def _check_start(config: Config, programs: Programs) -> None:
         raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     if not (start[0] / "config.yaml").is_file():
         return
-    other = cli.of_run(start[0])
+    other = settings_of(start[0])
     adapters, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
     if (adapters and adapters.computes) != (ours and ours.computes):
