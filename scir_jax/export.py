@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from scir_jax.bucket.outputs import output
 from scir_jax.bucket.working import place
-from scir_jax.config import cli
 from scir_jax.config.names import run_directory
+from scir_jax.config.schema import GenerativeConfig
 from scir_jax.errors import InputError
 from scir_jax.run import command
 
@@ -28,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     arguments = parser.parse_args(argv)
 
+    from scir_jax.data.pairs import Prompt
     from scir_jax.engine import mesh
     from scir_jax.engine.checkpoint import ModelStore
     from scir_jax.engine.hosts import hosts
     from scir_jax.run import console
     from scir_jax.run.card import write_card
-    from scir_jax.run.directory import RunDirectory
+    from scir_jax.run.directory import RunDirectory, settings_of
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.push import check_name, push
     from scir_jax.run.setup import prepare
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_name(arguments.push)
     arguments.run = place(run_directory(str(arguments.run)))
     arguments.output = output(arguments.output)
-    config = cli.of_run(arguments.run, arguments.distributed)
+    config = settings_of(arguments.run, arguments.distributed)
     command.join(config)
     config = dataclasses.replace(config, mesh=mesh.fitting(config.mesh))
     directory = RunDirectory(arguments.run)
@@ -51,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--model {name}: expected M0, M1, ...")
     export = export_adapter if arguments.adapter else export_model
     hosts.together(lambda: directory.keep_models(config))
-    programs = hosts.together(lambda: prepare(config)).programs
+    hosts.decide(lambda: directory.check_models(config))
+    # Neither data nor judge templates need be there.
+    alone = dataclasses.replace(config, generative=GenerativeConfig(templates=()))
+    prompt = Prompt([], (0,), (0,))
+    programs = hosts.together(lambda: prepare(alone, lambda encoder, _: encoder.lengths([prompt]))).programs
     number = int(name.removeprefix("M"))
     export(config, programs, directory, number, arguments.output)
     hosts.decide(lambda: write_card(arguments.output, config, directory, number, arguments.push))

@@ -9,7 +9,7 @@ from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve
 from scir_jax.run import command
 
-STAGES = ("prefill", "decode", "score", "judge", "sft", "optimise")
+STAGES = ("prefill", "decode", "score", "judge", "reward", "sft", "optimise")
 OPTIONS = {
     "topology": (
         str | None,
@@ -35,7 +35,8 @@ OPTIONS = {
     "programs": (
         str | None,
         None,
-        "stages whose programs are compiled, with commas between them: prefill,decode,score,judge,sft,optimise; or all",
+        "stages whose programs are compiled, with commas between them: prefill,decode,score,judge,reward,sft,optimise; all "
+        "by default",
     ),
     "compilation_cache": (str | None, None, "directory in which compiled programs are kept for the next plan"),
     "efficiency": (float, 0.4, "share of the least time's speed that the estimate of an iteration assumes"),

@@ -104,9 +104,9 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.run.base_model import build_world
     from scir_jax.run.card import write_card
     from scir_jax.run.changes import ADDED
-    from scir_jax.run.directory import manifest
     from scir_jax.run.export import export_adapter, export_model
     from scir_jax.run.ledger import OWN, Ledger, written_by_hand
+    from scir_jax.run.manifest import manifest
     from scir_jax.run.metrics import Metrics, NoMetrics
     from scir_jax.run.models import Models
     from scir_jax.run.scorer import open_scorer
@@ -171,7 +171,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         rows = iteration.rows(directory, config.run.iterations)
     finally:
         metrics.close()
-    best = choice.best(rows, config.evaluate.select)["model"]
+    best = choice.best(rows, config.evaluate.select, early_stop=config.evaluate.early_stop)["model"]
     number = int(best.removeprefix("M"))
     hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
     if not hosts.decide((directory.path / "export" / "config.json").exists):

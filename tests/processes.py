@@ -46,6 +46,14 @@ def shared_directory(tmp_path_factory, name: str) -> Path:
     return directory
 
 
+def runs(status: Path) -> bool:
+    """Says whether a process, of this file in /proc, is neither gone nor a zombie."""
+    try:
+        return "zombie" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 if __name__ == "__main__":
     function, arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
     Path(sys.argv[2]).write_bytes(pickle.dumps(function(*arguments)))

@@ -86,7 +86,7 @@ class WorkingCopy:
         return changed + gone
 
     def news(self) -> list[str]:
-        """Pushes, and returns the names of all that was pushed since the last call."""
+        """Returns the names of all that was pushed since the last call, after a push."""
         self.push()
         found, self._news = list(self._news), {}
         return found

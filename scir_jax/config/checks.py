@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scir_jax.bucket.objects import in_bucket
+from scir_jax.config.names import HUB
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 
@@ -60,8 +61,12 @@ def resolve(config: Config) -> Config:
         ("world.directory", world),
         ("model.path", config.model.path),
     ):
-        if place and in_bucket(place) and key == "world.directory":
-            raise InputError(f"{key} is {place}: the world is made on each host; give a directory")
+        try:
+            away = bool(place) and in_bucket(place)
+        except InputError as error:
+            raise InputError(f"{key} is {error}") from None
+        if away and key == "world.directory":
+            raise InputError(f"{key} is {place}: the world is made on a disk; give a directory")
 
     def fill(value: Any, key: str) -> Any:
         if isinstance(value, tuple):
@@ -149,10 +154,11 @@ def check(config: Config) -> None:
     for key, names in REFERENCES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value not in names and not (Path(value) / "config.json").is_file():
+        on_hub = HUB.fullmatch(value) and not Path(value).exists()
+        if value not in names and not on_hub and not (Path(value) / "config.json").is_file():
             raise InputError(
-                f"{key} is {value!r}: it is one of {', '.join(names)}, or a model directory, and there is no "
-                f"{Path(value) / 'config.json'}"
+                f"{key} is {value!r}: it is one of {', '.join(names)}, a model directory, or OWNER/NAME of the hub, and "
+                f"there is no {Path(value) / 'config.json'}"
             )
     check_sampling(config)
     if config.sample.command:
@@ -162,8 +168,6 @@ def check(config: Config) -> None:
                 f"sample.command must say where {missing[0]} stands: the file of prompts that it reads is {{prompts}}, "
                 "the file of answers that it writes {output}"
             )
-        if config.run.distributed:
-            raise InputError("sample.command runs on one host, but run.distributed is true; leave one of them out")
     if config.sample.responses < 2 and not config.data.pairs and config.run.iterations:
         raise InputError("sample.responses must be at least 2: a pair needs two responses")
     micro = config.training.accumulate

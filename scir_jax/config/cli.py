@@ -74,6 +74,10 @@ def line(
     argv = _with_values(list(sys.argv[1:] if argv is None else map(str, argv)), flags)
     parser = _parser(command, description, tuple(sections), tuple(options.items()))
     _help(parser, description, argv, options, fields)
+    if command in names.OF_MODELS and any(a.partition("=")[0] in ("--run", "--run.directory") for a in argv):
+        raise InputError(
+            f"{command} has no use for --run: it asks a model directory; a run's exported model is --model RUN/export"
+        )
     argv = names.expand(argv, fields, options)
     configured = any(a == "--config" or a.startswith("--config=") for a in argv)
     own = any(a.removeprefix("--").partition("=")[0] in names.OWN for a in argv if a.startswith("--"))
@@ -178,7 +182,13 @@ def of_run(directory: Path, several: bool = False) -> Config:
     recorded = directory / "config.yaml"
     if not recorded.is_file():
         raise InputError(f"{directory}: not a run directory (no config.yaml)")
-    config = parse("train", "", ["--config", str(recorded)])[0]
+    try:
+        config = parse("train", "", ["--config", str(recorded)])[0]
+    except InputError as error:
+        raise InputError(
+            f"{directory}: this version of scir_jax cannot read its settings ({error}); restore config.yaml, or use the "
+            "version that wrote it"
+        ) from None
     run = dataclasses.replace(config.run, directory=shown(directory), distributed=several)
     return dataclasses.replace(config, run=run)
 

@@ -23,8 +23,8 @@ class EvaluateConfig:
     select: Literal[
         "last", "consensus", "generative_accuracy", "implicit_accuracy", "quality", "greedy_quality", "win_rate"
     ] = "last"
-    """the model that is exported: the last one; the best by the smaller of both reward models' accuracies (consensus);
-    or the best by a column"""
+    """the model that is exported: the last one, but not one at which early_stop ends the run; the best by the smaller
+    of both reward models' accuracies (consensus); or the best by a column"""
     early_stop: bool = False
     """end the run behind an iteration in which agreement rose while both reward models' accuracies fell"""
     every: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ SHORT = {
 """short name -> the setting, and what its value is called"""
 RUNS = "runs"
 """where runs lie that are named without a directory"""
+OF_MODELS = ("sample", "judge", "compare")
+"""commands that read settings of the run's section and no run directory"""
+HUB = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+"""a model on the Hugging Face hub, unless there is a directory of that name"""
 OWN = ("model.path", "data.prompts")
 """settings that say that a model or prompts of the user's own are meant"""
 

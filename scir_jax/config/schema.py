@@ -225,8 +225,8 @@ class SampleConfig:
     batch_size: int = 16
     """prompts whose answers are sampled at once; a slot whose answer is finished takes the next prompt's"""
     command: str | None = None
-    """shell command of another engine that answers the iterations' prompts, on one host: it reads {prompts} and the
-    model in {model}, and writes {output}; {engines}, {responses}, {temperature}, {top_p}, {top_k}, {max_tokens},
+    """shell command of another engine that answers the iterations' prompts, on the first host: it reads {prompts} and
+    the model in {model}, and writes {output}; {engines}, {responses}, {temperature}, {top_p}, {top_k}, {max_tokens},
     {stop_ids} and {seed} stand for what they say; `--config engines/vllm` has one"""
 
 
@@ -269,7 +269,8 @@ class ImplicitConfig:
     beta: float = 0.1
     """reward per nat"""
     reference: str = "previous"
-    """reference model, which must lag the policy: previous (M_{t-1}), sft (M1), base (M0), or a model directory"""
+    """reference model, which must lag the policy: previous (M_{t-1}), sft (M1), base (M0), or a model, a
+    directory or a name like model.path"""
     length: Literal["none", "mean", "penalty"] = "none"
     """mean: per token; penalty: r - alpha |y|, alpha fitted once per iteration"""
 

@@ -15,6 +15,7 @@ from scir_jax.engine.checkpoint import abstract_params
 from scir_jax.engine.cost import flops, memory
 from scir_jax.engine.cost.memory import Memory
 from scir_jax.engine.program import Program
+from scir_jax.engine.programs import Programs
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import backend_of, chosen, refusal
@@ -29,7 +30,7 @@ def rewards(model: Model, params: Params, rows: Rows) -> jax.Array:
     return model.logits(params, at_BD)[:, 0]
 
 
-def compiled_length(tokens: int, most: int) -> int:
+def compiled_length(tokens: int, most: int | None = None) -> int:
     """Returns the compiled length of a row: 128, 256, 384, 512, 768, 1024, 1536 and so on, at the most `most`.
 
     It depends on the row alone, so that a reward does not depend on the row's company or on the iteration.
@@ -38,7 +39,7 @@ def compiled_length(tokens: int, most: int) -> int:
     while length < tokens:
         power = 1 << (length.bit_length() - 1)
         length += max(SHORTEST, power // 2)
-    return min(length, most)
+    return length if most is None else min(length, most)
 
 
 class RewardPrograms:
@@ -80,6 +81,26 @@ class RewardPrograms:
             lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=s.sharding), abstract_params(self.model, mesh)
         )
         self._rows, self._remaining = rows, remaining
+
+    @classmethod
+    def beside(cls, run: Programs, arch: Architecture) -> RewardPrograms:
+        """Makes the programs of a reward model that scores a run's answers: on its mesh, beside its frozen weights.
+
+        Args:
+          arch: the reward model's.
+
+        Raises:
+          InputError: the mesh does not divide the model.
+        """
+        config = run.config
+        return cls(
+            arch,
+            run.mesh,
+            dtype=config.model.dtype,
+            rows=2 * config.evaluate.batch_size,
+            attention=config.model.attention,
+            remaining=Memory(weights=memory.device_bytes(run.abstract_frozen)),
+        )
 
     def group(self, tokens: int) -> RowGroup:
         """Returns the rows of one call, of a compiled length."""

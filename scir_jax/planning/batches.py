@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from scir_jax.config.schema import Config
 from scir_jax.planning import machine
+from scir_jax.planning.limits import reward_programs
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage, survey
 from scir_jax.run import console
@@ -18,7 +19,7 @@ SECANTS = 6
 KEYS = {
     "optimise.batch_size": ("optimise",),
     "sample.batch_size": ("prefill", "decode"),
-    "evaluate.batch_size": ("score", "judge"),
+    "evaluate.batch_size": ("score", "judge", "reward"),
 }
 
 
@@ -49,7 +50,8 @@ def largest(config: Config, target: Machine) -> Iterator[Largest]:
             values = dataclasses.replace(getattr(config, section), **{field: size})
             run = machine.plan(dataclasses.replace(config, **{section: values}), target)
             with console.stage(f"{section}.{field} {size}", 1) as bar:
-                return survey(run, target.limit, bar.advance, lambda program: program.stage in kinds)
+                wanted = lambda program: program.stage in kinds
+                return survey(run, target.limit, bar.advance, wanted, more=reward_programs(run))
 
         unit = units(config, target, key)
         found, total, above = _search(need, configured, unit)

@@ -16,6 +16,7 @@ from scir_jax.method.objective import needs
 from scir_jax.method.pairing import PAIRING
 from scir_jax.planning.stages import Stage
 from scir_jax.planning.workload import Workload
+from scir_jax.run import hub
 from scir_jax.run.models import roles
 
 PROMPTS = 1000
@@ -87,7 +88,10 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
         # Once by M_t, once by the judge before it, and once for each pass with dropout.
         times = 1 + ("generative_before" in wanted.frozen) + (run.judge_passes if wanted.verdicts else 0)
         found.insert(3, ("score", "judge", times * math.ceil(candidates / config.evaluate.batch_size)))
-    return found[2:] if config.data.pairs else found
+    scorer = config.pairs.scorer
+    if scorer and not hub.is_function(scorer):
+        found.insert(3, ("score", "reward", math.ceil(answers / size)))
+    return found[2:] if config.data.pairs or config.sample.command else found
 
 
 def costs(

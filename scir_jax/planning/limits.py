@@ -8,8 +8,14 @@ from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.data.pairs import Prompt
 from scir_jax.engine.descriptions import Facts
+from scir_jax.engine.program import Program
 from scir_jax.engine.programs import Programs
+from scir_jax.engine.reward import RewardPrograms, compiled_length
+from scir_jax.errors import InputError
+from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
+from scir_jax.model.hf import weights
+from scir_jax.run import hub
 from scir_jax.run.models import adapters_of
 from scir_jax.text.judge import Field, Judge, Template, load_template, split_fields
 
@@ -22,6 +28,29 @@ CHAT_TOKENS = 32
 def planned(config: Config, arch: Architecture, mesh: Mesh) -> Programs:
     """Makes a configuration's programs on a mesh, perhaps another machine's."""
     return Programs(config, arch, mesh, adapters_of(config.lora), facts(config, arch.max_positions))
+
+
+def reward_programs(run: Programs) -> list[Program]:
+    """Returns the program of the reward model that pairs.scorer names, for the longest row; none without one.
+
+    Its tokenizer is assumed to make as many tokens of a text as the model's does.
+
+    Raises:
+      InputError: there is no such reward model, or it cannot be used on this mesh.
+    """
+    config, name = run.config, run.config.pairs.scorer
+    if not config.run.iterations or not name or hub.is_function(name):
+        return []
+    directory = hub.configuration(name, "pairs.scorer")
+    if not directory.is_dir():
+        raise InputError(f"pairs.scorer {name!r}: is neither module:function nor a directory of a reward model")
+    arch = families.read(weights.hf_config(directory), str(directory / "config.json"), reward=True)
+    text = config.text
+    tokens = compiled_length(text.max_prompt_tokens + text.max_response_tokens, arch.max_positions)
+    try:
+        return [RewardPrograms.beside(run, arch).program(tokens)]
+    except InputError as error:
+        raise InputError(f"pairs.scorer {directory}: {error}") from None
 
 
 def facts(config: Config, context: int) -> Facts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -66,6 +66,7 @@ def survey(
     advance: Callable[[str], None],
     only: Callable[[Program], bool] | None = None,
     *,
+    more: Sequence[Program] = (),
     instead: Mapping[str, Program] | None = None,
     done: Callable[[Stage], None] = lambda stage: None,
 ) -> list[Stage]:
@@ -75,12 +76,13 @@ def survey(
       limit: bytes that a program may use on a device.
       advance: is told each program's name before it is compiled.
       only: says whether a program is wanted.
+      more: programs beside those of the model, on the same mesh.
       instead: stage -> program that takes the place of that for the longest rows.
       done: is told of each program that is compiled.
     """
     found = [
         (instead or {}).get(program.stage, program)
-        for program in run.all(longest=True)
+        for program in (*run.all(longest=True), *more)
         if only is None or only(program)
     ]
     # A run needs all of them: where one is too large for certain, the others need not be compiled to know it.

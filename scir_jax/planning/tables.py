@@ -14,10 +14,11 @@ from scir_jax.engine.program import Program
 from scir_jax.engine.programs import Programs
 from scir_jax.planning import iteration, stages
 from scir_jax.planning.batches import Largest
+from scir_jax.planning.limits import reward_programs
 from scir_jax.planning.machine import Machine
 from scir_jax.planning.stages import Stage
 from scir_jax.planning.workload import Workload
-from scir_jax.run import console
+from scir_jax.run import console, hub
 from scir_jax.run.preflight import advice
 
 
@@ -70,6 +71,7 @@ def survey(run: Programs, machine: Machine, load: Workload | None, kinds: Sequen
             machine.limit,
             lambda name: bar.advance(name, by=0),
             wanted,
+            more=reward_programs(run),
             instead=instead,
             done=say,
         )
@@ -160,14 +162,18 @@ def show_iteration(
     total = sum(cost.least for cost in costs)
     table.add_row("", "together", "", _time(total), _time(total / share), f"{total / share / 3600 * machine.chips:.2f}")
     _print(table)
+    sampled = config.sample.command and not config.data.pairs
+    scored = config.pairs.scorer and hub.is_function(config.pairs.scorer)
+    asked = [name for name, there in (("sample.command", sampled), ("pairs.scorer", scored)) if there]
+    others = f", and what {' and '.join(asked)} take" if asked else ""
     counted = {cost.kind for cost in costs}
     missing = [kind for _, kind, _ in iteration.calls(run, number, load) if kind not in counted]
     absent = f" Not counted, for they do not fit or were not asked for: {', '.join(missing)}." if missing else ""
     lengths = f"lengths as stated ({load.source})" if load else "all rows and answers as long as the limits allow"
     _print(
         f"Assumed: {share:.0%} of the least time's speed (--efficiency), {lengths}, "
-        f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation "
-        f"come on top.{absent}"
+        f"{config.sample.responses} answers to each prompt. Compilation, loading and saving, SFT and evaluation"
+        f"{others} come on top.{absent}"
     )
 
 

@@ -13,6 +13,7 @@ from scir_jax.config.schema import Config
 from scir_jax.data.batches import by_length
 from scir_jax.data.packing import Packing, RowSize, Shape, deal
 from scir_jax.engine.programs import Programs
+from scir_jax.engine.reward import compiled_length
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
 from scir_jax.planning.limits import assumed_judge
@@ -130,6 +131,9 @@ def workload(run: Programs, lengths: Stated) -> Workload:
         "score": _share([(n,) for n in x + a], [(n,) for n in scored]),
         "judge": _share([tuple(min(n, most) for n, most in zip(row, judged[-1])) for row in rows], judged),
     }
+    limits = run.config.text
+    shares["reward"] = float(np.mean([compiled_length(int(n)) for n in x + a]))
+    shares["reward"] /= compiled_length(limits.max_prompt_tokens + limits.max_response_tokens)
     shape, real, shares["optimise"] = _packed(run, judges, np.stack([x, a, b], axis=1), rng)
     seen = int(x.mean() + (a**2).mean() / a.mean() / 2)
     shares["decode"] = 1.0

@@ -14,6 +14,7 @@ import numpy as np
 
 from scir_jax.errors import InputError
 from scir_jax.run.columns import GRADED, KEYS
+from scir_jax.run.manifest import LAYOUT
 
 MAX_CHARACTERS = 4000  # of one prompt or response in the table of pairs
 SAMPLED_PAIRS = 20
@@ -160,6 +161,10 @@ def read_run(directory: Path) -> RunFiles:
         notices.insert(0, f"Not in any evaluation: {', '.join(absent)}.{why}")
     if not (directory / "summary.json").is_file():
         notices.insert(0, "summary.json is not there: the run has not finished, and this page shows what it has.")
+    if read_mapping(directory / "manifest.json", notices).get("layout", LAYOUT) != LAYOUT:
+        notices.insert(
+            0, "Another version of scir_jax wrote the run, whose files have another layout: some may be missed."
+        )
     best, select = (value if isinstance(value := summarised.get(key), str) else None for key in ("best", "select"))
     return RunFiles([steps[step] for step in sorted(steps)], iterations, list(rows.values()), notices, best, select)
 

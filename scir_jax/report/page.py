@@ -42,6 +42,7 @@ from scir_jax.report.contents import (
 )
 from scir_jax.report.costs import costs, shown
 from scir_jax.report.result import sentence, warnings
+from scir_jax.run.choice import marked
 from scir_jax.run.columns import KEYS
 
 MAX_POINTS = 400  # a curve or a scatter with more makes a page that a phone cannot open
@@ -309,7 +310,6 @@ def write_report(run_directory: Path) -> Path:
     run = read_run(run_directory)
     names, table = table_of(run.rows, known=True)
     more, more_table = table_of(run.rows, known=False)
-    chosen = run.select not in (None, "last")
     sources = {name: run_directory / name for name in ("config.yaml", "manifest.json")}
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     page = template.get_template("report.html.jinja").render(
@@ -319,7 +319,7 @@ def write_report(run_directory: Path) -> Path:
         skipped=int(np.nansum(column(run.metrics, "skipped"))),
         result=sentence(run.rows, run.best),
         warnings=warnings(run.rows),
-        best=run.best if chosen else None,
+        best=marked(run.rows, run.best, run.select),
         select=run.select,
         names=names,
         table=table,

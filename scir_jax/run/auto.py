@@ -18,7 +18,6 @@ from scir_jax.config.schema import Config
 from scir_jax.data import records
 from scir_jax.data.records import Comparison
 from scir_jax.data.tally import Tally
-from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.cost import memory
 from scir_jax.engine.hosts import hosts
 from scir_jax.errors import InputError
@@ -174,7 +173,7 @@ def _recorded(config: Config) -> dict | None:
     """Returns the configuration of the run that has begun in the run directory, or None."""
     directory = RunDirectory(config.run.directory)
     recorded = directory.path / "config.yaml"
-    if not recorded.is_file() or not ModelStore(directory.checkpoints).exists(0):
+    if not recorded.is_file() or not directory.begun:
         return None
     try:
         content = yaml.safe_load(recorded.read_text(encoding="utf-8"))

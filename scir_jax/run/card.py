@@ -102,8 +102,8 @@ def _method(config: Config) -> str:
         "pairs": f"{config.pairs.kind}, of {config.sample.responses} answers per prompt",
         "selection": selection.rule,
         "consistency": f"{consistency.kind}, weight {consistency.weight:g}" if consistency.weight else "none",
-        "preference loss": f"{preference.loss}, beta {preference.beta:g}, reference {preference.reference}",
-        "implicit reward": f"beta {config.implicit.beta:g}, reference {config.implicit.reference}",
+        "preference loss": f"{preference.loss}, beta {preference.beta:g}, reference {_last(preference.reference)}",
+        "implicit reward": f"beta {config.implicit.beta:g}, reference {_last(config.implicit.reference)}",
         "iterations": str(config.run.iterations),
         "trained": f"adapters of rank {config.lora.rank}" if config.lora.rank or config.lora.adapter else "all weights",
     }
@@ -156,7 +156,7 @@ def _settings(config: Config) -> str:
 def _shown(section: str, key: str, value: Any) -> Any:
     if (section, key) == ("generative", "templates"):
         return [_last(name) for name in value]
-    return _last(value) if (section, key) == ("pairs", "scorer") else value
+    return _last(value) if key == "reference" or (section, key) == ("pairs", "scorer") else value
 
 
 def _last(name: str) -> str:

@@ -11,16 +11,24 @@ EVEN = {"win_rate": 0.5}
 """what M1's row need not say: its win rate against itself"""
 
 
-def best(rows: Sequence[dict[str, Any]], select: str) -> dict[str, Any]:
+def best(rows: Sequence[dict[str, Any]], select: str, *, early_stop: bool = False) -> dict[str, Any]:
     """Returns the row of the best model, of equal ones the first.
 
     Args:
       rows: one per evaluated model, M1 first.
       select: as evaluate.select; of rows that all lack its column the last one is the best.
+      early_stop: as evaluate.early_stop; the last model is then not the one that ended the run, but that before it.
     """
+    if select == LAST and early_stop and agree_on_being_wrong(rows):
+        return rows[-2]
     scores = [score(row, select) for row in rows]
     known = [i for i, value in enumerate(scores) if value is not None]
     return rows[max(known, key=lambda i: scores[i])] if known else rows[-1]
+
+
+def marked(rows: Sequence[dict[str, Any]], best: str | None, select: str | None) -> str | None:
+    """Returns the name of the model that tables mark: the exported one, where it is not just the last."""
+    return best if select not in (None, LAST) or (rows and best != rows[-1].get("model")) else None
 
 
 def score(row: dict[str, Any], select: str) -> float | None:

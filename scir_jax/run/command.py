@@ -53,8 +53,7 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's
-    and the bucket's 3.
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, a disk's or a bucket's 3.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """

@@ -22,6 +22,7 @@ from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import write_rows
 from scir_jax.data.messages import prompt_text
 from scir_jax.data.pairs import answer_row
+from scir_jax.engine.hosts import hosts, liveness
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import answers, console, scoring
@@ -53,7 +54,8 @@ def sample_with_command(
     """Writes responses.jsonl of an iteration with the answers that `sample.command` gives.
 
     The model and the prompts lie in a directory of their own while the command runs. What it writes becomes
-    responses.jsonl when it is complete and right, and not before; where it is wrong it stays to be looked at.
+    responses.jsonl when it is complete and right, and not before; where it is wrong it stays to be looked at. All hosts
+    call this; the first one runs the command, and the others wait and read what it wrote.
 
     Raises:
       InputError: the command fails, or its answers are not those that were asked for.
@@ -62,25 +64,31 @@ def sample_with_command(
     folder = path.parent / "command"
     log = path.parent / "command.log"
     model, asked, output = folder / "model", folder / "prompts.jsonl", folder / "responses.jsonl"
-    # What a process that was killed left.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if hosts.first():
+        # What a process that was killed left.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     title, count = f"iteration {iteration}: sample", len(prompts) * config.sample.responses
-    with _left(folder, output):
-        write_rows(asked, map(prompt_row, prompts))
+    with _left(folder, output) if hosts.first() else contextlib.nullcontext():
+        if hosts.first():
+            write_rows(asked, map(prompt_row, prompts))
         if "{model}" in config.sample.command:
             models.release()
             export_model(config, programs, directory, iteration, model)
         with console.stage(title, count) as bar:
             run(filled(config, encoder, iteration, model, asked, output), log, output, bar, stopper, title)
-        if not output.is_file():
-            raise InputError(f"sample.command ended well but wrote no {{output}} ({output}); its lines are in {log}")
-        shutil.rmtree(model, ignore_errors=True)
-        source = answers.sampled_answers(encoder, programs.facts.lengths, programs.arch.vocab_size, output)
-        numbers = check_complete(source, prompts, config.sample.responses, output)
+        if hosts.first():
+            shutil.rmtree(model, ignore_errors=True)
+
+        def read() -> tuple[Source, list[int]]:
+            source = answers.sampled_answers(encoder, programs.facts.lengths, programs.arch.vocab_size, output)
+            return source, check_complete(source, prompts, config.sample.responses, output)
+
+        source, numbers = hosts.together(read)
         _check_claims(encoder, programs, models, iteration, source)
-        write_rows(path, _rows(encoder, source, numbers))
-        output.unlink()
+        if hosts.first():
+            write_rows(path, _rows(encoder, source, numbers))
+            output.unlink()
 
 
 def prompt_row(numbered: Numbered) -> dict[str, Any]:
@@ -117,48 +125,69 @@ def filled(config: Config, encoder: Encoder, iteration: int, model: Path, prompt
 
 
 def run(command: str, log: Path, output: Path, bar: console.Bar, stopper: console.Stopper, title: str) -> None:
-    """Runs a shell command; the bar shows the lines of `output`.
+    """Runs a shell command on the first host, and waits for it on all; the bar shows the lines of `output`.
 
     Args:
       log: what the command prints goes there.
 
     Raises:
-      InputError: it fails; its last lines are printed before.
+      InputError: it fails, or writes no output; its last lines are printed before.
       Interrupted: on Ctrl-C or SIGTERM.
     """
+    with _running(command, log) if hosts.first() else contextlib.nullcontext() as process:
+        at = 0
+
+        def look() -> tuple[bool, int, int]:
+            """Waits a moment -> whether the command has ended well, bytes and lines of the output since the last look."""
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_SECONDS * (1 if hosts.count() == 1 else 5))
+            if process.returncode:
+                raise InputError(_failed(process.returncode, log))
+            new = b""
+            if output.is_file():
+                with output.open("rb") as file:
+                    file.seek(at)
+                    new = file.read()
+            elif process.returncode == 0:
+                raise InputError(
+                    f"sample.command ended well but wrote no {{output}} ({output}); its lines are in {log}"
+                )
+            return process.returncode == 0, len(new), new.count(b"\n")
+
+        ended = False
+        while not ended:
+            ended, size, rows = hosts.decide(look)
+            at += size
+            bar.advance(by=rows)
+            if not ended:
+                stopper.check(title)
+
+
+@contextlib.contextmanager
+def _running(command: str, log: Path) -> Iterator[subprocess.Popen]:
+    """Starts a shell command; at the end of the block, or of this process for the loss of a host, it ends."""
     with log.open("wb") as lines:
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=lines, stderr=lines, start_new_session=True
         )
         try:
-            shown, at = 0, 0
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(LOOK_SECONDS)
-                stopper.check(title)
-                if output.is_file():
-                    with output.open("rb") as file:
-                        file.seek(at)
-                        new = file.read()
-                    at, by = at + len(new), new.count(b"\n")
-                    shown += by
-                    bar.advance(by=by)
+            with liveness.ends_with_us(process.pid):
+                yield process
         finally:
             _end(process)
-    if process.returncode:
-        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
-        for line in last:
-            console.say(f"  | {line}")
-        how = (
-            f"was ended by signal {-process.returncode}"
-            if process.returncode < 0
-            else f"exit code {process.returncode}"
-        )
-        raise InputError(
-            f"sample.command failed ({how}); "
-            f"{'its last lines are above, all of them' if last else 'what it printed is'} in {log}: "
-            "mend it and run the same command again"
-        )
+
+
+def _failed(code: int, log: Path) -> str:
+    """Shows a failed command's last lines -> the sentence for its exit code, negative for a signal."""
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+    for line in last:
+        console.say(f"  | {line}")
+    how = f"was ended by signal {-code}" if code < 0 else f"exit code {code}"
+    return (
+        f"sample.command failed ({how}); "
+        f"{'its last lines are above, all of them' if last else 'what it printed is'} in {log}: "
+        "mend it and run the same command again"
+    )
 
 
 def check_complete(source: Source, prompts: Sequence[Numbered], responses: int, path: Path) -> list[int]:
@@ -200,7 +229,7 @@ def _check_claims(encoder: Encoder, programs: Programs, models: Models, iteratio
     items = [source.items[claim.item] for claim in claims]
     scored = scoring.score_answers(encoder, programs, models.load(iteration), items)["logps"]
     logps[[claim.item for claim in claims]] = scored
-    far = answers.check_claims(claims, source.items, logps)
+    far = hosts.together(lambda: answers.check_claims(claims, source.items, logps))
     console.say(
         f"sample.command: log-probabilities of {len(claims)} answers are {far:.1g} nats per token from this model's "
         "(median)"

@@ -3,81 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import platform
 import shutil
-import time
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from etils import epath
 from filelock import FileLock, Timeout
 
-from scir_jax.bucket.fetched import weights_of
 from scir_jax.bucket.lease import Lease
 from scir_jax.bucket.working import copy_of, place
+from scir_jax.config import cli
 from scir_jax.config.files import to_dict, to_yaml
 from scir_jax.config.schema import Config
-from scir_jax.data import sources
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
 from scir_jax.run import console, hub
-from scir_jax.run.changes import ADDED, MODELS, Change, compare
+from scir_jax.run.changes import ADDED, Change, compare
+from scir_jax.run.manifest import LAYOUT, hashes_of
+from scir_jax.run.places import checkpoints_of
 from scir_jax.run.trackers import IDENTITY
-
-PACKAGES = (
-    "scir_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "transformers",
-    "tokenizers",
-    "numpy",
-)
-
-
-LAYOUT = 3
-"""of the files of a run; a directory of another one is refused"""
-
-
-def checkpoints_of(path: Path) -> Path:
-    """Returns where the checkpoints of a run lie: in its directory, or in the bucket."""
-    copy = copy_of(path)
-    return path / "checkpoints" if copy is None else epath.Path(copy.folder.url) / "checkpoints"
-
-
-def sync(path: Path) -> None:
-    """Lets all hosts have what each of them wrote of the run that a path belongs to. All hosts call it, as a barrier.
-
-    In a bucket it is from then on what a killed run goes on from.
-    """
-    copy = copy_of(path)
-    if copy is None:
-        hosts.barrier(f"sync {path}")
-        return
-    for host, names in enumerate(hosts.gather(copy.news())):
-        if host != hosts.index():
-            copy.pull(names)
-
-
-def save(path: Path, seconds: float = 0.0) -> None:
-    """Brings what this host wrote of the run that a path belongs to into its bucket; on a disk it is there already.
-
-    Args:
-      seconds: not before so many have passed since the last time.
-    """
-    copy = copy_of(path)
-    if copy is not None and time.monotonic() - copy.pushed >= seconds:
-        copy.push()
 
 
 class RunDirectory:
@@ -99,6 +48,11 @@ class RunDirectory:
         self._config: Config | None = None
         self._lock: FileLock | Lease | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether the first model is there; on a disk its directory appears with all that is in it."""
+        return (self.path / "checkpoints" / "M0").is_dir() or ModelStore(self.checkpoints).exists(0)
+
     def stage_checkpoints(self, iteration: int) -> Path:
         """Returns where a training stage keeps its checkpoints; iteration 0 is SFT."""
         return self.checkpoints / (f"iteration_{iteration:02d}" if iteration else "sft")
@@ -118,6 +72,58 @@ class RunDirectory:
         if manifest.exists():
             hub.keep(config, read_json(manifest).get("hub", {}))
 
+    def check_layout(self) -> None:
+        """Refuses a run whose files have another layout.
+
+        Raises:
+          InputError: another version of this program wrote it.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.exists() and read_json(manifest).get("layout") != LAYOUT:
+            raise InputError(
+                f"{self.path}: was written by another version of scir_jax, whose files have another layout; use that "
+                "version"
+            )
+
+    def check_models(self, config: Config) -> None:
+        """Refuses to compute with another model than the run's: its weights count where they are not trained.
+
+        Raises:
+          InputError: the run is not complete, or its model is gone or has changed.
+        """
+        path, adapted = self.path / "manifest.json", bool(config.lora.rank or config.lora.adapter)
+        if not path.exists():
+            raise InputError(f"{self.path}: holds no models, or manifest.json was removed; restore it")
+        self.check_places(config, ("model.path", *(("lora.adapter",) if config.lora.adapter else ())))
+        recorded = read_json(path)["sha256"]
+        found = hashes_of(hub.directory(config.model.path, "model.path"), adapted)
+        for file, value in found.items():
+            if recorded.get(f"model.path/{file}") != value and (adapted or not file.endswith(".safetensors")):
+                raise InputError(
+                    f"{self.path}: changed since this run began: model.path/{file} in {config.model.path}; restore it"
+                )
+
+    def check_places(self, config: Config, wanted: Sequence[str]) -> None:
+        """Refuses a run whose model or data are not where it has them.
+
+        Args:
+          wanted: keys of the configuration; those without a value, and names that may be the hub's, are let be.
+
+        Raises:
+          InputError: one is gone; it is named.
+        """
+        for key in wanted:
+            section, field = key.split(".")
+            name = getattr(getattr(config, section), field)
+            elsewhere = not name or "://" in name or (section != "data" and hub.NAME.fullmatch(name))
+            # A name of data that is no path may be that of a data set.
+            if elsewhere or Path(name).exists() or (section == "data" and not Path(name).suffix):
+                continue
+            raise InputError(
+                f"{self.path}: {key} is {name}, which is not there; restore it, or tell the run where it lies now: "
+                f"python -m scir_jax.train --config {self.path}/config.yaml --run {self.path} --{key} PLACE"
+            )
+
     def iteration(self, number: int) -> Path:
         """Returns the directory of an iteration's files, made if it is not there."""
         directory = self.path / f"iteration_{number:02d}"
@@ -136,7 +142,7 @@ class RunDirectory:
         self._take(config.run.lease)
         recorded = self.path / "config.yaml"
         # Until the first model is imported nothing depends on the configuration: a corrected one may take its place.
-        if recorded.exists() and ModelStore(self.checkpoints).exists(0):
+        if recorded.exists() and self.begun:
             found = compare(self._recorded(recorded), to_dict(config))
             if found.refused:
                 raise InputError(
@@ -307,76 +313,22 @@ class RunDirectory:
         return content
 
 
+def settings_of(path: Path, several: bool = False) -> Config:
+    """Reads the settings that a run directory records, with run.directory and run.distributed as they are here.
+
+    Args:
+      several: whether this is one of several processes.
+
+    Raises:
+      InputError: the directory is no run's, or that of another version.
+    """
+    RunDirectory(path).check_layout()
+    return cli.of_run(path, several)
+
+
 def _write_config(path: Path, config: Config) -> None:
     partial = path.with_name("config.yaml.partial")
     # Where this command ends, and what it accepts, is nothing of the run's.
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, until=None, accept_replaced=()))
     partial.write_text(to_yaml(config), encoding="utf-8")
     partial.replace(path)
-
-
-def manifest(config: Config, templates: dict[str, Any], *, weights: bool = True) -> dict[str, Any]:
-    """Collects versions, seeds, and the SHA-256 of the model's, tokenizer's and data files and of the judge templates.
-
-    Args:
-      weights: read the model's weights too; else their bytes are counted.
-    """
-    models = {"model.path": config.model.path}
-    if config.pairs.scorer and not hub.is_function(config.pairs.scorer):
-        models["pairs.scorer"] = config.pairs.scorer
-    hashes = {
-        f"{key}/{file}": value
-        for key, name in models.items()
-        for file, value in _hashes(hub.directory(name, key), weights).items()
-    }
-    for key in ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs", "pairs"):
-        if name := getattr(config.data, key):
-            hashes[f"data.{key}"] = sources.sha256(name)
-    for key, name in (("implicit", config.implicit.reference), ("preference", config.preference.reference)):
-        if name not in MODELS:
-            hashes |= {f"{key}.reference/{file}": value for file, value in _hashes(Path(name), weights).items()}
-    if config.lora.adapter:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            hashes[f"lora.adapter/{name}"] = sha256(hub.directory(config.lora.adapter, "lora.adapter") / name)
-    for number, (name, content) in enumerate(templates.items(), start=1):
-        # A file of the same content may lie elsewhere.
-        text = json.dumps({key: value for key, value in content.items() if key != "name"}, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        hashes[f"generative.templates/{number} {Path(name).stem}"] = digest
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "layout": LAYOUT,
-        "seed": config.run.seed,
-        "iterations": config.run.iterations,
-        "sha256": hashes,
-        "hub": hub.commits(config),
-        "templates": templates,
-    }
-
-
-def _hashes(directory: Path, weights: bool) -> dict[str, str]:
-    """Computes the SHA-256 of the files of a model directory that are read, by name."""
-    read = (".json", ".jinja", ".safetensors", ".model", ".txt")  # configurations, templates, weights, vocabularies
-    return {
-        path.name: _digest(path) if weights or path.suffix != ".safetensors" else f"{path.stat().st_size} bytes"
-        for path in sorted(directory.iterdir())
-        if path.is_file() and path.suffix in read
-    }
-
-
-def _digest(path: Path) -> str:
-    """Computes the SHA-256 of a file; of weights in a bucket it takes what the store says that they hold."""
-    in_bucket = weights_of(path)
-    return in_bucket.checksum() if in_bucket else sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """Computes the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

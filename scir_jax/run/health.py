@@ -6,7 +6,9 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scir_jax.config.checks import check, resolve
+from scir_jax.config.files import BUNDLED
 from scir_jax.config.schema import Config
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.chips import of_device
@@ -26,6 +29,8 @@ from scir_jax.model import decoder, lora
 from scir_jax.model.attention import IMPLEMENTATIONS, attention, chosen, refusal
 from scir_jax.run import hub
 from scir_jax.run.models import adapters_of
+from scir_jax.run.preflight import check_references
+from scir_jax.run.scorer import read_reward_model, user_function
 from scir_jax.run.setup import open_model
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain")
@@ -53,6 +58,10 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _asked("to the bit", _deterministic)
     yield _asked("settings", lambda: _settings(config))
     yield _asked("model", lambda: _model(config))
+    if config.pairs.scorer:
+        yield _asked("pairs.scorer", lambda: _scorer(config))
+    if config.sample.command:
+        yield _asked("sample.command", lambda: _sampler(config.sample.command))
     yield _asked("data", lambda: _data(config))
     yield _asked("disk", lambda: _disk(config))
 
@@ -143,14 +152,45 @@ def _model(config: Config) -> tuple[str, str]:
     arch, encoder = open_model(config)
     path = hub.directory(config.model.path, "model.path")
     check_model(make_mesh(config.mesh), arch)
-    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{path}: holds no .safetensors file")
+    check_references(config, arch, encoder.chat)
+    weights = _weights(path)
     templates = ", ".join(judge.template.name for judge in encoder.judges)
     return "ok", (
-        f"{path}: {arch.parameter_count():,} parameters, {weights / GIB:.1f} GiB of weights, context "
+        f"{path}: {arch.parameter_count():,} parameters, {weights}, context "
         f"{arch.max_positions}, judge templates {templates}"
     )
+
+
+def _scorer(config: Config) -> tuple[str, str]:
+    name = config.pairs.scorer
+    if hub.is_function(name):
+        user_function(name)
+        return "ok", f"{name}: a function that is called on the first host"
+    path = hub.directory(name, "pairs.scorer")
+    arch, _, _ = read_reward_model(path, name)
+    check_model(make_mesh(config.mesh), arch)
+    return "ok", f"{path}: {arch.parameter_count():,} parameters, {_weights(path)}, context {arch.max_positions}"
+
+
+def _weights(path: Path) -> str:
+    """Says how large a model directory's weights are."""
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if not size:
+        raise InputError(f"{path}: holds no .safetensors file")
+    return f"{size / GIB:.1f} GiB of weights"
+
+
+def _sampler(command: str) -> tuple[str, str]:
+    """Asks the shell for the program that a command of sample.command begins with."""
+    words = command.replace("{engines}", str(BUNDLED / "engines")).split()
+    # VARIABLE=value before a command is the shell's.
+    name = next((word for word in words if not re.match(r"\w+=", word)), "")
+    if not re.fullmatch(r"[\w./+-]+", name):
+        return "note", f"runs {command!r}; its first word is not looked for"
+    found = subprocess.run(["sh", "-c", 'command -v "$1"', "sh", name], capture_output=True, text=True)
+    if found.returncode:
+        raise InputError(f"the shell finds no program {name!r}, with which sample.command begins: give its whole path")
+    return "ok", f"runs {found.stdout.strip()}: {command}"
 
 
 def _data(config: Config) -> tuple[str, str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from scir_jax.bucket import fetched
 from scir_jax.bucket.objects import in_bucket
+from scir_jax.config.names import HUB
 from scir_jax.config.schema import Config
 from scir_jax.errors import InputError
 from scir_jax.model.hf.weights import TOKENIZER_FILES
 
-NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+NAME = HUB
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 FILES = (
     "config.json",
@@ -28,8 +30,7 @@ _found: dict[str, Path] = {}
 
 
 def directory(name: str, key: str, commit: str | None = None) -> Path:
-    """Returns the directory of a model: a local one if there is one of that name, else a bucket's or the hub's,
-    fetched if need be.
+    """Returns the directory of a model: a local one if there is one of that name, else one that is fetched.
 
     As long as the process runs a name stands for one directory, whatever happens to a branch in the meantime.
 
@@ -50,6 +51,20 @@ def directory(name: str, key: str, commit: str | None = None) -> Path:
     return _found[name]
 
 
+def configuration(name: str, key: str) -> Path:
+    """Returns a directory with the config.json of a model, of the hub too; no other file is fetched.
+
+    Args:
+      name, key: as `directory`.
+
+    Raises:
+      InputError: there is neither such a directory nor, within reach, such a model.
+    """
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return Path(name)
+    return _found[name] if name in _found else _fetched(name, key, None, FILES[:1])
+
+
 def is_function(name: str) -> bool:
     """Checks whether a name is that of a function, module:function, and not of a model."""
     return bool(FUNCTION.fullmatch(name)) and not Path(name).exists()
@@ -61,6 +76,8 @@ def names(config: Config) -> dict[str, str]:
         "model.path": config.model.path,
         "lora.adapter": config.lora.adapter,
         "pairs.scorer": config.pairs.scorer,
+        "implicit.reference": config.implicit.reference,
+        "preference.reference": config.preference.reference,
     }
     return {key: name for key, name in given.items() if name and NAME.fullmatch(name) and not Path(name).exists()}
 
@@ -89,14 +106,14 @@ def keep(config: Config, recorded: dict[str, dict[str, str]]) -> None:
             directory(name, key, recorded[key]["commit"])
 
 
-def _fetched(name: str, key: str, commit: str | None) -> Path:
+def _fetched(name: str, key: str, commit: str | None, files: Sequence[str] = FILES) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     match = NAME.fullmatch(name)
     wanted, revision = match["repository"], commit or match["revision"]
     try:
-        found = huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=list(FILES))
+        found = huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=list(files))
     except errors.GatedRepoError:
         reason = f"the hub gives {wanted} to those who have accepted its terms: do so there, then hf auth login"
     except errors.RevisionNotFoundError:

@@ -25,11 +25,12 @@ from scir_jax.run import (
     sampling,
     training,
 )
-from scir_jax.run.directory import RunDirectory, sync
+from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import ModelName, Models, copied, start_of
+from scir_jax.run.places import sync
 from scir_jax.run.scorer import Scorer
 
 
@@ -110,9 +111,10 @@ def recipe(
         yield evaluate(t)
         # What follows runs when the stages before are done.
         if config.evaluate.early_stop and hosts.decide(lambda: choice.agree_on_being_wrong(rows(directory, t))):
+            exported = f" and exports M{t}" if config.evaluate.select == choice.LAST else ""
             console.say(
                 f"M{t + 1}: the reward models agree more often and are right less often than those of M{t}; the run "
-                "ends here (evaluate.early_stop)"
+                f"ends here{exported} (evaluate.early_stop)"
             )
             return
 

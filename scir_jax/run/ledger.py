@@ -11,7 +11,8 @@ from scir_jax.config.schema import Config
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.errors import InputError
-from scir_jax.run.directory import RunDirectory, checkpoints_of
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.places import checkpoints_of
 
 NAME = "files.json"
 STAGES = {

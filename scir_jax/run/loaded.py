@@ -25,6 +25,7 @@ from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.model.architecture import Architecture
 from scir_jax.run import console, judging, sampling, scoring
+from scir_jax.run.directory import RunDirectory
 from scir_jax.run.models import Parameters, adapters_of
 from scir_jax.run.setup import facts_of, open_model
 
@@ -52,6 +53,7 @@ def load(directory: str | Path, **settings: Any) -> Model:
     is_model = in_bucket(name) and Folder(name).read("manifest.json") is None
     run = Path(name) if is_model else place(name)
     if (run / "manifest.json").is_file() and (run / "config.yaml").is_file():
+        RunDirectory(run).check_layout()
         if not (run / "export" / "config.json").is_file():
             raise InputError(f"{name}: the run has exported no model yet; scir_jax.Run({name!r}).models has its own")
         # Adapters are merged in the export.

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from scir_jax.bucket.working import place
-from scir_jax.config import cli
 from scir_jax.config.names import run_directory
 from scir_jax.config.schema import Config, LoraConfig
 from scir_jax.engine import sampler
@@ -19,11 +18,12 @@ from scir_jax.errors import InputError
 from scir_jax.model import families, lora
 from scir_jax.model.hf import adapters, weights
 from scir_jax.run import hub
+from scir_jax.run.directory import settings_of
 
 KEPT = ("base", "sft")
 """models of another run that are kept by name, see run.start_from"""
 ModelName = int | str
-"""the number of a run's model, a name of KEPT, or a model directory"""
+"""the number of a run's model, a name of KEPT, or a model directory or a name of the hub"""
 
 
 class Parameters:
@@ -122,7 +122,7 @@ class Models:
         if isinstance(number, str) and number not in KEPT:
             self._loaded = None
             self.parameters.release()
-            return self.parameters.of_directory(Path(number), inference=True)
+            return self.parameters.of_directory(hub.directory(number, "reference"), inference=True)
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None
             self._loaded = (number, self.store.load(number, self._programs.abstract_inference))
@@ -202,7 +202,7 @@ def copied(config: Config) -> dict[ModelName, ModelName]:
     recorded = directory / "config.yaml"
     kept: dict[ModelName, ModelName] = {"sft": 1, "base": 0}
     if recorded.is_file():
-        other = start_of(cli.of_run(directory))
+        other = start_of(settings_of(directory))
         if other is not None and other[1] != 1:
             kept = {name: name for name in KEPT}
     asked = {config.implicit.reference, config.preference.reference}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.table import Table
 
-from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data import statistics
 from scir_jax.data.jsonl import read_json
@@ -24,13 +22,14 @@ from scir_jax.engine.program import Program
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.model import families
+from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
-from scir_jax.run import console
+from scir_jax.run import console, hub
 from scir_jax.run.changes import MODELS
-from scir_jax.run.directory import RunDirectory
+from scir_jax.run.directory import RunDirectory, settings_of
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import adapters_of, copied, start_of
-from scir_jax.text.chat import load_tokenizer
+from scir_jax.text.chat import Chat, load_tokenizer
 
 
 def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def check_inputs(config: Config, inputs: Inputs, programs: Programs) -> dict[str
             "the run stops there until it is present"
         )
     _check_start(config, programs)
-    _check_references(config, inputs, programs)
+    check_references(config, programs.arch, inputs.encoder.chat)
     # Answers are not there yet; what else is learned is.
     check_bins(programs.way, ((len(row.ids), row.where) for rows in inputs.targets.values() for row in rows))
     console.show(statistics.table(inputs.statistics()))
@@ -94,7 +93,7 @@ def _check_start(config: Config, programs: Programs) -> None:
         raise InputError(f"run.start_from {settings.start_from}: {start[0]} holds no model {which}")
     if not (start[0] / "config.yaml").is_file():
         return
-    other = cli.of_run(start[0])
+    other = settings_of(start[0])
     adapters, ours = adapters_of(other.lora), programs.model.lora
     # Their dropout need not be ours: it is no part of a model.
     if (adapters and adapters.computes) != (ours and ours.computes):
@@ -123,16 +122,23 @@ def check_frozen(config: Config, hashes: dict[str, str]) -> None:
             )
 
 
-def _check_references(config: Config, inputs: Inputs, programs: Programs) -> None:
-    """Refuses a reference that is a directory with another architecture or vocabulary."""
+def check_references(config: Config, arch: Architecture, chat: Chat) -> None:
+    """Refuses a reference that is a model with another architecture or vocabulary.
+
+    Args:
+      arch, chat: of the run's model.
+
+    Raises:
+      InputError: there is such a reference, or one is missing.
+    """
     references = {"implicit.reference": config.implicit.reference, "preference.reference": config.preference.reference}
     for key, name in references.items():
         if name in MODELS:
             continue
-        arch = families.read(weights.hf_config(Path(name)), str(Path(name) / "config.json"))
-        if arch != programs.arch:
+        path = hub.directory(name, key)
+        if families.read(weights.hf_config(path), str(path / "config.json")) != arch:
             raise InputError(f"{key} {name}: has another architecture than {config.model.path}")
-        if load_tokenizer(Path(name)).get_vocab() != inputs.encoder.chat.tokenizer.get_vocab():
+        if load_tokenizer(path).get_vocab() != chat.tokenizer.get_vocab():
             raise InputError(f"{key} {name}: its tokenizer has another vocabulary than that of {config.model.path}")
 
 

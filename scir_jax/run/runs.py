@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 from scir_jax.bucket.working import place
-from scir_jax.config import cli
 from scir_jax.config.schema import Config
 from scir_jax.data.jsonl import read_json, write_json
 from scir_jax.engine import mesh as meshes
@@ -19,14 +18,15 @@ from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import command, console, evaluation, iteration
-from scir_jax.run.choice import LAST
-from scir_jax.run.directory import RunDirectory, checkpoints_of
+from scir_jax.run import choice, command, console, evaluation, iteration
+from scir_jax.run.directory import RunDirectory, settings_of
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
+from scir_jax.run.manifest import DATA, manifest
 from scir_jax.run.metrics import NoMetrics
 from scir_jax.run.models import Models, Parameters
-from scir_jax.run.setup import prepare
+from scir_jax.run.places import checkpoints_of
+from scir_jax.run.setup import prepare, templates_of
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
           InputError: the directory is not a run's, or that of another version.
         """
         self.directory = place(directory)
-        self.config = cli.of_run(self.directory, distributed)
+        self.config = settings_of(self.directory, distributed)
         self._opened: dict[int, Model] = {}
         self._loaded: Models | None = None
 
@@ -71,8 +71,8 @@ class Run:
 
     @property
     def marked(self) -> str | None:
-        """The name of the model that tables mark: the best one, where the run chooses one."""
-        return self.best if self.config.evaluate.select != LAST else None
+        """The name of the model that tables mark: the exported one, where it is not just the last."""
+        return choice.marked(self.rows, self.best, self.config.evaluate.select)
 
     @property
     def report(self) -> Path | None:
@@ -120,10 +120,12 @@ class Run:
 
     @cached_property
     def _model(self) -> Model:
+        RunDirectory(self.directory).keep_models(self.config)
         return Model(self._here, partial(self._read, 0))
 
     def _read(self, number: int, programs: Programs) -> Any:
         if self._loaded is None:
+            RunDirectory(self.directory).check_models(self.config)
             self._loaded = Models(self._store, programs, Parameters(self._here, programs))
         return self._loaded.load(number)
 
@@ -134,8 +136,11 @@ class Run:
         try:
             hosts.decide(lambda: directory.open(config))
             directory.share()
+            hosts.decide(lambda: directory.check_places(config, ("model.path", *DATA)))
+            hosts.together(lambda: directory.keep_models(config))
             with console.Stopper() as stopper:
                 encoder, inputs, programs, parameters = hosts.together(lambda: prepare(config))
+                hosts.decide(lambda: directory.check_manifest(manifest(config, templates_of(encoder))))
                 models = Models(ModelStore(directory.checkpoints), programs, parameters)
                 grader = hosts.together(lambda: evaluation.load_grader(config.evaluate.grader))
                 last = models.store.latest()

@@ -23,7 +23,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import Sampling, Slots, stream_key
 from scir_jax.errors import InputError
 from scir_jax.run import console
-from scir_jax.run.directory import save, sync
+from scir_jax.run.places import save, sync
 from scir_jax.run.scoring import check_finite
 
 Numbered = tuple[int, Prompt]

@@ -16,8 +16,6 @@ from scir_jax.data.encode import Encoder, Row, middle_cut
 from scir_jax.data.jsonl import batched
 from scir_jax.data.messages import Messages
 from scir_jax.data.pairs import Prompt
-from scir_jax.engine.cost import memory
-from scir_jax.engine.cost.memory import Memory
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import local_rows, put_batch
 from scir_jax.engine.program import Program
@@ -25,6 +23,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.reward import RewardPrograms, compiled_length
 from scir_jax.errors import InputError
 from scir_jax.model import families
+from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
 from scir_jax.run import hub
 from scir_jax.run.scoring import Advance, Item, check_finite, nothing, taken
@@ -69,16 +68,25 @@ def label(rewards: tuple[float, float], *, soft: bool) -> float:
     return float(0.5 * (1 + (np.tanh(margin / 2) if soft else np.sign(margin))))
 
 
+def user_function(name: str) -> Callable:
+    """Imports a function by its name, module:function.
+
+    Raises:
+      InputError: it cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"pairs.scorer {name!r} cannot be imported (module:function): {error}") from None
+
+
 class FunctionScorer:
     """A function (conversations, answers) -> rewards, called with lists of equal length on the first host."""
 
     def __init__(self, name: str, encoder: Encoder, batch: int):
         self._name, self._encoder, self._batch = name, encoder, batch
-        module, _, function = name.partition(":")
-        try:
-            self._function: Callable = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"pairs.scorer {name!r} cannot be imported (module:function): {error}") from None
+        self._function = user_function(name)
 
     def programs(self, prompts: Iterable[Prompt]) -> list[Program]:
         """Returns none."""
@@ -114,6 +122,28 @@ class FunctionScorer:
         return rewards
 
 
+def read_reward_model(directory: Path, name: str) -> tuple[Architecture, Chat, int | None]:
+    """Reads a reward model's directory but for its weights -> architecture, tokenizer, and the pad token's id.
+
+    Args:
+      name: what pairs.scorer says, for the error.
+
+    Raises:
+      InputError: the directory is missing, is no reward model's, or its tokenizer or chat template cannot be used.
+    """
+    if not directory.is_dir():
+        raise InputError(f"pairs.scorer {name!r}: is neither module:function nor a directory of a reward model")
+    hf_config = weights.hf_config(directory)
+    arch = families.read(hf_config, str(directory / "config.json"), reward=True)
+    chat = Chat(load_tokenizer(directory), str(directory), stop_ids(directory, hf_config))
+    if len(chat.tokenizer) > arch.vocab_size:
+        raise InputError(
+            f"{directory}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding {arch.vocab_size} "
+            "rows; use the tokenizer that belongs to the reward model"
+        )
+    return arch, chat, hf_config.get("pad_token_id")
+
+
 class ModelScorer:
     """A reward model with its own tokenizer and chat template, loaded while it is asked and let go afterwards."""
 
@@ -122,32 +152,12 @@ class ModelScorer:
         Raises:
           InputError: the directory is missing, is no reward model's, or its tokenizer or chat template cannot be used.
         """
-        if not directory.is_dir():
-            raise InputError(
-                f"pairs.scorer {config.pairs.scorer!r}: is neither module:function nor a directory of a reward model"
-            )
-        hf_config = weights.hf_config(directory)
-        arch = families.read(hf_config, str(directory / "config.json"), reward=True)
+        arch, self.chat, self._pad_id = read_reward_model(directory, config.pairs.scorer)
         self._directory, self._encoder = directory, encoder
-        self.chat = Chat(load_tokenizer(directory), str(directory), stop_ids(directory, hf_config))
-        if len(self.chat.tokenizer) > arch.vocab_size:
-            raise InputError(
-                f"{directory}: the tokenizer has {len(self.chat.tokenizer)} tokens, the embedding {arch.vocab_size} "
-                "rows; use the tokenizer that belongs to the reward model"
-            )
         self._context = arch.max_positions
-        self._pad_id = hf_config.get("pad_token_id")
         self._answer_tokens = config.text.max_response_tokens
-        frozen = Memory(weights=memory.device_bytes(programs.abstract_frozen))
         try:
-            self._programs = RewardPrograms(
-                arch,
-                programs.mesh,
-                dtype=config.model.dtype,
-                rows=2 * config.evaluate.batch_size,
-                attention=config.model.attention,
-                remaining=frozen,
-            )
+            self._programs = RewardPrograms.beside(programs, arch)
         except InputError as error:
             raise InputError(f"pairs.scorer {directory}: {error}") from None
 

@@ -29,10 +29,10 @@ from scir_jax.errors import InputError
 from scir_jax.run import console
 from scir_jax.run.constructing import NAME, constructed_rows
 from scir_jax.run.directory import RunDirectory
-from scir_jax.run.directory import save as save_files
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
+from scir_jax.run.places import save as save_files
 from scir_jax.run.preflight import check_shapes
 from scir_jax.run.watching import Watch, pair_watch
 

@@ -96,16 +96,16 @@ def test_what_belongs_together_is_taken():
 
 
 @pytest.mark.parametrize(
-    "sections, key",
+    "sections, words",
     [
-        (dict(run=dict(directory="gs://bucket/runs/a")), "run.directory"),
-        (dict(run=dict(start_from="s3://bucket/a")), "run.start_from"),
-        (dict(world=dict(directory="gs://bucket/world")), "world.directory"),
-        (dict(model=dict(path="hf://owner/name")), "model.path"),
+        (dict(run=dict(directory="s3://bucket/a")), "run.directory is s3://bucket/a: of buckets only gs://"),
+        (dict(run=dict(start_from="az://bucket/a")), "run.start_from is az://bucket/a: of buckets only gs://"),
+        (dict(world=dict(directory="gs://bucket/world")), "world.directory is gs://bucket/world: the world is made on"),
+        (dict(model=dict(path="hf://owner/name")), "model.path is hf://owner/name: of buckets only gs://"),
     ],
 )
-def test_a_directory_in_a_bucket_is_refused(sections, key):
-    with pytest.raises(InputError, match=f"^{key} is [a-z0-9]+://.*: no bucket is read or written; give a directory"):
+def test_places_that_cannot_be_used(sections, words):
+    with pytest.raises(InputError, match=f"^{words}"):
         resolve(configured(**sections))
 
 
@@ -134,8 +134,8 @@ def test_a_stage_that_the_run_has_not(until):
 @pytest.mark.parametrize(
     "key, values, words",
     [
-        ("implicit", dict(reference="start"), "it is one of previous, sft, base, or a model directory"),
-        ("preference", dict(reference="models/none"), "there is no models/none/config.json"),
+        ("implicit", dict(reference="start"), "it is one of previous, sft, base, a model directory, or"),
+        ("preference", dict(reference="./models/none"), "there is no models/none/config.json"),
         ("data", dict(holdout=-1), "data.holdout must not be negative"),
     ],
 )
@@ -145,7 +145,8 @@ def test_references_and_held_out_rows(key, values, words):
         check(dataclasses.replace(Config(), **{key: section}))
 
 
-def test_a_reference_may_be_a_model_directory(tmp_path):
+def test_a_reference_may_be_a_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    section = dataclasses.replace(Config().implicit, reference=str(tmp_path))
-    check(dataclasses.replace(Config(), implicit=section))
+    for name in (str(tmp_path), "someone/model", "someone/model@v2"):
+        section = dataclasses.replace(Config().implicit, reference=name)
+        check(dataclasses.replace(Config(), implicit=section))

@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from scir_jax.engine.hosts import coordination, hosts, liveness
 from scir_jax.errors import InputError
 from tests.hosts import Kill, free_port, run_hosts
+from tests.processes import runs
 
 HOST = socket.gethostname()
 AGAIN = "; this host stops; start the same command on all hosts again to go on"
@@ -155,11 +158,16 @@ except Interrupted:
 @pytest.mark.parametrize(("count", "failing"), [(2, 1), *(pytest.param(3, n, marks=pytest.mark.slow) for n in (0, 1))])
 def test_an_error_of_one_host_ends_the_others_and_names_it(count, failing):
     code = """
+import subprocess
+
 def body(index):
     hosts.barrier("begin")
     if index == FAILING:
         raise ValueError("no luck\\ntoday")
-    hosts.barrier("never")
+    started = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    print(started.pid, flush=True)
+    with liveness.ends_with_us(started.pid):
+        hosts.barrier("never")
 
 main(body, watch=12)
 """
@@ -169,6 +177,11 @@ main(body, watch=12)
     assert failed.last == "today"
     for one in done:
         assert (one.code, one.err) == (4, f"error: host {failing} ({HOST}) stopped: ValueError: no luck today{AGAIN}\n")
+        # What it had started is killed, and gone when the system gets to it.
+        ends, status = time.monotonic() + 10, Path("/proc", one.out.strip(), "status")
+        while runs(status) and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert not runs(status)
 
 
 LOSS = """

@@ -14,7 +14,8 @@ from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.report import page
 from scir_jax.run import console, iteration
-from scir_jax.run.directory import RunDirectory, manifest
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.manifest import manifest
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
 from scir_jax.run.preflight import check_memory

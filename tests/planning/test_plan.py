@@ -193,6 +193,19 @@ def test_calls_of_an_iteration(tiny_config, world_dir):
     assert mixed["optimise"] == -(-20 // 8) and mixed["score"] == 2 * -(-(10 * 4 + 20) // 16)
 
 
+def test_calls_of_what_others_do(tiny_config, world_dir):
+    """Another engine's sampling is no call of ours; a reward model scores every answer that is in a pair."""
+    sections = dict(preference=dict(labels="external"), consistency=dict(weight=0.0), selection=dict(rule="all"))
+    sample = dict(responses=4, batch_size=8, command="engine {prompts} {output}")
+    run = prepare(tiny_config(world_dir, **sections, sample=sample, pairs=dict(scorer="models/reward"))).programs
+    found = [(stage, kind) for stage, kind, _ in iteration.calls(run, 100)]
+    assert found == [("score", "score"), ("score", "reward"), ("optimise", "optimise")]
+    assert {kind: n for _, kind, n in iteration.calls(run, 100)}["reward"] == -(-100 * 4 // 16)
+    function = dataclasses.replace(run.config, pairs=dataclasses.replace(run.config.pairs, scorer="module:function"))
+    run.config = function
+    assert "reward" not in {kind for _, kind, _ in iteration.calls(run, 100)} and not limits.reward_programs(run)
+
+
 def test_least_times_are_those_of_the_chip():
     chip = CHIPS["v5e"]
     stage = stages.Stage(

@@ -207,6 +207,9 @@ def test_the_chosen_model_is_marked(tmp_path, plain, no_figures):
     text = Page(page).text
     assert "M2 is the best one by win rate, and was exported." in text and "From M1 to M2 the quality" in text
     assert "★" not in Page(plain).text
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"select": "last"}))
+    text = Page(write_report(run)).text
+    assert "M2 is the last one before the reward models began to agree on being wrong, and was exported." in text
 
 
 def test_the_cost_of_each_stage(plain):

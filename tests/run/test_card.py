@@ -15,7 +15,8 @@ from scir_jax.config.files import to_dict
 from scir_jax.data.jsonl import write_json
 from scir_jax.run import hub
 from scir_jax.run.card import CARD, write_card
-from scir_jax.run.directory import RunDirectory, manifest
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.manifest import manifest
 from tests.run import hub_cache
 from tests.run.runs import ITERATIONS, content, refused
 

@@ -42,6 +42,14 @@ def test_the_best_model(select, expected):
     assert choice.best(table, select)["model"] == expected
 
 
+def test_the_model_that_ended_a_run_early_is_not_its_last():
+    table = rows((0.5, 0.9, 0.1), (0.8, 0.8, 0.2), (0.7, 0.6, 0.9))
+    assert [choice.best(table, "last", early_stop=early)["model"] for early in (True, False)] == ["M2", "M3"]
+    assert choice.best(table[:2], "last", early_stop=True)["model"] == "M2"
+    assert [choice.marked(table, best, "last") for best in ("M2", "M3", None)] == ["M2", None, None]
+    assert [choice.marked(table, "M3", select) for select in ("consensus", None)] == ["M3", None]
+
+
 def test_a_win_rate_is_compared_with_m1_itself():
     assert choice.best([{"model": "M1"}, {"model": "M2", "win_rate": 0.45}], "win_rate")["model"] == "M1"
     assert choice.best([{"model": "M1"}, {"model": "M2", "win_rate": 0.55}], "win_rate")["model"] == "M2"
@@ -81,6 +89,11 @@ def test_a_run_ends_early_and_exports_its_best_model(doctored, from_m1, command,
     exported, expected = load_file(run / "export" / "model.safetensors"), model(run, 1)
     assert np.array_equal(exported["model.norm.weight"], expected["['norm']['scale']"])
     assert not np.array_equal(exported["model.norm.weight"], model(run, 2)["['norm']['scale']"])
+    # Without a column to choose by it is the model before the one that ended the run.
+    done = command(train.main, "--config", tmp_path / "run.yaml", "--evaluate.select", "last")
+    assert done.code == 0 and "the run ends here and exports M1 (evaluate.early_stop)" in done.err
+    assert (content(run / "summary.json")["best"], Run(run).marked) == ("M1", "M1") and "M1 *" in done.out
+    assert command(train.main, "--config", tmp_path / "run.yaml").code == 0
     before = files(run)
     done = command(train.main, "--config", tmp_path / "run.yaml")
     assert done.code == 0 and "M1 *" in done.out and "* the best model, exported" in done.out and "M2 *" not in done.out

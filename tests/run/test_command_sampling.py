@@ -1,5 +1,6 @@
 """sample.command: another engine's answers are complete and this model's, or they are refused and leave nothing."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -14,6 +15,8 @@ from scir_jax.config.checks import check
 from scir_jax.config.files import BUNDLED, find, read
 from scir_jax.errors import InputError, Interrupted
 from scir_jax.run import answers, command_sampling, console, hub, scoring
+from tests.hosts import run_hosts
+from tests.processes import runs
 from tests.run import engines, hub_cache
 from tests.run.runs import WHOLE, check_iterations, content, lines, model, refused, same, write_lines
 
@@ -181,12 +184,51 @@ def test_ctrl_c_ends_the_command_and_what_it_started(stage):
     assert not stage.path.exists() and not (stage.folder / "command").exists()
 
 
-def runs(status):
-    """Says whether a process, of this file in /proc, is neither gone nor a zombie."""
-    try:
-        return "zombie" not in status.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+# Two hosts run the stage twice; the engine is mended in between.
+TWO_HOSTS = """
+import sys
+from pathlib import Path
+from scir_jax.engine.hosts import hosts
+hosts.start(True, wait=60)
+from scir_jax.config import cli
+from scir_jax.errors import InputError
+from scir_jax.run import command_sampling, console
+from scir_jax.run.setup import prepare
+console.only_first_host_speaks()
+config, _ = cli.parse("train", "", ["--config", sys.argv[1]])
+setup, folder = prepare(config), Path(sys.argv[2])
+prompts = list(enumerate(setup.inputs.prompts))[:3]
+needs = (config, setup.encoder, setup.programs, None, None, prompts, 1, folder / "responses.jsonl", console.Stopper())
+try:
+    command_sampling.sample_with_command(*needs)
+except InputError as error:
+    print("error:", error)
+if hosts.first():
+    (folder / "broken.py").replace(folder / "was_broken.py")
+    (folder / "whole.py").replace(folder / "broken.py")
+hosts.barrier("mended")
+command_sampling.sample_with_command(*needs)
+hosts.barrier("sampled")
+print("rows", len((folder / "responses.jsonl").read_text().splitlines()))
+hosts.finish()
+"""
+
+
+@pytest.mark.slow
+def test_the_first_of_two_hosts_runs_the_command(stage, configure, tmp_path):
+    """Its failure is the sentence of both; what it wrote both read."""
+    folder = stage.folder
+    stage.write()
+    (folder / "engine.py").replace(folder / "whole.py")
+    (folder / "broken.py").write_text(f"open({str(folder / 'calls')!r}, 'a').write('.')\nraise SystemExit('no engine')")
+    sample = dict(command=f"{PYTHON} {folder / 'broken.py'} {CALL}", responses=2)
+    file = configure(tmp_path / "run", sample=sample)
+    done = run_hosts(["-c", TWO_HOSTS, file, folder], 2, forked=True)
+    assert [one.code for one in done] == [0, 0], done
+    said = [[line for line in one.out.splitlines() if line.startswith(("error", "rows"))] for one in done]
+    assert said[0] == said[1] and "sample.command failed (exit code 1)" in said[0][0] and said[0][1] == "rows 6"
+    assert (folder / "calls").read_text() == "." and not (folder / "command").exists()
+    assert "| no engine" in done[0].err and "no engine" not in done[1].err
 
 
 def test_places_are_quoted_and_other_braces_stay(make, tmp_path):
@@ -201,20 +243,9 @@ def test_places_are_quoted_and_other_braces_stay(make, tmp_path):
 
 def test_commands_that_cannot_work_are_refused(make):
     config = make().programs.config
-    for run, command, words in (
-        ({}, "engine {prompts}", "where {output} stands"),
-        ({}, "engine {output}", "where {prompts} stands"),
-        (dict(distributed=True), "engine {prompts} {output}", "on one host"),
-    ):
+    for command, words in (("engine {prompts}", "where {output} stands"), ("engine {output}", "{prompts} stands")):
         with pytest.raises(InputError, match=words):
-            check(replaced(config, run=run, sample=dict(command=command)))
-
-
-def replaced(config, **sections):
-    import dataclasses
-
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **changed)
+            check(dataclasses.replace(config, sample=dataclasses.replace(config.sample, command=command)))
 
 
 def test_the_script_for_vllm_keeps_to_ids(make, tmp_path, monkeypatch):

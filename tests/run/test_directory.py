@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock
 
 from scir_jax import evaluate, export, train
-from scir_jax.run.directory import LAYOUT
+from scir_jax.run.manifest import LAYOUT
 from tests.run.runs import content, files, model, refused, same
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -99,9 +99,9 @@ def test_a_run_directory_of_another_layout(command, tiny_run, tmp_path, no_stage
         before = files(run)
         for more in ((), ("--run.iterations", 5)):
             refused(command(*call, *more), run, "was written by another version", "choose another run.directory")
-        # Other commands read its configuration alone, and miss no key of it.
+        # Other commands miss no key of its configuration.
         for other in (evaluate.main, "--run", run), (export.main, run, tmp_path / "model"):
-            if kind in ("a section more", "a key more", "no sections"):
+            if kind not in ("a section less", "a key less"):
                 refused(command(*other), run)
         assert files(run) == before and not (tmp_path / "model").exists(), kind
         shutil.rmtree(run)

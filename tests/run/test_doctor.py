@@ -4,9 +4,11 @@ import os
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from scir_jax import doctor
 from scir_jax.run import health
+from tests.run.reward_models import write_reward_model
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -37,6 +39,24 @@ def test_a_machine_on_which_the_run_could_start(asked):
     assert "parameters" in found["model"][1] and "prompts" in found["data"][1] and "are free at" in found["disk"][1]
 
 
+def test_what_takes_part_beside_the_model(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "IMPLEMENTATIONS", ())
+    reward = write_reward_model("llama", tmp_path / "reward")
+    ours = dict(pairs=dict(scorer=str(reward)), preference=dict(labels="external"))
+    there = dict(command="A=1 sh {engines}/x.sh {prompts} {output}")
+    code, found = asked(**ours, sample=there)
+    assert code == 0 and found["pairs.scorer"][0] == found["sample.command"][0] == "ok"
+    assert (
+        f"{reward}: " in found["pairs.scorer"][1] and f"runs {shutil.which('sh')}: A=1 sh" in found["sample.command"][1]
+    )
+    ours["pairs"] = dict(scorer="scir_jax.world.grader:grade")
+    code, found = asked(**ours, sample=dict(command="no-such-engine {prompts} {output}"))
+    assert code == 1 and found["pairs.scorer"][0] == "ok"
+    assert found["sample.command"][0] == "FAILS" and "'no-such-engine'" in found["sample.command"][1]
+    code, found = asked(sample=dict(command="(cd /; x {prompts}) > {output}"))
+    assert code == 0 and found["sample.command"][0] == "-"
+
+
 def test_bfloat16_attention_is_tried_in_bfloat16(asked, world_dir):
     code, found = asked(model=dict(path=str(world_dir / "model"), dtype="bfloat16"))
     assert code == 0 and "in bfloat16 are within" in found["attention blocks"][1]
@@ -55,10 +75,14 @@ def test_wrong_attention_fails(asked, monkeypatch):
 
 
 def test_what_the_run_lacks_is_named(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(health, "IMPLEMENTATIONS", ())
     code, found = asked(model=dict(path=str(tmp_path / "nothing")), data=dict(prompts=str(tmp_path / "absent.jsonl")))
     assert code == 1
     assert found["model"][0] == found["data"][0] == "FAILS"
     assert "nothing" in found["model"][1] and "no such file: data.prompts" in found["data"][1]
+    code, found = asked(implicit=dict(reference="nobody/nothing"))
+    assert code == 1 and found["model"][0] == "FAILS" and "implicit.reference 'nobody/nothing'" in found["model"][1]
     code, found = asked(mesh=dict(data=3, fsdp=1, tensor=1))
     assert code == 1 and found["settings"][0] == "FAILS" and "does not make the 1 devices" in found["settings"][1]
     monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))

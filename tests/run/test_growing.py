@@ -3,8 +3,11 @@
 import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from scir_jax import evaluate, export, train
+from scir_jax.run import hub
+from tests.run import hub_cache
 from tests.run.runs import ITERATIONS, WHOLE, content, files, lines, model, refused, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
@@ -57,11 +60,17 @@ def test_a_run_is_stopped_moved_and_changed_where_it_is_harmless(
     assert all("generative_accuracy" in row and "greedy_quality" not in row for row in rows)
 
 
-def test_going_on_from_a_later_model_with_its_references(configure, whole, world_dir, no_page, command, tmp_path):
-    """The model that is M0 in one run is a directory for another role: both lead to the same log-probabilities."""
+def test_going_on_from_a_later_model_with_its_references(
+    configure, whole, world_dir, no_page, command, tmp_path, monkeypatch
+):
+    """The model that is M0 in one run is the hub's for another role: both lead to the same log-probabilities."""
     run, again = tmp_path / "run", tmp_path / "again"
-    model_dir = str(world_dir / "model")
-    settings = dict(WHOLE, implicit=dict(reference="base"), preference=dict(reference=model_dir))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_found", {})
+    first_commit, second_commit = "a" * 40, "b" * 40
+    hub_cache.add(tmp_path / "cache", "someone/tiny", world_dir / "model", first_commit)
+    settings = dict(WHOLE, implicit=dict(reference="base"), preference=dict(reference="someone/tiny"))
     file = configure(run, run=dict(start_from=f"{whole.path}:M2"), **settings)
     assert command(train.main, "--config", file).code == 0
     found = [model(run, 0), model(run, 1)]
@@ -74,6 +83,12 @@ def test_going_on_from_a_later_model_with_its_references(configure, whole, world
     assert any(
         name.startswith("preference.reference/model.safetensors") for name in content(run / "manifest.json")["sha256"]
     )
+    # The commit is the run's, wherever the branch goes.
+    hub_cache.add(tmp_path / "cache", "someone/tiny", world_dir / "model", second_commit)
+    monkeypatch.setattr(hub, "_found", {})
+    assert command(train.main, "--config", file).code == 0
+    assert content(run / "manifest.json")["hub"]["preference.reference"]["commit"] == first_commit
+    assert hub.directory("someone/tiny", "preference.reference").name == first_commit
 
     # Its own base is found by a run that goes on from it; what was not kept is refused.
     file = configure(again, run=dict(start_from=f"{run}:M2"), **settings)

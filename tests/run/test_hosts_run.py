@@ -5,6 +5,7 @@ import itertools
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from filelock import FileLock
 from safetensors.numpy import load_file
 
 from scir_jax.config.files import to_yaml
+from scir_jax.text.chat import load_tokenizer
 from tests.forks import quick
 from tests.hosts import run_hosts
 from tests.processes import shared_directory
+from tests.run import engines
 from tests.run.runs import content, lines
 from tests.run.test_resume import newest, without_times
 from tests.strikes import COMMIT, STORE, Strike
@@ -285,8 +288,13 @@ def test_other_hosts_and_meshes_go_on(uninterrupted, start, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
+    """Another engine samples, which looks for the exported M1."""
     settings = dict(lora=dict(rank=2, targets=("q_proj", "down_proj")), optimise=dict(epochs=2, learning_rate=0.03))
-    run = tmp_path / "run"
+    run, engine = tmp_path / "run", tmp_path / "engine.py"
+    tokenizer = load_tokenizer(uninterrupted / "world" / "model")
+    letters = tokenizer.convert_tokens_to_ids(list("abcdef"))
+    engine.write_text(f"IDS, STOP = {letters}, {tokenizer.eos_token_id}\n" + engines.MADE_UP)
+    call = f"test -s {{model}}/model.safetensors && {sys.executable} -S {engine} {{prompts}} {{output}} {{responses}}"
     ended_well(
         start(
             run,
@@ -295,12 +303,14 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
             alone=True,
             compiled=tmp_path / "compiled",
             sft=dict(epochs=2.0, learning_rate=0.03),
+            sample=SETTINGS["sample"] | dict(command=call),
             **settings,
         )
     )
     rows_once(run)
     whole = names(uninterrupted / "run")
     assert names(run) - whole == {
+        "iteration_01/command.log",
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",

@@ -12,7 +12,8 @@ from huggingface_hub.utils import filter_repo_objects
 from scir_jax import judge
 from scir_jax.errors import InputError
 from scir_jax.run import hub
-from scir_jax.run.directory import RunDirectory, manifest
+from scir_jax.run.directory import RunDirectory
+from scir_jax.run.manifest import manifest
 from scir_jax.run.setup import open_model
 from tests.run import hub_cache
 from tests.run.runs import refused
@@ -57,16 +58,18 @@ def test_a_directory_of_that_name_wins(named, world_dir, tmp_path):
 
 
 def test_a_begun_run_keeps_its_commit(named, cache, world_dir, tiny_config, tmp_path):
-    config = tiny_config(world_dir, model=dict(path=named))
+    config = tiny_config(world_dir, model=dict(path=named), implicit=dict(reference=f"{named}@main"))
     run = tmp_path / "run"
     run.mkdir()
-    (run / "manifest.json").write_text(json.dumps(manifest(config, {})))
+    made = manifest(config, {})
+    assert {key.partition("/")[0] for key in made["sha256"]} >= {"model.path", "implicit.reference"}
+    (run / "manifest.json").write_text(json.dumps(made))
     hub_cache.add(cache, named, world_dir / "model", SECOND)
     hub._found.clear()
     assert hub.directory(named, "model.path").name == SECOND
     hub._found.clear()
     RunDirectory(run).keep_models(config)
-    assert hub.directory(named, "model.path").name == FIRST
+    assert [hub.directory(name, "").name for name in (named, f"{named}@main")] == [FIRST, FIRST]
     RunDirectory(tmp_path / "new").keep_models(config)
 
 
@@ -107,6 +110,11 @@ def test_neither_pickles_nor_code_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.directory("some/one@v2", "model.path") == tmp_path
     assert (wanted["repository"], wanted["revision"]) == ("some/one", "v2")
+    hub.configuration("another/one", "pairs.scorer")
+    assert (wanted["repository"], wanted["patterns"]) == ("another/one", ["config.json"])
+    assert hub.configuration("some/one@v2", "pairs.scorer") == tmp_path, "what is there is not fetched again"
+    assert wanted["repository"] == "another/one"
+    hub.directory("third/one", "model.path")
     needed = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     needed += ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     needed += ["generation_config.json", "adapter_config.json", "adapter_model.safetensors"]

@@ -15,7 +15,7 @@ from scir_jax.data.pairs import to_row
 from scir_jax.errors import InputError
 from scir_jax.run import answers, iteration, pairing, preflight
 from scir_jax.run import inputs as run_inputs
-from scir_jax.run.directory import manifest
+from scir_jax.run.manifest import manifest
 from scir_jax.run.scoring import taken
 from scir_jax.run.training import read_pairs
 from tests.chat_templates import turns

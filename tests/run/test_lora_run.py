@@ -232,7 +232,8 @@ def test_what_the_commands_refuse(whole, reading, world_dir, command, adapted, t
 def test_a_run_without_adapters_has_none_to_export(whole, command, tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    shutil.copy(whole.path / "config.yaml", directory)
+    for name in ("config.yaml", "manifest.json"):
+        shutil.copy(whole.path / name, directory)
     recorded = (directory / "config.yaml").read_text()
     (directory / "config.yaml").write_text(recorded.replace("rank: 2", "rank: 0"))
     done = command(export.main, directory, tmp_path / "out", "--adapter")

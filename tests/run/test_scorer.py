@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from scir_jax import train
+from scir_jax import doctor, plan, train
 from scir_jax.errors import InputError
-from scir_jax.run import scorer
+from scir_jax.planning.limits import reward_programs
+from scir_jax.run import health, scorer
 from scir_jax.text.chat import load_tokenizer
 from tests.run.reward_models import transformers_scores, write_reward_model
 from tests.run.runs import check_iterations, lines, model, refused, same
@@ -72,6 +73,9 @@ def test_rewards_are_those_of_transformers(make, reward_model):
     np.testing.assert_allclose(found.rewards(items[3:5]), rewards[3:5], atol=1e-6)
     (program,) = found.programs(made.inputs.prompts)
     assert program.tokens % (2 * 3) == 0 and program.known.weights > 0 and program.flops.model > 0
+    # A plan has it too, for rows as long as the limits.
+    (planned,) = reward_programs(made.programs)
+    assert (planned.stage, planned.known) == (program.stage, program.known) and planned.tokens >= program.tokens
 
 
 def test_a_conversation_that_ends_with_the_pad_token_is_read_before_it(make, tmp_path):
@@ -97,7 +101,8 @@ def test_a_function_is_asked_batch_by_batch(make):
             opened(make, f"tests.run.test_scorer:{name}")[1].rewards(items)
 
 
-def test_what_cannot_score_is_refused_before_the_run(configure, command, no_stages, tmp_path):
+def test_what_cannot_score_is_refused_before_the_run(configure, command, no_stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "IMPLEMENTATIONS", ())
     two = write_reward_model("llama", tmp_path / "two", outputs=2)
     file = configure(tmp_path / "run", **EXTERNAL)
     for name, words in {
@@ -106,6 +111,10 @@ def test_what_cannot_score_is_refused_before_the_run(configure, command, no_stag
         str(tmp_path / "nowhere"): ("pairs.scorer", "neither module:function nor a directory"),
     }.items():
         refused(command(train.main, "--config", file, "--pairs.scorer", name), *words)
+        refused(command(plan.main, "--config", file, "--pairs.scorer", name), *words) if ":" not in name else None
+        done = command(doctor.main, "--config", file, "--pairs.scorer", name)
+        (line,) = (line for line in done.out.splitlines() if "pairs.scorer  " in line)
+        assert done.code == 1 and line.startswith("FAILS") and all(str(word) in line for word in words)
     labels = ("--preference.labels", "agreement")
     refused(command(train.main, "--config", file, "--pairs.scorer", two, *labels), "set it to external")
 

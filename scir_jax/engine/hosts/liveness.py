@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import jax
@@ -32,6 +32,7 @@ ANSWER_SECONDS = 2.0
 LOST_SERVICE = "the coordinator, this host, cannot go on for the reason above"
 
 _ending = threading.Lock()
+_groups: set[int] = set()
 
 
 class Watch:
@@ -218,8 +219,21 @@ def end(why: str, watch: Watch | None = None) -> NoReturn:
     within(1, sys.stderr.flush)
     # A progress bar leaves the cursor in its line.
     line = "\n" if sys.stderr.isatty() else ""
+    for group in _groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     os.write(2, f"{line}error: {why}; this host stops; start the same command on all hosts again to go on\n".encode())
     os._exit(EXIT_CODE)
+
+
+@contextlib.contextmanager
+def ends_with_us(group: int) -> Iterator[None]:
+    """Lets a process group that this process started be killed where `end` ends this process within the block."""
+    _groups.add(group)
+    try:
+        yield
+    finally:
+        _groups.discard(group)
 
 
 def _tell(watch: Watch, why: str) -> None:
