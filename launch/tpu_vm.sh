@@ -42,8 +42,8 @@ options; a variable in the environment or in --env-file does the same, an option
   --dry-run                               print the commands, run none of them
   --help
 
-The workers share nothing by themselves: run.directory and the data must be on a file system that all of them mount,
-given by absolute paths. For NFS (a Filestore share, say):
+The workers share nothing by themselves: run.directory and the model are in a bucket (gs://BUCKET/...), which needs no
+--mount, or on a file system that all of them mount, given by absolute paths. For NFS (a Filestore share, say):
   --mount 'mountpoint -q /shared || { sudo apt-get -qy install nfs-common && sudo mkdir -p /shared &&
            sudo mount -t nfs 10.0.0.2:/share /shared; }'
 

@@ -29,7 +29,7 @@ environment() {
 install() {
     rm -f launch.installed
     .venv/bin/python -m pip --version > /dev/null 2>&1 || { rm -rf .venv && environment; }
-    .venv/bin/python -m pip install -q -e '.[tpu]'
+    .venv/bin/python -m pip install -q -e '.[tpu,gcs]'
     touch launch.installed
     say installed
 }

@@ -82,9 +82,9 @@ class Weights(NamedTuple):
     folder: Folder
     name: str
 
-    def checksum(self) -> str:
-        """Returns what the store says the file holds."""
-        return self.folder.checksum(self.name)
+    def holds(self) -> tuple[int, str]:
+        """Returns what the store says the file holds: how many bytes, and their CRC32C."""
+        return self.folder.holds(self.name)
 
     def tensors(self) -> dict[str, Slices]:
         """Reads the file's header -> its tensors, of which nothing is read yet.

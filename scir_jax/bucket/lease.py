@@ -16,7 +16,7 @@ from scir_jax.bucket.objects import Folder
 from scir_jax.errors import InputError
 
 NAME = ".lease"
-LOST = 5
+LOST = 6
 """exit code of a process whose lease is lost"""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import logging
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -140,6 +141,17 @@ class Folder:
         """Deletes an object, if it is there and has the generation."""
         self._ask(lambda: self._store.write(name, None, if_equal=if_generation).result())
 
+    def probe(self) -> None:
+        """Writes, reads and deletes an object of a name that nothing else has.
+
+        Raises:
+          InputError: one of it is not allowed, or the bucket cannot be reached.
+        """
+        name = f".probe-{secrets.token_hex(8)}"
+        self.write(name, b"probe")
+        self.read(name)
+        self.delete(name)
+
     def names(self) -> list[str]:
         """Lists the objects, in order of their names."""
         return sorted(name.decode() for name in self._ask(lambda: self._store.list().result()))
@@ -160,13 +172,13 @@ class Folder:
         path.write_bytes(content)
         return True
 
-    def checksum(self, name: str) -> str:
-        """Returns what the store says an object holds: its bytes and their CRC32C."""
+    def holds(self, name: str) -> tuple[int, str]:
+        """Returns what the store says an object holds: how many bytes, and their CRC32C."""
 
-        def ask() -> str:
+        def ask() -> tuple[int, str]:
             blob = self._blob(name)
             blob.reload()
-            return f"{blob.size} bytes, crc32c {blob.crc32c}"
+            return blob.size, blob.crc32c
 
         return self._ask(ask)
 

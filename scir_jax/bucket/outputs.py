@@ -19,10 +19,7 @@ def output(name: str | Path) -> Path:
     if not in_bucket(name):
         return Path(name)
     around, _, last = str(name).rstrip("/").rpartition("/")
-    folder = Folder(around)
-    # What is not allowed is better said before the work than after it.
-    folder.write(f".{last}.probe", b"")
-    folder.delete(f".{last}.probe")
+    Folder(around).probe()  # what is not allowed is better said before the work than after it
     path = local_directory(around) / last
     _outputs[path] = (around, last)
     return path

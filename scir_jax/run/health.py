@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scir_jax.bucket.fetched import weights_of
+from scir_jax.bucket.objects import Folder, in_bucket
 from scir_jax.config.checks import check, resolve
 from scir_jax.config.files import BUNDLED
 from scir_jax.config.schema import Config
@@ -174,7 +176,8 @@ def _scorer(config: Config) -> tuple[str, str]:
 
 def _weights(path: Path) -> str:
     """Says how large a model directory's weights are."""
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    files = [(weights_of(file), file) for file in path.glob("*.safetensors")]
+    size = sum(away.holds()[0] if away else file.stat().st_size for away, file in files)
     if not size:
         raise InputError(f"{path}: holds no .safetensors file")
     return f"{size / GIB:.1f} GiB of weights"
@@ -210,6 +213,9 @@ def _data(config: Config) -> tuple[str, str]:
 
 
 def _disk(config: Config) -> tuple[str, str]:
+    if in_bucket(config.run.directory):
+        Folder(config.run.directory).probe()
+        return "ok", f"{config.run.directory} can be read and written"
     place = Path(config.run.directory).absolute()
     while not place.exists():
         place = place.parent

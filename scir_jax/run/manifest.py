@@ -89,8 +89,10 @@ def hashes_of(directory: Path, weights: bool) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     """Computes the SHA-256 of a file; of weights in a bucket it takes what the store says that they hold."""
-    in_bucket = weights_of(path)
-    return in_bucket.checksum() if in_bucket else sha256(path)
+    if in_bucket := weights_of(path):
+        size, crc = in_bucket.holds()
+        return f"{size} bytes, crc32c {crc}"
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:

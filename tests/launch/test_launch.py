@@ -226,7 +226,7 @@ def test_install_start_status_stop(cluster):
     assert status() == ["ACTIVE", "worker host-0: not installed", "worker host-1: not installed"]
     assert "run install first" in cluster.run("tpu_vm.sh", *train, code=1).stderr
     cluster.run("tpu_vm.sh", "install", *SLICE)
-    assert cluster.calls("install") == [["install", "-m", "pip", "install", "-q", "-e", ".[tpu]"]] * 2
+    assert cluster.calls("install") == [["install", "-m", "pip", "install", "-q", "-e", ".[tpu,gcs]"]] * 2
     assert status()[1:] == ["worker host-0: not running", "worker host-1: not running"]
     cluster.run("tpu_vm.sh", *train)
     assert status()[1:] == ["worker host-0: running", "worker host-1: running"]
