@@ -1,8 +1,15 @@
-"""The two ways in which a command ends early on purpose."""
+"""The ways in which a command ends early on purpose."""
+
+DIVERGED = 5
+"""exit code of a run that diverged"""
 
 
 class InputError(Exception):
     """Bad input of the user: one clear sentence that says what is wrong, where, and what to do."""
+
+
+class Diverged(InputError):
+    """A run whose losses or gradients stay non-finite: its settings are at fault, and trying again will not help."""
 
 
 class Interrupted(Exception):

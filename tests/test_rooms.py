@@ -20,6 +20,7 @@ ROOMS = (
     "run",
     "planning",
     "report",
+    "study",
 )
 COMMANDS = {
     "__main__",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
-from scir_jax.errors import InputError, Interrupted
+from scir_jax.errors import DIVERGED, Diverged, InputError, Interrupted
 from scir_jax.run import host_memory
 
 GOOGLE = "0x1ae0"
@@ -51,7 +51,7 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, the disk's 3.
+    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, divergence's is 5, the disk's 3.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """
@@ -63,7 +63,7 @@ def main(run: Callable[[], int | None]) -> None:
         _leave(None)
         sys.exit(code)
     except InputError as error:
-        reason, code, message = error, 2, f"error: {error}"
+        reason, code, message = error, DIVERGED if isinstance(error, Diverged) else 2, f"error: {error}"
     except Interrupted as stop:
         reason, code, message = stop, 128 + stop.signal, str(stop)
     except KeyboardInterrupt as stop:
