@@ -17,6 +17,7 @@ from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve
 from scir_jax.config.files import find
 from scir_jax.report import page
+from scir_jax.study.file import read_study
 from tests.run.runs import content, lines
 from tests.small_model import write_data, write_model
 
@@ -74,7 +75,9 @@ def read(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *arguments, **more):
-        parse(self, *arguments, **more)
+        found = parse(self, *arguments, **more)
+        if (getattr(found, "study", None) or "").startswith("studies/"):
+            read_study(found.study, methods=found.methods, seeds=found.seeds, iterations=found.iterations)
         raise Reached
 
     monkeypatch.setattr(cli, "line", line)

@@ -186,7 +186,9 @@ def _study(name: str, text: str, content: dict[str, Any], instead: Mapping[str, 
     base_layers = _layers(content["base"], "base")
     base = _laid_over("base", Config(), [], base_layers)
     if base.run.auto:
-        raise InputError("base: run.auto proposes other settings for every run; give the settings themselves")
+        raise InputError(
+            "base: run.auto proposes settings for each run anew; give settings, or {run.auto: false} over a run's config.yaml"
+        )
     methods = {}
     for method in chosen:
         where = f"methods.{method}"

@@ -49,13 +49,61 @@ class Failure(NamedTuple):
     lines: list[str]
 
 
+class Process:
+    """The process of a run.
+
+    Attributes:
+      code: its exit code, None while it runs.
+      used: processor seconds, known when it has ended.
+    """
+
+    def __init__(self, file: Path, log: Path, cores: set[int]):
+        """
+        Args:
+          file: the run's configuration.
+          log: what it prints is added here.
+          cores: that it may use; all where there are none.
+        """
+        self.code: int | None = None
+        self.used = 0.0
+        before = os.sched_getaffinity(0) if cores else set()
+        try:
+            if cores:
+                os.sched_setaffinity(0, cores)  # a process begins with the cores of the one that makes it
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, *PROGRAM, "--config", str(file)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**CACHE_ALL, **os.environ},
+                    start_new_session=True,  # a terminal's Ctrl-C reaches the study alone, which passes it on
+                )
+        finally:
+            if cores:
+                os.sched_setaffinity(0, before)
+
+    def ended(self) -> bool:
+        """Checks whether it has ended."""
+        if self.code is None:
+            pid, status, used = os.wait4(self._process.pid, os.WNOHANG)
+            if pid:
+                self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.used = used.ru_utime + used.ru_stime
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal while it runs."""
+        if not self.ended():
+            os.kill(self._process.pid, number)
+
+
 class _Running:
     """A run under way, or one that waits for the process of an earlier, killed study."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.process: subprocess.Popen | None = None
-        self.used = 0.0  # processor seconds
+        self.process: Process | None = None
         self.started = time.monotonic()
 
 
@@ -96,7 +144,7 @@ def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
                     break
                 if stopper.signal is not None and not told:
                     told = True
-                    _end(running, signal.SIGTERM)
+                    _end(running)
                 for slot, one in list(running.items()):
                     if not _advance(one, shares[slot], stopper.signal is not None):
                         continue
@@ -116,7 +164,7 @@ def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
                     save()
                 time.sleep(PAUSE)
         finally:
-            _end(running, signal.SIGTERM, patience=PATIENCE)
+            _end(running, PATIENCE)
         if stopper.signal is not None:
             save()
             raise Interrupted("stopped; the same command goes on where it was", stopper.signal)
@@ -126,53 +174,25 @@ def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
 def _advance(one: _Running, cores: set[int], stopping: bool) -> bool:
     """Begins the process of a run when its directory is free, and looks whether it has ended."""
     if one.process is not None:
-        return _poll(one)
+        return one.process.ended()
     if stopping:
         return True
     if not _locked(one.job.directory):
+        one.job.directory.parent.mkdir(parents=True, exist_ok=True)
+        file, log = (beside(one.job.directory, suffix) for suffix in ("yaml", "log"))
+        file.write_text(to_yaml(one.job.config), encoding="utf-8")
         one.started = time.monotonic()
-        one.process = _begin(one.job, cores)
+        one.process = Process(file, log, cores)
     return False
-
-
-def _begin(job: Job, cores: set[int]) -> subprocess.Popen:
-    job.directory.parent.mkdir(parents=True, exist_ok=True)
-    file, log = (beside(job.directory, suffix) for suffix in ("yaml", "log"))
-    file.write_text(to_yaml(job.config), encoding="utf-8")
-    before = os.sched_getaffinity(0) if cores else set()
-    try:
-        if cores:
-            os.sched_setaffinity(0, cores)  # a process begins with the cores of the one that makes it
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, *PROGRAM, "--config", str(file)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**CACHE_ALL, **os.environ},
-                start_new_session=True,  # a terminal's Ctrl-C reaches the study alone, which passes it on
-            )
-    finally:
-        if cores:
-            os.sched_setaffinity(0, before)
-
-
-def _poll(one: _Running) -> bool:
-    """Reaps a process that has ended, with the processor time that it took."""
-    pid, status, used = os.wait4(one.process.pid, os.WNOHANG)
-    if pid:
-        one.process.returncode = os.waitstatus_to_exitcode(status)
-        one.used = used.ru_utime + used.ru_stime
-    return bool(pid)
 
 
 def _ended(plan: Plan, one: _Running) -> Failure | None:
     """Records how a run ended."""
-    job, code = one.job, one.process.returncode
+    job, code = one.job, one.process.code
     attempt = {
         "iterations": job.iterations,
         "seconds": round(time.monotonic() - one.started, 1),
-        "processor_seconds": round(one.used, 2),
+        "processor_seconds": round(one.process.used, 2),
         "code": code,
     }
     lines = beside(job.directory, "log").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -201,18 +221,17 @@ def _line(plan: Plan, one: _Running, failure: Failure | None) -> str:
     return f"{one.job.title}: {took}{found}"
 
 
-def _end(running: dict[int, _Running], number: int, patience: float | None = None) -> None:
+def _end(running: dict[int, _Running], patience: float | None = None) -> None:
     """Asks the processes under way to end; those that have not after so many seconds are killed."""
-    processes = [one for one in running.values() if one.process is not None and one.process.returncode is None]
-    for one in processes:
-        os.kill(one.process.pid, number)  # send_signal would reap it, and lose its processor time
+    processes = [one.process for one in running.values() if one.process is not None]
+    for process in processes:
+        process.signal(signal.SIGTERM)
     until = time.monotonic() + (patience or 0)
-    while patience and (processes := [one for one in processes if not _poll(one)]):
+    while patience and (processes := [process for process in processes if not process.ended()]):
         if time.monotonic() > until:
-            for one in processes:
-                os.kill(one.process.pid, signal.SIGKILL)
-            until += PATIENCE
-        time.sleep(0.1)
+            for process in processes:
+                process.signal(signal.SIGKILL)
+        time.sleep(PAUSE)
 
 
 def beside(directory: Path, suffix: str) -> Path:

@@ -99,7 +99,7 @@ def refused(tmp_path, change, **instead) -> str:
         (lambda c: c["methods"].update(half={"pairs": {"kind": "dice"}}), "methods.half at optimise.learning_rate=0.0001: "
             "preference.labels dice and pairs.kind dice belong together"),
         (lambda c: c["methods"].update(half={"run": {"seed": 3}}), "methods.half: run.seed is given by the study"),
-        (lambda c: c["base"].append({"run.auto": True}), "base: run.auto proposes other settings for every run"),
+        (lambda c: c["base"].append({"run.auto": True}), "base: run.auto proposes settings for each run anew"),
         (lambda c: c.update(against="scir"), "against: no method 'scir' takes part; there are srlm, half"),
         (lambda c: c.update(oracle="oracle"), "oracle: no method 'oracle' takes part"),
         (lambda c: c.update(longer={"scir": 9}), "longer: no method 'scir' takes part"),
