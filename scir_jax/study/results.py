@@ -85,21 +85,20 @@ def _run(plan: Plan, job: Job) -> dict[str, Any]:
 
 
 def costs(found: Any, iterations: int) -> dict[str, float]:
-    """Adds up what a run accounts by stage, up to an iteration; the largest one of what is a peak.
+    """Adds up what the stages of a run cost up to an iteration, without evaluation; of `memory` the largest one.
 
     Args:
-      found: `costs` of summary.json: rows of stages in a list or under `stages`, each with its `iteration` and numbers.
-        Without it there is nothing to add up.
+      found: `costs` of summary.json, with one row of numbers for each stage under `stages`. None of a run that accounts
+        nothing: then there is nothing to add up.
     """
-    stages = found.get("stages", []) if isinstance(found, dict) else found or []
     result: dict[str, float] = {}
-    for stage in stages:
-        if stage.get("iteration", 0) > iterations:
+    for stage in (found or {}).get("stages", ()):
+        if stage["iteration"] > iterations or stage["stage"] == "evaluate":
             continue
         for name, value in stage.items():
-            if name != "iteration" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in ("iteration", "seconds") and isinstance(value, (int, float)):
                 old = result.get(name, 0)
-                result[name] = max(old, value) if "peak" in name else old + value
+                result[name] = max(old, value) if name == "memory" else old + value
     return result
 
 

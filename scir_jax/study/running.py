@@ -98,15 +98,6 @@ class Process:
             os.kill(self._process.pid, number)
 
 
-class _Running:
-    """A run under way, or one that waits for the process of an earlier, killed study."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.process: Process | None = None
-        self.started = time.monotonic()
-
-
 def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
     """Makes all runs that are not finished, `study.jobs` at a time.
 
@@ -119,71 +110,101 @@ def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
     Raises:
       Interrupted: on Ctrl-C or SIGTERM, after the runs under way have saved what they did.
     """
-    shares = _shares(plan.study.jobs)
-    running: dict[int, _Running] = {}
-    failures: list[Failure] = []
-    everything = plan.jobs(all_of_them=True)
-    done = sum(job.decided and plan.finished(job) for job in everything)
-    saved = time.monotonic()
-    with console.Stopper() as stopper, console.stage("runs", len(everything), done, window=7200) as bar:
-        told = False
+    jobs = plan.jobs(all_of_them=True)
+    done = sum(job.decided and plan.finished(job) for job in jobs)
+    with console.Stopper() as stopper, console.stage("runs", len(jobs), done, window=7200) as bar:
+        work, saved = _Work(plan, stopper, bar, done), time.monotonic()
         try:
-            while True:
-                busy = {one.job.directory for one in running.values()}
-                failed = {failure.job.directory for failure in failures}
-                for slot in range(plan.study.jobs):
-                    if slot in running or stopper.signal is not None:
-                        continue
-                    if (job := plan.next(busy, failed)) is None:
-                        break
-                    running[slot] = _Running(job)
-                    busy.add(job.directory)
-                    if _locked(job.directory):
-                        console.say(f"{job.directory}: a process of an earlier study is at work here; waiting for it")
-                if not running:
-                    break
-                if stopper.signal is not None and not told:
-                    told = True
-                    _end(running)
-                for slot, one in list(running.items()):
-                    if not _advance(one, shares[slot], stopper.signal is not None):
-                        continue
-                    del running[slot]
-                    if one.process is None:
-                        continue
-                    failure = _ended(plan, one)
-                    if stopper.signal is not None:
-                        continue  # that it did not finish is no failure
-                    failures += [failure] if failure else []
-                    everything = plan.jobs(all_of_them=True)
-                    bar.advance(one.job.title, by=0 if failure else 1, total=len(everything))
-                    done += not failure
-                    console.say(f"{done}/{len(everything)}  {_line(plan, one, failure)}")
+            while work.goes_on():
+                work.look()
                 if time.monotonic() - saved > SAVE:
                     saved = time.monotonic()
                     save()
                 time.sleep(PAUSE)
         finally:
-            _end(running, PATIENCE)
+            work.end(PATIENCE)
         if stopper.signal is not None:
             save()
             raise Interrupted("stopped; the same command goes on where it was", stopper.signal)
-    return failures
+    return work.failures
 
 
-def _advance(one: _Running, cores: set[int], stopping: bool) -> bool:
-    """Begins the process of a run when its directory is free, and looks whether it has ended."""
-    if one.process is not None:
-        return one.process.ended()
-    if stopping:
-        return True
-    if not _locked(one.job.directory):
-        one.job.directory.parent.mkdir(parents=True, exist_ok=True)
-        file, log = (beside(one.job.directory, suffix) for suffix in ("yaml", "log"))
-        file.write_text(to_yaml(one.job.config), encoding="utf-8")
-        one.started = time.monotonic()
-        one.process = Process(file, log, cores)
-    return False
+class _Running:
+    """A run under way, or one that waits for the process of an earlier, killed study."""
+
+    def __init__(self, job: Job, cores: set[int]):
+        self.job, self.cores = job, cores
+        self.process: Process | None = None
+        self.started = time.monotonic()
+        if _locked(job.directory):
+            console.say(f"{job.directory}: a process of an earlier study is at work here; waiting for it")
+
+    def ended(self, stopping: bool) -> bool:
+        """Begins the process when the directory is free, and looks whether it has ended."""
+        if self.process is not None:
+            return self.process.ended()
+        if stopping:
+            return True
+        if not _locked(self.job.directory):
+            self.job.directory.parent.mkdir(parents=True, exist_ok=True)
+            file, log = (beside(self.job.directory, suffix) for suffix in ("yaml", "log"))
+            file.write_text(to_yaml(self.job.config), encoding="utf-8")
+            self.started = time.monotonic()
+            self.process = Process(file, log, self.cores)
+        return False
+
+
+class _Work:
+    """The runs under way, and those that failed."""
+
+    def __init__(self, plan: Plan, stopper: console.Stopper, bar: console.Bar, done: int):
+        self.plan, self.stopper, self.bar, self.done = plan, stopper, bar, done
+        self.failures: list[Failure] = []
+        self._shares = _shares(plan.study.jobs)
+        self._running: dict[int, _Running] = {}
+        self._told = False
+
+    def goes_on(self) -> bool:
+        """Begins runs where there is room, or asks them to end; False when none is under way."""
+        if self.stopper.signal is None:
+            failed = {failure.job.directory for failure in self.failures}
+            for slot in set(range(self.plan.study.jobs)) - self._running.keys():
+                busy = {one.job.directory for one in self._running.values()}
+                if (job := self.plan.next(busy, failed)) is None:
+                    break
+                self._running[slot] = _Running(job, self._shares[slot])
+        elif not self._told:
+            self._told = True
+            self.end()
+        return bool(self._running)
+
+    def look(self) -> None:
+        """Records the runs that have ended."""
+        stopping = self.stopper.signal is not None
+        for slot, one in list(self._running.items()):
+            if not one.ended(stopping):
+                continue
+            del self._running[slot]
+            failure = _ended(self.plan, one) if one.process is not None else None
+            if stopping:
+                continue  # that it did not finish is no failure
+            self.failures += [failure] if failure else []
+            self.done += not failure
+            total = len(self.plan.jobs(all_of_them=True))
+            self.bar.advance(one.job.title, by=int(not failure), total=total)
+            console.say(f"{self.done}/{total}  {_line(self.plan, one, failure)}")
+
+    def end(self, patience: float = 0) -> None:
+        """Asks the processes under way to end, and kills those that have not after so many seconds, if any."""
+        processes = [one.process for one in self._running.values() if one.process is not None]
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        until = time.monotonic() + patience
+        while patience and (processes := [process for process in processes if not process.ended()]):
+            if time.monotonic() > until:
+                for process in processes:
+                    process.signal(signal.SIGKILL)
+            time.sleep(PAUSE)
 
 
 def _ended(plan: Plan, one: _Running) -> Failure | None:

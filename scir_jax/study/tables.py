@@ -18,8 +18,10 @@ DIFFERENCES = ("quality", "greedy_quality", "win_rate", "generative_accuracy", "
 DRIFT = ("entropy", "kl", "eos_rate", "verdict_mass")
 TITLES = {column.key: column.title for column in COLUMNS} | {
     "processor_seconds": "processor seconds",
-    "seconds": "seconds",
+    "cost.flops": "TFLOPs",
+    "cost.memory": "memory, MiB",
 }
+UNITS = {"cost.flops": 1e12, "cost.memory": 2**20}
 WIDE = {"length": 2, "distinct": 2, "kl": 2}
 """digits behind the point, 3 for others"""
 
@@ -75,10 +77,10 @@ def _tables(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     reached = [row for row in rows if row.get("shares")]
     goal = ", ".join(found["oracles"])
     add(f"Share of the way from sft to {goal}", reached, SHARED, lambda row, name: _share(row["shares"].get(name)))
-    add("Cost of a run", rows, COSTS, lambda row, name: _number(row["columns"].get(name)))
+    add("Cost of a run", rows, COSTS, _cost)
     accounted = list(dict.fromkeys(name for row in rows for name in row["columns"] if name.startswith("cost.")))
-    for i in range(0, len(accounted), 5):
-        add("What a run accounts", rows, accounted[i : i + 5], lambda row, name: _number(row["columns"].get(name)))
+    for i in range(0, len(accounted), 4):
+        add("Tokens and more of a run, without evaluation", rows, accounted[i : i + 4], _cost)
     return parts
 
 
@@ -161,11 +163,9 @@ def _share(value: dict[str, Any] | None) -> str:
     return "–" if value is None else f"{value['share']:.0%}" + _interval(value, ".0%")
 
 
-def _number(value: Sequence[float | None] | None) -> str:
-    if value is None:
-        return "–"
-    mean = value[0]
-    return f"{mean:,.0f}" if abs(mean) < 1e7 else f"{mean:.3g}"
+def _cost(row: Row, name: str) -> str:
+    value = row["columns"].get(name)
+    return "–" if value is None else f"{value[0] / UNITS.get(name, 1):,.{2 if name == 'cost.flops' else 0}f}"
 
 
 def rows_csv(found: dict[str, Any]) -> str:

@@ -41,7 +41,19 @@ def run(config: dict) -> int:
             {"model": f"M{t + 1}", "quality": quality(rate, seed, t), "agreement": 0.5 + 0.01 * t, "seconds": 2.0}
             for t in range(iterations + 1)
         ]
-        stages = [{"iteration": t, "tokens": 10, "peak_bytes": 5 + t, "stage": "x"} for t in range(len(rows))]
+        stages = [
+            {
+                "iteration": t,
+                "stage": stage,
+                "seconds": 2.0,
+                "generated": 10,
+                "flops": None,
+                "memory": 5 + t,
+                "memory_of": "x",
+            }
+            for t in range(len(rows))
+            for stage in ("sample", "evaluate")
+        ]
         (directory / "summary.json").write_text(json.dumps({"rows": rows, "costs": {"stages": stages}}))
     return 0
 

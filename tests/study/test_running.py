@@ -86,7 +86,7 @@ def test_a_study_from_beginning_to_end(study, tmp_path):
     assert rows["sft"]["columns"]["quality"][0] == pytest.approx((quality(rate, 1, 0) + quality(rate, 2, 0)) / 2)
     assert rows["scir"]["differences"]["quality"]["mean"] == pytest.approx(0.0)
     assert rows["scir"]["shares"]["quality"]["share"] == pytest.approx(1.0)
-    assert rows["scir"]["columns"]["cost.tokens"] == [30, 0] and rows["scir"]["columns"]["cost.peak_bytes"] == [7, 0]
+    assert rows["scir"]["columns"]["cost.generated"] == [30, 0] and rows["scir"]["columns"]["cost.memory"] == [7, 0]
     assert 0 < rows["scir"]["columns"]["processor_seconds"][0] < 10
     assert f"| scir | {mean:.3f} ± 0.001 |" in done.out and "## Tuning" not in done.out
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"study.md", "study.csv", "curves.svg", "costs.svg"}
@@ -166,7 +166,7 @@ def test_longer_runs_grow(study, tmp_path):
     assert tables["4"][1]["columns"]["quality"][0] == pytest.approx(quality(1e-4, 1, 4) + 0.0005)
     two, four = (next(r for r in tables[n] if r["method"] == "scir")["columns"] for n in ("2", "4"))
     assert two["quality"][0] == pytest.approx(quality(1e-4, 1, 2) + 0.0005)
-    assert (two["cost.tokens"][0], four["cost.tokens"][0]) == (30, 50)
+    assert (two["cost.generated"][0], four["cost.generated"][0]) == (30, 50)
     assert four["processor_seconds"][0] > two["processor_seconds"][0]
 
 
