@@ -60,6 +60,9 @@ def markdown(found: dict[str, Any]) -> str:
 def _tables(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """Writes the tables after some iterations."""
     parts = []
+    seeds = max((row["seeds"] for row in rows), key=len)
+    # What is missing on a seed is no mean over the same worlds.
+    rows = [row if row["seeds"] == seeds else row | {"method": _on_seeds(row)} for row in rows]
 
     def add(title: str, rows: Sequence[Row], columns: Sequence[str], cell: Callable[[Row, str], str]) -> None:
         if made := _grid(rows, columns, cell):
@@ -82,6 +85,10 @@ def _tables(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     for i in range(0, len(accounted), 4):
         add("Tokens and more of a run, without evaluation", rows, accounted[i : i + 4], _cost)
     return parts
+
+
+def _on_seeds(row: Row) -> str:
+    return f"{row['method']} (seeds {', '.join(map(str, row['seeds']))})"
 
 
 def _grid(rows: Sequence[Row], columns: Sequence[str], cell: Callable[[Row, str], str]) -> str:
