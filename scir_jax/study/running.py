@@ -303,8 +303,8 @@ def lock(output: Path) -> FileLock:
 
 # --- how long it takes ----------------------------------------------------------------------------------------------
 
-ASSUMED = {"start": 150.0, "iteration": 30.0, "begin": 30.0}
-"""seconds of a start, of an iteration, and of a run beside its iterations, where nothing is finished yet"""
+ASSUMED = {"start": 300.0, "iteration": 6.0, "begin": 25.0}
+"""seconds of a start, whose base model is to be trained, of an iteration, and of a run beside its iterations"""
 
 
 def hours(plan: Plan, jobs: list[Job]) -> tuple[float, bool]:

@@ -133,7 +133,7 @@ def test_a_diverged_run_is_no_failure(study, tmp_path):
     assert result["tuning"]["srlm"]["chosen"] == {"optimise.learning_rate": PEAK}
     rows = {row["method"]: row for row in result["tables"]["2"]}
     assert rows["oracle"]["seeds"] == [1] and rows["srlm"]["seeds"] == [1, 2]
-    assert rows["oracle"]["differences"]["quality"]["seeds"] == 1
+    assert rows["oracle"]["differences"]["quality"]["seeds"] == 1 and "| oracle (seeds 1) |" in done.out
     assert (
         "**Diverged**, and in no mean: srlm (seed 100, tuning), oracle (seed 100, tuning), oracle (seed 2, table)"
         in done.out
