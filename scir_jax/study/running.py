@@ -163,17 +163,19 @@ class _Work:
         self._shares = _shares(plan.study.jobs)
         self._running: dict[int, _Running] = {}
         self._told = False
+        self._more = True  # there may be a run that can be begun
 
     def goes_on(self) -> bool:
         """Begins runs where there is room, or asks them to end; False when none is under way."""
-        if self.stopper.signal is None:
+        if self.stopper.signal is None and self._more:
             failed = {failure.job.directory for failure in self.failures}
             for slot in set(range(self.plan.study.jobs)) - self._running.keys():
                 busy = {one.job.directory for one in self._running.values()}
                 if (job := self.plan.next(busy, failed)) is None:
+                    self._more = False
                     break
                 self._running[slot] = _Running(job, self._shares[slot])
-        elif not self._told:
+        elif self.stopper.signal is not None and not self._told:
             self._told = True
             self.end()
         return bool(self._running)
@@ -185,6 +187,7 @@ class _Work:
             if not one.ended(stopping):
                 continue
             del self._running[slot]
+            self._more = True
             failure = _ended(self.plan, one) if one.process is not None else None
             if stopping:
                 continue  # that it did not finish is no failure
