@@ -212,7 +212,7 @@ class Plan:
           InputError: it was made with other settings.
         """
         record = self.record(job)
-        if not record:
+        if not record.get("diverged") and record.get("iterations", -1) < job.iterations:
             return False
         if job.directory not in self._compared:
             if changed := differing(record["settings"], plain(job.config)):
@@ -221,17 +221,23 @@ class Plan:
                     "beside it, or take another --output"
                 )
             self._compared.add(job.directory)
-        return bool(record.get("diverged")) or record.get("iterations", -1) >= job.iterations
+        return True
 
     def record(self, job: Job) -> dict[str, Any]:
-        """Returns the record of a run, empty before its first attempt ended.
+        """Returns the record of a run, empty before its first attempt.
 
-        It has settings and attempts; iterations, rows and perhaps costs of what is finished; or the sentence `diverged`.
+        It has settings and attempts; `lost`, whether the end of one was not seen; iterations, rows and perhaps costs of
+        what is finished; or the sentence `diverged`.
         """
         path = job.directory.with_name(job.directory.name + ".json")
         if path not in self._records:
             self._records[path] = read_json(path) if path.exists() else {}
         return self._records[path]
+
+    def begin(self, job: Job) -> None:
+        """Notes that an attempt begins; where one has begun before that did not end, it was lost with its study."""
+        record = self.record(job)
+        self._write(job, record | {"open": True, "lost": record.get("lost", False) or record.get("open", False)})
 
     def keep(self, job: Job, attempt: dict[str, Any], more: dict[str, Any]) -> None:
         """Adds an attempt to the record of a run.
@@ -240,9 +246,11 @@ class Plan:
           attempt: iterations, seconds, processor_seconds, exit code.
           more: what it has found.
         """
-        record = self.record(job)
-        record = record | {"settings": plain(job.config)} | more
-        record["attempts"] = [*record.get("attempts", ()), attempt]
+        attempts = [*self.record(job).get("attempts", ()), attempt]
+        settings = plain(job.config)
+        self._write(job, self.record(job) | {"settings": settings, "open": False, "attempts": attempts} | more)
+
+    def _write(self, job: Job, record: dict[str, Any]) -> None:
         path = job.directory.with_name(job.directory.name + ".json")
         write_json(path, record)
         self._records[path] = record

@@ -103,7 +103,7 @@ def _differences(found: dict[str, Any]) -> Figure | None:
 def _costs(found: dict[str, Any]) -> Figure | None:
     """Draws the choosing column against the processor seconds of a run."""
     rows = [row for row in found["tables"].get(str(found["iterations"]), []) if row["method"] in found["methods"]]
-    rows = [row for row in rows if found["by"] in row["columns"]]
+    rows = [row for row in rows if {found["by"], "processor_seconds"} <= row["columns"].keys()]
     if not rows:
         return None
     with matplotlib.rc_context(STYLE):

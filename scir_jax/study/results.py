@@ -81,7 +81,8 @@ def _run(plan: Plan, job: Job) -> dict[str, Any]:
         "rows": [{key: row[key] for key in KEYS if row.get(key) is not None} for row in rows],
         "costs": costs(record.get("costs"), job.iterations),
     }
-    return found | {name: round(sum(a[name] for a in attempts), 2) for name in COSTS}
+    spent = {name: None if record.get("lost") else round(sum(a[name] for a in attempts), 2) for name in COSTS}
+    return found | spent
 
 
 def costs(found: Any, iterations: int) -> dict[str, float]:
@@ -178,7 +179,9 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for column in columns:
         values = [last(run, column) for run in runs]
-        if None not in values:
+        if column in COSTS:
+            values = [value for value in values if value is not None]
+        if values and None not in values:
             found[column] = list(mean_and_error(values))
     return {"method": name, "settings": runs[0]["settings"], "seeds": [run["seed"] for run in runs], "columns": found}
 

@@ -132,8 +132,8 @@ def run_all(plan: Plan, save: Callable[[], object]) -> list[Failure]:
 class _Running:
     """A run under way, or one that waits for the process of an earlier, killed study."""
 
-    def __init__(self, job: Job, cores: set[int]):
-        self.job, self.cores = job, cores
+    def __init__(self, plan: Plan, job: Job, cores: set[int]):
+        self.plan, self.job, self.cores = plan, job, cores
         self.process: Process | None = None
         self.started = time.monotonic()
         if _locked(job.directory):
@@ -149,6 +149,7 @@ class _Running:
             self.job.directory.parent.mkdir(parents=True, exist_ok=True)
             file, log = (beside(self.job.directory, suffix) for suffix in ("yaml", "log"))
             file.write_text(to_yaml(self.job.config), encoding="utf-8")
+            self.plan.begin(self.job)
             self.started = time.monotonic()
             self.process = Process(file, log, self.cores)
         return False
@@ -174,7 +175,7 @@ class _Work:
                 if (job := self.plan.next(busy, failed)) is None:
                     self._more = False
                     break
-                self._running[slot] = _Running(job, self._shares[slot])
+                self._running[slot] = _Running(self.plan, job, self._shares[slot])
         elif self.stopper.signal is not None and not self._told:
             self._told = True
             self.end()

@@ -251,8 +251,13 @@ def test_runs_of_a_killed_study_are_waited_for(study, tmp_path):
         lock.release()
 
     threading.Timer(1.0, free).start()
+    directory.with_name("seed_1.json").write_text('{"open": true}')  # as the killed study left it
     done = study(STUDY, "--methods", "srlm")
     assert done.code == 0 and not any("seed_1" in call for call in begun)
+    runs = {(run["kind"], run["seed"]): run for run in found(tmp_path)["runs"]}
+    assert runs["start", 1]["processor_seconds"] is None and runs["start", 2]["processor_seconds"] > 0
+    rows = {row["method"]: row["columns"] for row in found(tmp_path)["tables"]["2"]}
+    assert rows["sft"]["processor_seconds"] == [runs["start", 2]["processor_seconds"], None]
     assert "a process of an earlier study is at work here; waiting for it" in done.err
 
 
