@@ -77,7 +77,9 @@ def read(monkeypatch):
     def parse_args(self, *arguments, **more):
         found = parse(self, *arguments, **more)
         if (getattr(found, "study", None) or "").startswith("studies/"):
-            read_study(found.study, methods=found.methods, seeds=found.seeds, iterations=found.iterations)
+            with monkeypatch.context() as patch:
+                patch.setattr(cli, "line", whole)
+                read_study(found.study, methods=found.methods, seeds=found.seeds, iterations=found.iterations)
         raise Reached
 
     monkeypatch.setattr(cli, "line", line)
