@@ -86,7 +86,7 @@ for ((attempt = 0; ; attempt++)); do
     code=0
     wait "$child" || code=$?
     child=''
-    case $code in 0 | 2 | 3 | 130 | 143) exit "$code" ;; esac
+    case $code in 0 | 2 | 3 | 5 | 130 | 143) exit "$code" ;; esac
     [[ -z $stopped ]] || exit "$code"
     if ((attempt == retries)); then
         ((retries == 0)) || say "the run crashed $((retries + 1)) times, at last with exit code $code" >&2

@@ -31,7 +31,7 @@ The job runs in the directory you submit from; that, the virtual environment, ru
 file system that all nodes share. Make the environment first:
   python3 -m venv .venv && .venv/bin/pip install -e '.[cuda12]'
 
-The run ends with 0, or with 2 (bad input) or 3 (disk full), which need you. Whatever else ends it, the same command
+The run ends with 0, or with 2 (bad input), 3 (disk full) or 5 (it diverged), which need you. Whatever else ends it, the same command
 goes on where it was; --requeue sees to that. To stop it: scancel JOB; or, where saving takes longer than your Slurm's
 KillWait (30 s by default), scancel --signal=TERM JOB, which leaves it all the time it needs.
 
@@ -116,7 +116,7 @@ echo "the run ended with $code"
 SCRIPT
     [[ -z $requeue ]] || cat << SCRIPT
 case \$code in
-    0 | 2 | 3) ;;
+    0 | 2 | 3 | 5) ;;
     *)
         if [[ -n \$ending ]]; then
             exec scontrol requeue "\$SLURM_JOB_ID"

@@ -1,206 +1,127 @@
-"""python -m scir_jax.ablate: methods against each other, from one M1 per seed.
+"""python -m scir_jax.ablate: a study, methods against each other over seeds, tuned alike.
 
-Every method is tuned with the same budget.
-Each method's learning rate is the one of --rates with the best mean of --by on the tuning seeds;
-the table shows the other seeds. Runs that are finished are not done again.
+STUDY is a YAML file, or the name of one that comes with the package: studies/quick, say.
+Each run is a process of its own. A study that was stopped or killed goes on with the same command;
+what is finished is not done again, and a run that failed is tried again.
+OUTPUT gets study.json, study.md, study.csv and figures. Where runs failed the command ends with 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import os
-import queue
-import subprocess
+import platform
+import shlex
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from scir_jax.config.files import find
 from scir_jax.errors import InputError
 from scir_jax.run import command
-from scir_jax.run.columns import KEYS
-
-COLUMNS = tuple(key for key in KEYS if key not in ("eos_rate", "seconds"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Raises:
-      InputError: an option contradicts another one, a configuration is not there, or a run fails.
+      InputError: the study file, an option or the directory cannot be used.
+      Interrupted: on Ctrl-C or SIGTERM, after the runs under way have saved what they did.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m scir_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="quickstart", help="the configuration that methods are laid over")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        required=True,
-        help="YAML files or names of settings, for example methods/scir methods/srlm",
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of the table (world and run)"
-    )
-    parser.add_argument(
-        "--tune_seeds", nargs="*", type=int, default=[], help="other seeds, for choosing the learning rate"
-    )
-    parser.add_argument("--rates", nargs="+", default=[], help="values of optimise.learning_rate to choose from")
-    parser.add_argument("--by", default="quality", help="column that chooses the rate")
-    parser.add_argument("--iterations", type=int, default=3, help="iterations of every method")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--output", type=Path, required=True, help="directory of all runs and of ablation.json")
-    arguments = parser.parse_args(argv)
-    if set(arguments.seeds) & set(arguments.tune_seeds):
-        raise InputError("--seeds and --tune_seeds share a seed: the table would show what was tuned on")
-    if arguments.rates and len(arguments.rates) > 1 and not arguments.tune_seeds:
-        raise InputError("--rates needs --tune_seeds to choose from")
-    for file in (arguments.config, *arguments.methods):
-        find(file)
-    study = Study(arguments)
-    study.starts([*arguments.tune_seeds, *arguments.seeds])
-    methods = {Path(file).stem: file for file in arguments.methods}
-    rates = {name: arguments.rates[0] if arguments.rates else None for name in methods}
-    tuning = {}
-    if len(arguments.rates) > 1:
-        grid = list(itertools.product(methods, arguments.rates, arguments.tune_seeds))
-        study.run_all([(methods[name], name, rate, seed) for name, rate, seed in grid])
-        for name in methods:
-            tuning[name] = {
-                rate: float(np.mean([study.last(name, rate, seed)[arguments.by] for seed in arguments.tune_seeds]))
-                for rate in arguments.rates
-            }
-            rates[name] = max(tuning[name], key=tuning[name].get)
-    study.run_all([(methods[name], name, rates[name], seed) for name in methods for seed in arguments.seeds])
-    rows = [study.summary("sft", [study.rows(study.start(seed))[0] for seed in arguments.seeds])]
-    for name in methods:
-        last = [study.last(name, rates[name], seed) for seed in arguments.seeds]
-        rows.append({**study.summary(name, last), "learning_rate": rates[name]})
-    result = {
-        "seeds": arguments.seeds,
-        "tune_seeds": arguments.tune_seeds,
-        "rates": rates,
-        "tuning": tuning,
-        "rows": rows,
-    }
-    (arguments.output / "ablation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print_table(rows, len(arguments.seeds), arguments.iterations)
-    return 0
+    parser.add_argument("study", nargs="?", help="file or name of the study")
+    parser.add_argument("--output", type=Path, help="directory of all runs and results")
+    parser.add_argument("--dry_run", action="store_true", help="print the runs and an estimate of the hours")
+    parser.add_argument("--from", dest="found", type=Path, metavar="study.json", help="make tables and figures anew")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods of the study")
+    parser.add_argument("--against", metavar="NAME", help="the method that the others are compared with")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the study's")
+    parser.add_argument("--iterations", type=int, metavar="N", help="instead of the study's")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at the same time, instead of the study's")
+    options = parser.parse_args(argv)
+
+    from scir_jax.data.jsonl import read_json
+
+    if options.found:
+        found = read_json(options.found) if options.found.is_file() else None
+        if not found or "runs" not in found:
+            raise InputError(f"--from {options.found}: is no study.json; give the file that a study wrote")
+        print(_write(found, options.output or options.found.parent, figures=True))
+        return 0
+    if not options.study or not options.output:
+        raise InputError("say which study and where its runs lie, as in: studies/quick --output runs/quick")
+    return _run(options, "python -m scir_jax.ablate " + shlex.join(argv))
 
 
-class Study:
-    """The runs of a study, each a run directory of the train command under `output`."""
+def _run(options: argparse.Namespace, line: str) -> int:
+    from scir_jax.run import console
+    from scir_jax.study import plots, running, tables  # noqa: F401  all of it now, for a study takes hours
+    from scir_jax.study.file import read_study
+    from scir_jax.study.plan import Plan
+    from scir_jax.study.results import collect
 
-    def __init__(self, arguments):
-        self.arguments = arguments
-        self.output: Path = arguments.output
+    instead = {name: getattr(options, name) for name in ("methods", "against", "seeds", "iterations", "jobs")}
+    plan = Plan(read_study(options.study, **instead), options.output.absolute())
+    plan.check()
+    jobs = plan.jobs(all_of_them=True)
+    open_jobs = [job for job in jobs if not (job.decided and plan.finished(job))]
+    hours, measured = running.hours(plan, open_jobs)
+    rest = "from the runs that are finished" if measured else "a guess, for the quickstart on one core per run"
+    estimate = f"{len(open_jobs)} of {len(jobs)} runs to be made, about {hours:.1f} hours ({rest})"
+    if options.dry_run:
+        print("\n".join([*(job.title for job in open_jobs), estimate]))
+        return 0
+    lock = running.lock(plan.output)
+    console.say(estimate)
+    versions = _versions()
 
-    def start(self, seed: int) -> Path:
-        """Returns the run directory of a seed's M0 and M1."""
-        return self.output / f"seed_{seed}" / "start"
+    def save(figures: bool = False) -> str:
+        return _write(collect(plan, line, versions), options.output, figures=figures)
 
-    def directory(self, name: str, rate: str | None, seed: int) -> Path:
-        """Returns the run directory of a method with a learning rate on a seed."""
-        return self.output / f"seed_{seed}" / (f"{name}_{rate}" if rate else name)
-
-    def starts(self, seeds: Sequence[int]) -> None:
-        """Trains M0 and M1 of every seed."""
-        jobs = []
-        for seed in seeds:
-            self.start(seed).parent.mkdir(parents=True, exist_ok=True)
-            jobs.append((self.start(seed), [*self._common(seed), "--run.iterations", "0"]))
-        self._parallel(jobs)
-
-    def run_all(self, runs: Sequence[tuple[str, str, str | None, int]]) -> None:
-        """Trains methods, each from the M1 of its seed.
-
-        Args:
-          runs: configuration file, method name, learning rate (None: the configuration's) and seed of each run.
-        """
-        jobs = []
-        for file, name, rate, seed in runs:
-            more = ["--config", file, *self._common(seed)[2:], "--run.iterations", str(self.arguments.iterations)]
-            more += ["--run.start_from", str(self.start(seed))]
-            more += ["--optimise.learning_rate", rate] if rate else []
-            jobs.append((self.directory(name, rate, seed), [*self._common(seed)[:2], *more]))
-        self._parallel(jobs)
-
-    def rows(self, directory: Path) -> list[dict]:
-        """Reads the rows of a run's final table."""
-        return json.loads((directory / "summary.json").read_text(encoding="utf-8"))["rows"]
-
-    def last(self, name: str, rate: str | None, seed: int) -> dict:
-        """Reads the last row of a run's final table."""
-        return self.rows(self.directory(name, rate, seed))[-1]
-
-    def summary(self, name: str, rows: Sequence[dict]) -> dict:
-        """Computes the mean and the standard error over seeds of every column that all rows have.
-
-        Args:
-          rows: one row per seed.
-        """
-        result: dict = {"method": name}
-        for column in COLUMNS:
-            values = [row.get(column) for row in rows]
-            if all(v is not None for v in values):
-                error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-                result[column] = [float(np.mean(values)), float(error)]
-        return result
-
-    def _common(self, seed: int) -> list[str]:
-        world = str(self.output / f"seed_{seed}" / "world")
-        return [
-            *("--config", self.arguments.config, "--world.directory", world, "--world.seed", str(seed)),
-            *("--run.seed", str(seed), "--run.compilation_cache", str(self.output / "compiled")),
-        ]
-
-    def _parallel(self, jobs: Sequence[tuple[Path, list[str]]]) -> None:
-        """Runs what has no summary.json yet; the first failure ends the study after the runs under way."""
-        # Each of the runs under way has cores of its own: sharing them costs more than it gives.
-        shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-        for job in range(self.arguments.jobs):
-            shares.put(sorted(os.sched_getaffinity(0))[job :: self.arguments.jobs])
-
-        def run(job: tuple[Path, list[str]]) -> None:
-            directory, arguments = job
-            command = [sys.executable, "-m", "scir_jax.train", *arguments, "--run.directory", str(directory)]
-            cores = shares.get()
-            try:
-                pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-                done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin)
-            finally:
-                shares.put(cores)
-            if done.returncode:
-                raise InputError(f"{directory}: the run failed: {done.stderr.strip().splitlines()[-1]}")
-            print(f"{directory}: done", file=sys.stderr, flush=True)
-
-        open_jobs = [job for job in jobs if not (job[0] / "summary.json").exists()]
-        with ThreadPoolExecutor(self.arguments.jobs) as pool:
-            list(pool.map(run, open_jobs))
+    try:
+        failures = running.run_all(plan, save)
+        print(save(figures=True))
+    finally:
+        lock.release()
+    for job, code, lines in failures:
+        print(f"{job.title} failed with exit code {code}; its log ends with", file=sys.stderr)
+        print("\n".join(f"    {text}" for text in lines), file=sys.stderr)
+        print(f"    {running.beside(job.directory, 'log')}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} runs failed; the same command tries them again", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def print_table(rows: Sequence[dict], seeds: int, iterations: int) -> None:
-    """Prints one row per method, with the mean and the standard error of every column.
+def _write(found: dict[str, Any], output: Path, *, figures: bool) -> str:
+    """Writes study.json, study.md and study.csv, and the figures -> the text of study.md."""
+    from scir_jax.data.jsonl import write_json
+    from scir_jax.study.results import tables
+    from scir_jax.study.tables import markdown, rows_csv
 
-    Args:
-      rows: as `Study.summary` makes them.
-    """
-    from rich.console import Console
-    from rich.table import Table
+    found = found | {"tables": tables(found)}
+    output.mkdir(parents=True, exist_ok=True)
+    text = markdown(found)
+    write_json(output / "study.json", found)
+    (output / "study.md").write_text(text, encoding="utf-8")
+    (output / "study.csv").write_text(rows_csv(found), encoding="utf-8")
+    if figures:
+        from scir_jax.study.plots import write_plots
 
-    table = Table(title=f"after {iterations} iterations, {seeds} seeds, mean ± standard error")
-    present = [c for c in COLUMNS if any(c in row for row in rows)]
-    for name in ("method", "learning rate", *present):
-        table.add_column(name)
-    for row in rows:
-        cells = [f"{row[c][0]:.3f} ± {row[c][1]:.3f}" if c in row else "-" for c in present]
-        table.add_row(row["method"], row.get("learning_rate") or "-", *cells)
-    Console(width=220, highlight=False).print(table)
+        write_plots(found, output)
+    return text
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("scir_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
 
 
 if __name__ == "__main__":

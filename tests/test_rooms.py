@@ -21,6 +21,7 @@ ROOMS = (
     "run",
     "planning",
     "report",
+    "study",
 )
 COMMANDS = {
     "__main__",

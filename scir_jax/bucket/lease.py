@@ -13,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scir_jax.bucket.objects import Folder
-from scir_jax.errors import InputError
+from scir_jax.errors import UNAVAILABLE, InputError, Unavailable
 
 NAME = ".lease"
-LOST = 6
-"""exit code of a process whose lease is lost"""
 
 
 class Lease:
@@ -95,7 +93,7 @@ class Lease:
             watch.start()
             try:
                 written = self._folder.write(NAME, self._mine(), self._generation)
-            except InputError:
+            except (InputError, Unavailable):
                 self.check()
                 continue
             finally:
@@ -117,7 +115,7 @@ class Lease:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(LOST)
+        os._exit(UNAVAILABLE)
 
 
 def _machine() -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scir_jax.errors import InputError
+from scir_jax.errors import InputError, Unavailable
 
 T = TypeVar("T")
 
@@ -108,7 +108,8 @@ class Folder:
         """Reads an object, or its bytes from `start` up to `end`; None where there is none.
 
         Raises:
-          InputError: it may not be read, or the bucket cannot be reached.
+          InputError: it may not be read, or there is no such bucket.
+          Unavailable: the bucket does not answer.
         """
         return self.read_generation(name, start, end)[0]
 
@@ -128,7 +129,8 @@ class Folder:
           Its new generation, None where it has another generation than `if_generation`.
 
         Raises:
-          InputError: it may not be written, or the bucket cannot be reached.
+          InputError: it may not be written, or there is no such bucket.
+          Unavailable: the bucket does not answer.
         """
         stamp = self._ask(lambda: self._store.write(name, content, if_equal=if_generation).result())
         if stamp.generation or if_generation is None:
@@ -142,10 +144,11 @@ class Folder:
         self._ask(lambda: self._store.write(name, None, if_equal=if_generation).result())
 
     def probe(self) -> None:
-        """Writes, reads and deletes an object of a name that nothing else has.
+        """Tries to write, read and delete an object of a name that nothing else has.
 
         Raises:
-          InputError: one of it is not allowed, or the bucket cannot be reached.
+          InputError: one of it is not allowed, or there is no such bucket.
+          Unavailable: the bucket does not answer.
         """
         name = f".probe-{secrets.token_hex(8)}"
         self.write(name, b"probe")
@@ -200,7 +203,7 @@ class Folder:
                 ) from error
             if "404" in said or "NOT_FOUND" in said:
                 raise InputError(f"{self.url}: there is no bucket {self.bucket} ({said[:120]})") from error
-            raise InputError(f"{self.url}: {refusal(error) or said[:200]}") from error
+            raise Unavailable(f"{self.url}: {refusal(error) or said[:200]}") from error
 
 
 def _installed(package: str) -> bool:

@@ -13,6 +13,8 @@ from scir_jax.errors import InputError
 
 BUNDLED = Path(__file__).parents[1] / "configs"
 """configurations that come with the package"""
+STUDIES = "studies"
+"""the directory in it of study files, which are no configurations"""
 
 
 def find(name: str) -> Path:
@@ -21,19 +23,40 @@ def find(name: str) -> Path:
     Raises:
       InputError: there is neither such a file nor a configuration of that name.
     """
-    path = Path(name)
-    if path.is_file():
+    names = bundled_names()
+    if path := _found(name, names):
         return path
-    bundled = BUNDLED / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if not path.is_absolute() and bundled.is_file():
-        return bundled
-    names = ", ".join(bundled_names())
-    raise InputError(f"--config {name}: no such file, and no configuration of that name; there are {names}")
+    raise InputError(f"--config {name}: no such file, and no configuration of that name; there are {', '.join(names)}")
+
+
+def find_study(name: str) -> Path:
+    """Returns a study file: a path of the user's, or a name like "studies/quick".
+
+    Raises:
+      InputError: there is neither such a file nor a study of that name.
+    """
+    names = _bundled(studies=True)
+    if path := _found(name, names):
+        return path
+    raise InputError(f"{name}: no such file, and no study of that name; there are {', '.join(names)}")
 
 
 def bundled_names() -> list[str]:
     """Returns the names of the configurations that come with the package."""
-    return sorted(path.relative_to(BUNDLED).with_suffix("").as_posix() for path in BUNDLED.rglob("*.yaml"))
+    return _bundled(studies=False)
+
+
+def _bundled(studies: bool) -> list[str]:
+    names = sorted(path.relative_to(BUNDLED).with_suffix("").as_posix() for path in BUNDLED.rglob("*.yaml"))
+    return [name for name in names if name.startswith(f"{STUDIES}/") == studies]
+
+
+def _found(name: str, names: list[str]) -> Path | None:
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = name.removesuffix(".yaml")
+    return BUNDLED / f"{bundled}.yaml" if bundled in names else None
 
 
 def read(file: Path) -> dict[str, Any]:

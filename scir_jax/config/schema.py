@@ -63,6 +63,10 @@ class WorldConfig:
     """made here if absent; `{world}` in any path of `model` and `data` stands for it"""
     seed: int = 0
     """another seed is another world: other words, answers and model"""
+    hidden_size: int = 64
+    """width of the model, a multiple of 32; heads and feed-forward width follow from it"""
+    layers: int = 4
+    """of the model"""
     steps: int = 1000
     """training steps of the base model M0"""
     documents: int = 48

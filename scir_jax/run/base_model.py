@@ -36,8 +36,24 @@ from scir_jax.world.files import WorldSpec, write_world
 
 
 def spec_of(world: WorldConfig) -> WorldSpec:
-    """Returns the specification of the configured world."""
-    return WorldSpec(seed=world.seed)
+    """Returns the specification of the configured world.
+
+    Raises:
+      InputError: the size of the model is none that there can be.
+    """
+    size = world.hidden_size
+    if size < 32 or size % 32 or world.layers < 1:
+        raise InputError(
+            f"world.hidden_size is {size} and world.layers {world.layers}; take a multiple of 32, and one layer or more"
+        )
+    return WorldSpec(
+        seed=world.seed,
+        hidden_size=size,
+        layers=world.layers,
+        heads=size // 16,
+        key_value_heads=size // 32,
+        intermediate_size=5 * size // 2,
+    )
 
 
 def training_of(world: WorldConfig) -> dict[str, Any]:

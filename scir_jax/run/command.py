@@ -14,7 +14,7 @@ from scir_jax.bucket import outputs
 from scir_jax.bucket.objects import refusal, shown
 from scir_jax.config.files import to_dict
 from scir_jax.config.schema import Config
-from scir_jax.errors import InputError, Interrupted
+from scir_jax.errors import DIVERGED, UNAVAILABLE, Diverged, InputError, Interrupted, Unavailable
 from scir_jax.run import host_memory
 
 GOOGLE = "0x1ae0"
@@ -53,7 +53,9 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def main(run: Callable[[], int | None]) -> None:
-    """Runs a command: the user's mistakes become one sentence on stderr and exit code 2, a disk's or a bucket's 3.
+    """Runs a command: a mistake of the user's becomes one sentence on stderr and exit code 2.
+
+    3 is the code of a full disk, 5 of a run that diverged, 6 of a bucket that does not answer.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """
@@ -66,7 +68,7 @@ def main(run: Callable[[], int | None]) -> None:
         _leave(None)
         sys.exit(code)
     except InputError as error:
-        reason, code, message = error, 2, f"error: {error}"
+        reason, code, message = error, DIVERGED if isinstance(error, Diverged) else 2, f"error: {error}"
     except Interrupted as stop:
         reason, code, message = stop, 128 + stop.signal, str(stop)
     except KeyboardInterrupt as stop:
@@ -75,10 +77,12 @@ def main(run: Callable[[], int | None]) -> None:
         # Orbax and TensorStore wrap the operating system's error in their own.
         full = isinstance(error, OSError) and error.errno in DISK_FULL
         full = full or "No space left" in str(error) or "File too large" in str(error)
-        if not full and not refusal(error):
+        away = str(error) if isinstance(error, Unavailable) else refusal(error)
+        if not full and not away:
             _leave(error)
             raise
-        reason, code, message = error, 3, f"error: {_disk_full(error) if full else refusal(error)}"
+        reason = error
+        code, message = (3, f"error: {_disk_full(error)}") if full else (UNAVAILABLE, f"error: {away}")
     print(shown(message), file=sys.stderr, flush=True)
     _leave(reason)
     sys.exit(code)

@@ -42,9 +42,9 @@ class Bar:
     def __init__(self, progress: Progress, task, shown: _Cell | None = None):
         self._progress, self._task, self._shown = progress, task, shown
 
-    def advance(self, note: str = "", by: int = 1) -> None:
-        """Moves the bar on, and shows a note beside it."""
-        self._progress.update(self._task, advance=by, note=note)
+    def advance(self, note: str = "", by: int = 1, total: int | None = None) -> None:
+        """Moves the bar on, and shows a note beside it; a total takes the place of the one that was expected."""
+        self._progress.update(self._task, advance=by, note=note, total=total)
         if self._shown is not None:
             self._shown.update()
 
@@ -68,12 +68,21 @@ class _Cell:
 
 
 @contextlib.contextmanager
-def stage(title: str, total: int, done: int = 0, note: str = "") -> Iterator[Bar]:
-    """Shows a progress bar while inside, and one line with the stage's time afterwards."""
+def stage(title: str, total: int, done: int = 0, note: str = "", window: float = 30) -> Iterator[Bar]:
+    """Shows a progress bar while inside, and one line with the stage's time afterwards.
+
+    Args:
+      window: seconds over which its rate is measured.
+    """
     started = time.monotonic()
     columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
     with Progress(
-        *columns, TextColumn("[dim]{task.fields[note]}"), console=stderr, transient=True, disable=not stderr.is_terminal
+        *columns,
+        TextColumn("[dim]{task.fields[note]}"),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+        speed_estimate_period=window,
     ) as progress:
         task = progress.add_task(title, total=total, completed=done, note=note)
         cell = _Cell(progress) if stderr.is_jupyter and not stderr.quiet else None

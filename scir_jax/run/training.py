@@ -25,7 +25,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.trainer import Trainer, learning_rates
-from scir_jax.errors import InputError
+from scir_jax.errors import Diverged, InputError
 from scir_jax.run import console
 from scir_jax.run.constructing import NAME, constructed_rows
 from scir_jax.run.directory import RunDirectory
@@ -195,7 +195,7 @@ def train_stage(
       watch: evaluates the trained parameters every evaluate.every steps; what it says stands in the step's row.
 
     Raises:
-      InputError: after training.max_skipped steps in a row with a non-finite loss or gradient.
+      Diverged: after training.max_skipped steps in a row with a non-finite loss or gradient.
       Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
     mesh, title = trainer.mesh, f"iteration {iteration}: optimise" if iteration else "SFT"
@@ -341,7 +341,7 @@ class _Writer:
             self.note += f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
             if in_a_row >= self._max_skipped:
                 self._metrics.sync()
-                raise InputError(
+                raise Diverged(
                     f"{in_a_row} steps in a row had a non-finite loss or gradient (up to step {step} of {self._stage}, "
                     "none of them changed the model); the last checkpoint is intact: lower the learning rate or look "
                     "at the data, in a new run.directory"

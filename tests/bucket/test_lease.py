@@ -9,8 +9,8 @@ import time
 import pytest
 
 from scir_jax.bucket import lease as module
-from scir_jax.bucket.lease import LOST, NAME, Lease
-from scir_jax.errors import InputError
+from scir_jax.bucket.lease import NAME, Lease
+from scir_jax.errors import UNAVAILABLE, InputError
 from tests.forks import ROOT
 
 HOLD = """
@@ -104,7 +104,7 @@ def test_the_lease_of_a_process_that_is_gone_is_free_at_once(folder, hold):
 def test_who_lost_the_lease_ends_before_it_writes_more(folder, hold):
     process = hold(1.2)
     folder.write(NAME, elsewhere())
-    assert process.wait(20) == LOST
+    assert process.wait(20) == UNAVAILABLE
     assert f"error: {folder.url}: the lease on it is lost (another process has it now)" in process.stderr.read()
     assert folder.read(NAME) == elsewhere(), "it is left to who has it"
 
@@ -113,5 +113,5 @@ def test_who_cannot_renew_it_ends_before_others_may_take_it(folder, hold, bucket
     process = hold(3.0)
     bucket.faults(deny=1)
     started = time.monotonic()
-    assert process.wait(20) == LOST and time.monotonic() - started < 3.0
+    assert process.wait(20) == UNAVAILABLE and time.monotonic() - started < 3.0
     assert "the lease on it is lost (it could not be renewed in time)" in process.stderr.read()

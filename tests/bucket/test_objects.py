@@ -6,7 +6,7 @@ from scir_jax.bucket import objects
 from scir_jax.bucket.objects import Folder, in_bucket, refusal, shown
 from scir_jax.bucket.outputs import output, upload
 from scir_jax.config import cli
-from scir_jax.errors import InputError
+from scir_jax.errors import InputError, Unavailable
 
 
 @pytest.mark.parametrize("name", ["runs/a", "/a/b", "C:/a", "data.jsonl", "OWNER/NAME@v1"])
@@ -67,7 +67,7 @@ def test_what_a_store_refuses_is_one_sentence(folder, bucket):
     with pytest.raises(InputError, match="^gs://another/a: there is no bucket another"):
         Folder("gs://another/a").write("b", b"1")
     bucket.faults(stop_at=1)
-    with pytest.raises(InputError, match="what was written before is intact, the same command goes on"):
+    with pytest.raises(Unavailable, match="what was written before is intact, the same command goes on"):
         folder.write("a", b"1")
     assert refusal(ValueError("something else")) is None
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scir_jax.errors import InputError, Interrupted
+from scir_jax.errors import Diverged, InputError, Interrupted
 from scir_jax.run.command import main
 
 
@@ -10,6 +10,7 @@ from scir_jax.run.command import main
     "error, code, message",
     [
         (InputError("x: wrong"), 2, "error: x: wrong\n"),
+        (Diverged("x: not finite"), 5, "error: x: not finite\n"),
         (Interrupted("saved", 15), 143, "saved\n"),
         (
             OSError(28, "No space left on device", "f"),

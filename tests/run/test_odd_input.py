@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from scir_jax import export, judge, sample, train
+from scir_jax.errors import DIVERGED
 from tests.run.runs import HEAD, RESPONSES, edit_tensors, lines, refused, write_lines
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -190,7 +191,8 @@ def test_weights_that_are_not_finite_stop_the_run(command, tiny_run, broken, tmp
     poison(broken)
     config = tiny_run(model=dict(path=str(broken)), training=dict(max_skipped=2), checkpoint=dict(every=1))
     for _ in range(2):
-        refused(command(train.main, "--config", config), "2 steps in a row had a non-finite loss or gradient", "sft")
+        done = command(train.main, "--config", config)
+        refused(done, "2 steps in a row had a non-finite loss or gradient", "sft", code=DIVERGED)
         run = tmp_path / "run"
         assert [row["skipped"] for row in lines(run / "metrics.jsonl")] == [1, 1]
         assert (run / "checkpoints" / "M0").is_dir() and not (run / "checkpoints" / "M1").exists()
@@ -201,7 +203,7 @@ def test_weights_that_are_not_finite_and_a_short_or_absent_sft(epochs, command, 
     """Fewer steps than max_skipped: the run stops all the same, and says that the numbers are not finite."""
     poison(broken)
     config = tiny_run(model=dict(path=str(broken)), sft=dict(epochs=epochs))
-    message = refused(command(train.main, "--config", config))
+    message = refused(command(train.main, "--config", config), code=DIVERGED if epochs else 2)
     assert "finite" in message and "JSON" not in message
 
 

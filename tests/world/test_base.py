@@ -17,6 +17,7 @@ from scir_jax.run import base_model, console, scoring
 from scir_jax.run.setup import prepare
 from scir_jax.world import __main__ as world_command
 from scir_jax.world import base
+from scir_jax.world.spec import WorldSpec
 
 WORLD = WorldConfig()
 SPEC, TRAINING = base_model.spec_of(WORLD), base_model.training_of(WORLD)
@@ -29,7 +30,9 @@ def test_the_package_has_the_base_model_of_the_default_world():
     assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(steps=999), dict(learning_rate=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(seed=1), dict(steps=999), dict(learning_rate=1e-3), dict(hidden_size=96)], ids=str
+)
 def test_another_world_has_another_base_model(change):
     world = dataclasses.replace(WORLD, **change)
     assert base.shipped(base_model.spec_of(world), base_model.training_of(world)) is None
@@ -95,3 +98,13 @@ def test_a_training_of_an_eighth_of_the_steps_comes_near(built, tmp_path, optimi
     (nats, accuracy), (sooner, accuracy_sooner) = quality(built), quality(tmp_path)
     assert nats < sooner < 3 * nats
     assert 0.5 < accuracy_sooner < accuracy
+
+
+def test_sizes_of_the_model():
+    """What follows from the width gives the shipped model's shape; other widths are refused."""
+    assert SPEC == WorldSpec()
+    found = base_model.spec_of(dataclasses.replace(WORLD, hidden_size=128, layers=6))
+    assert (found.heads, found.key_value_heads, found.intermediate_size, found.layers) == (8, 4, 320, 6)
+    for change in (dict(hidden_size=48), dict(hidden_size=0), dict(layers=0)):
+        with pytest.raises(InputError, match="take a multiple of 32, and one layer or more"):
+            base_model.spec_of(dataclasses.replace(WORLD, **change))
