@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"the configuration has no programs of {own['programs']}")
     tables.show_stages(run, stages, target)
     if target.chip is not None and any(stage.reason is None for stage in stages):
+        if any(stage.kind == "optimise" for stage in stages):
+            tables.show_save(run, target)
         tables.show_times(run, stages, target)
         tables.show_iteration(run, stages, target, load, count, own["efficiency"])
     if search:

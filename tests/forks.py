@@ -156,7 +156,11 @@ def _serve() -> list[str]:
     """Forks a process for every request on stdin, and returns in it what it shall run."""
     for name in MODULES:
         importlib.import_module(name)
+    from scir_jax import train
+    from scir_jax.config import cli
+
     share_programs()
+    cli.parse("train", train.__doc__, [], default_config=cli.QUICKSTART)  # the parser is made once for all
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while line := sys.stdin.buffer.readline():
         if not os.fork():

@@ -102,7 +102,8 @@ def check_batches(mesh: Mesh, batches: dict[str, tuple[int, int]]) -> None:
             parts = f"{micro} micro-batches x {shards}" if micro > 1 else f"{shards}"
             raise InputError(
                 f"{key} {size} does not divide into {parts} batch shards of the mesh (data x fsdp); "
-                f"{_either(near)} would"
+                f"{_either(near)} would, or with {size} as it is a mesh whose data x fsdp is "
+                f"{_either([n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % (micro * n) == 0])}"
             )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +104,18 @@ def show_stages(run: Programs, found: Sequence[Stage], machine: Machine) -> None
     for stage in found:
         if stage.reason and stage.reason != stages.SKIPPED:
             _print(f"{stage.name}: {stage.reason}")
+
+
+def show_save(run: Programs, machine: Machine) -> None:
+    """Shows how large a training state is, and how long it takes to save it, as before a preemption."""
+    state = run.optimise.abstract_state()
+    size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
+    hosts = machine.hosts or 1
+    each = f", {size / hosts / GIB:.2f} GiB per host" if hosts > 1 else ""
+    _print(
+        f"a checkpoint has {size / GIB:.2f} GiB{each}: at 1 GB/s per host, if disk or bucket give that, it is saved in "
+        f"{_time(size / hosts / 1e9)}; a TPU VM that is preempted has 30 s, what is not saved by then is trained again"
+    )
 
 
 def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:

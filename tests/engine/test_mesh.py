@@ -51,20 +51,21 @@ def test_other_numbers_of_the_model_are_looked_at_too():
 
 
 @pytest.mark.parametrize(
-    "size, micro, expected",
+    "size, micro, sizes, meshes_",
     [
-        (12, 1, "optimise.batch_size 12 does not divide into 8 batch shards of the mesh (data x fsdp); 8 or 16 would"),
-        (4, 1, "optimise.batch_size 4 does not divide into 8 batch shards of the mesh (data x fsdp); 8 would"),
+        (12, 1, "12 does not divide into 8 batch shards of the mesh (data x fsdp); 8 or 16", "1, 2, 3, 4, 6 or 12"),
+        (4, 1, "4 does not divide into 8 batch shards of the mesh (data x fsdp); 8", "1, 2 or 4"),
         (
             40,
             4,
-            "optimise.batch_size 40 does not divide into 4 micro-batches x 8 batch shards of the mesh (data x fsdp); "
-            "32 or 64 would",
+            "40 does not divide into 4 micro-batches x 8 batch shards of the mesh (data x fsdp); 32 or 64",
+            "1 or 2",
         ),
     ],
 )
-def test_a_batch_that_the_mesh_does_not_divide(size, micro, expected):
+def test_a_batch_that_the_mesh_does_not_divide(size, micro, sizes, meshes_):
     check = lambda: meshes.check_batches(mesh_of(2, 4, 3), {"optimise.batch_size": (size, micro)})
+    expected = f"optimise.batch_size {sizes} would, or with {size} as it is a mesh whose data x fsdp is {meshes_}"
     assert message(check) == expected
     meshes.check_batches(mesh_of(2, 4, 3), {"a": (0, 1), "b": (64, 4)})
 

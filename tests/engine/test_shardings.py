@@ -180,7 +180,8 @@ def test_the_mesh_takes_what_is_left(sharded):
 
 def test_a_batch_must_divide(sharded):
     assert sharded["error"] == (
-        "sample.batch_size 12 does not divide into 8 batch shards of the mesh (data x fsdp); 8 or 16 would"
+        "sample.batch_size 12 does not divide into 8 batch shards of the mesh (data x fsdp); 8 or 16 would, "
+        "or with 12 as it is a mesh whose data x fsdp is 1, 2 or 4"
     )
 
 
