@@ -25,6 +25,7 @@ from scir_jax.method.selection import SELECTION
 from scir_jax.method.targets import transitive
 from scir_jax.run import answers, console, scorer, scoring
 from scir_jax.run.answers import Source
+from scir_jax.run.costs import Account, Spend
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, judge_before, roles
 from scir_jax.run.scorer import Scorer
@@ -108,12 +109,14 @@ def make_pairs(
     source: Source,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
     external: Scorer | None = None,
     offline: Sequence[Pair] = (),
 ) -> None:
     """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
 
     Args:
+      account: of the stage.
       external: says which answer of a pair is better.
       offline: labelled pairs, of which pairs.offline takes its share.
 
@@ -135,7 +138,9 @@ def make_pairs(
     kept = offline_pairs(config, items, groups, offline, rng) if config.pairs.offline else []
     labelled = [Choice(len(items) + 2 * i, len(items) + 2 * i + 1, pair.label) for i, pair in enumerate(kept)]
     items = [*items, *((pair.prompt, answer) for pair in kept for answer in pair.answers)]
-    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
+    scored = score_candidates(
+        config, encoder, programs, models, iteration, items, candidates, stopper, external, account.add
+    )
     far = answers.check_claims(source.claims, items, scored.by_role["start"]["logps"])
     if far is not None:
         console.say(
@@ -153,6 +158,7 @@ def make_pairs(
                 f"iteration {iteration}: most of the judge's verdicts contradict the label of every pair, so that "
                 "selection.rule sampled leaves none; take another rule, or train the judge (sft) longer"
             )
+    account.keep()
     if hosts.first():
         write_rows(path, (to_row(pair, number) for number, pair in enumerate(pairs)))
 
@@ -167,10 +173,14 @@ def score_candidates(
     candidates: list[Choice],
     stopper: console.Stopper,
     external: Scorer | None = None,
+    spend: Spend = scoring.nothing,
 ) -> Scored:
     """Scores the candidates' items under the models in every role, and asks the judge where it is needed.
 
     Each model is loaded once, M_t last, so that only one copy of the weights is there at a time.
+
+    Args:
+      spend: is told what that cost.
     """
     wanted, numbers = objective.needs(config), roles(config, iteration)
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
@@ -195,17 +205,19 @@ def score_candidates(
 
         if external is not None:
             models.release()
-            given = _spread(external.rewards([items[i] for i in used], advance), used, len(items), np.float64)
+            given = _spread(external.rewards([items[i] for i in used], advance, spend), used, len(items), np.float64)
         if again:
-            before = scoring.judge_pairs(encoder, programs, models.load(earlier), pairs, advance)
+            before = scoring.judge_pairs(encoder, programs, models.load(earlier), pairs, advance, spend=spend)
         for number in loads:
-            found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
+            params, mine = models.load(number), [items[i] for i in used]
+            found = scoring.score_answers(encoder, programs, params, mine, advance, spend)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
         if wanted.judged:
-            judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance)
+            judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance, spend=spend)
         if passes:
             key = stream_key(config.run.seed, "verdicts", iteration)
-            verdicts = scoring.single_verdicts(encoder, programs, models.load(iteration), pairs, advance, key)
+            params = models.load(iteration)
+            verdicts = scoring.single_verdicts(encoder, programs, params, pairs, advance, key, spend)
         elif wanted.verdicts:
             verdicts = rewards.single_verdicts(judged.verdicts)
     by_role = {role: read[numbers[role]] for role in asked}
