@@ -214,7 +214,7 @@ def result_of(directory: Path) -> dict:
     result["metrics"] = [without_times(row) for row in lines(directory / "metrics.jsonl")]
     summary = content(directory / "summary.json")
     result["summary"] = [without_times(row) for row in summary["rows"]]
-    result["costs"] = [without_times(row) | {"memory": None} for row in summary["costs"]["stages"]]
+    result["costs"] = [without_times(row) | {"memory": None, "memory_of": None} for row in summary["costs"]["stages"]]
     result["names"] = sorted(p.name for p in directory.iterdir() if p.name != "tensorboard")
     result["checkpoints"] = sorted(p.name for p in (directory / "checkpoints").iterdir())
     return result
