@@ -18,7 +18,7 @@ SECANTS = 6
 KEYS = {
     "optimise.batch_size": ("optimise",),
     "sample.batch_size": ("prefill", "decode"),
-    "evaluate.batch_size": ("score", "judge"),
+    "evaluate.batch_size": ("score", "judge", "rate"),
 }
 
 

@@ -87,6 +87,8 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
         # Once by M_t, once by the judge before it, and once for each pass with dropout.
         times = 1 + ("generative_before" in wanted.frozen) + (run.judge_passes if wanted.verdicts else 0)
         found.insert(3, ("score", "judge", times * math.ceil(candidates / config.evaluate.batch_size)))
+    if wanted.pointwise:
+        found.insert(-1, ("score", "rate", math.ceil(answers / size)))
     return found[2:] if config.data.pairs else found
 
 

@@ -19,7 +19,7 @@ HARMLESS_SECTIONS = ("checkpoint", "evaluate")
 ADDED = ("data.heldout_prompts", "data.heldout_pairs")
 """files that may be added"""
 MOVED = (
-    *("model.path", "lora.adapter", "world.directory", "generative.templates"),
+    *("model.path", "lora.adapter", "world.directory", "generative.templates", "generative.pointwise"),
     *("data.prompts", "data.ift", "data.eft", "data.pairs", *ADDED),
     *("implicit.reference", "preference.reference", "pairs.scorer"),
 )

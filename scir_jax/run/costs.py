@@ -57,14 +57,15 @@ def rewarded(arch: Architecture, lengths: Sequence[int]) -> Counts:
     return Counts(scored=sum(lengths), flops=flops.of_pass(arch, flops.rows_work(arch, lengths)))
 
 
-def judged(programs: Programs, lengths: np.ndarray) -> Counts:
+def judged(programs: Programs, lengths: np.ndarray, choices: int = 2) -> Counts:
     """Counts judge questions that one verdict is read off each.
 
     Args:
       lengths: tokens of each question, int of any shape.
+      choices: tokens among which the verdict chooses.
     """
     flat = lengths.reshape(-1).tolist()
-    work = flops.rows_work(programs.arch, flat, verdicts=len(flat))
+    work = flops.rows_work(programs.arch, flat, verdicts=len(flat) * choices // 2)
     return Counts(judged=sum(flat), flops=flops.of_pass(programs.arch, work, lora=programs.model.lora))
 
 

@@ -140,7 +140,8 @@ def evaluate(
     """
     pairs, labels = labelled_pairs(inputs.heldout_pairs)
     prompts = inputs.heldout_prompts
-    total = scoring.score_count(len(pairs), with_reference=reference is not None) if pairs else 0
+    rated = encoder.pointwise is not None
+    total = scoring.score_count(len(pairs), with_reference=reference is not None, rated=rated)
     kinds = [(False, config.evaluate.samples, settings_of(config.sample))]
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))

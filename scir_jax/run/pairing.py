@@ -194,9 +194,12 @@ def score_candidates(
     # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
-    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes + again) * len(pairs)
+    total = (len(loads) + (external is not None) + wanted.pointwise) * len(used) + (
+        wanted.judged + passes + again
+    ) * len(pairs)
     read: dict[int | str, dict[str, np.ndarray]] = {}
     judged = verdicts = given = before = None
+    rated: dict[str, np.ndarray] = {}
     with console.stage(title, total) as bar:
 
         def advance(by: int) -> None:
@@ -212,6 +215,9 @@ def score_candidates(
             params, mine = models.load(number), [items[i] for i in used]
             found = scoring.score_answers(encoder, programs, params, mine, advance, spend)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
+        if wanted.pointwise:
+            params, mine = models.load(iteration), [items[i] for i in used]
+            rated = scoring.rate_answers(encoder, programs, params, mine, advance, spend)
         if wanted.judged:
             judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance, spend=spend)
         if passes:
@@ -221,6 +227,7 @@ def score_candidates(
         elif wanted.verdicts:
             verdicts = rewards.single_verdicts(judged.verdicts)
     by_role = {role: read[numbers[role]] for role in asked}
+    points = {name: _spread(values, used, len(items)) for name, values in rated.items()}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
             f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first "
@@ -229,9 +236,11 @@ def score_candidates(
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}
+    by_role["start"] = by_role["start"] | points
     if judged is not None:
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
+    cached |= {f"start_{name}": values[places] for name, values in points.items()}
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
     frozen = {name: np.asarray(values) for name, values in logits.items()}
@@ -277,13 +286,14 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
     """Collects what a way of choosing pairs looks at."""
     numbers = roles(config, iteration)
     wins = scored.frozen.get("generative")
+    points = scored.by_role["start"].get("points") if config.preference.labels == "pointwise" else None
     return Scores(
         logps={role: values["logps"].astype(np.float64) for role, values in scored.by_role.items()},
         lengths=np.array([len(answer.ids) for _, answer in items]),
         characters=np.array([len(answer.text) for _, answer in items]),
         wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
         reference_before=numbers["before"] == numbers["implicit"],
-        rewards=scored.rewards,
+        rewards=scored.rewards if points is None else points.astype(np.float64),
     )
 
 

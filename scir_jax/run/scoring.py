@@ -17,7 +17,7 @@ from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.method.rewards import Evidence, fit_length_penalty, judged
+from scir_jax.method.rewards import Evidence, expected_points, fit_length_penalty, judged
 from scir_jax.run import costs
 from scir_jax.run.costs import Spend
 
@@ -111,6 +111,48 @@ def judge_pairs(
     return Judged(verdicts, mass)
 
 
+def rate_answers(
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    items: Sequence[Item],
+    advance: Advance = nothing,
+    spend: Spend = nothing,
+) -> dict[str, np.ndarray]:
+    """Reads the points that the judge gives each answer.
+
+    Args:
+      advance: is told after each batch how many answers it held.
+      spend: is told what that cost.
+
+    Returns:
+      [len(items)] float32: "points", their expectation; "points_mass", the probability of all points together.
+
+    Raises:
+      InputError: the model gives values that are not finite.
+    """
+    points = tuple(map(float, encoder.pointwise.template.verdicts))
+    groups, sizes = programs.rate_groups, rating_sizes(encoder, items)
+    result = {name: np.zeros(len(items), np.float32) for name in ("points", "points_mass")}
+    by_group = by_length([(n,) for n in sizes.tolist()], [(group.tokens,) for group in groups])
+    for group, numbers in zip(groups, by_group, strict=True):
+        for part in batched(numbers, group.rows):
+            rows = [encoder.pointwise_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
+            read = programs.rater(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+            logits, mass = (np.asarray(values)[: len(part)] for values in read)
+            check_finite(logits, "points")
+            check_finite(mass, "points")
+            result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
+            advance(len(part))
+    spend(costs.judged(programs, sizes, len(points)))
+    return result
+
+
+def rating_sizes(encoder: Encoder, items: Sequence[Item]) -> np.ndarray:
+    """Counts the tokens of the pointwise question about each answer, [len(items)] int."""
+    return np.array([len(encoder.pointwise_row(*item).ids) for item in items], int)
+
+
 def question_sizes(encoder: Encoder, pairs: Sequence[Pair]) -> np.ndarray:
     """Counts the tokens of every template's question about pairs in both orders, [P, G, 2] int."""
     sizes = [[[len(row.ids) for row in encoder.judge_rows(judge, pair)] for judge in encoder.judges] for pair in pairs]
@@ -172,6 +214,9 @@ def score_pairs(
         found = score_answers(encoder, programs, params, items, advance, spend)
         fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
         cached["start_logps"] = fresh["logps"]
+    if encoder.pointwise is not None:
+        rated = rate_answers(encoder, programs, params, items, advance, spend)
+        cached |= {f"start_{name}": values.reshape(-1, 2) for name, values in rated.items()}
     judged = judge_pairs(encoder, programs, params, pairs, advance, spend=spend)
     fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return evidence_of(pairs, fresh, cached, config)
@@ -209,9 +254,13 @@ def length_penalty(config: Config, logps: np.ndarray, reference_logps: np.ndarra
     return fit_length_penalty(config.implicit.beta * (logps - reference_logps), lengths)
 
 
-def score_count(pairs: int, *, with_reference: bool) -> int:
-    """Returns what `score_pairs` tells `advance` in total: answers, and pairs that are judged."""
-    return pairs * (5 if with_reference else 1)
+def score_count(pairs: int, *, with_reference: bool, rated: bool = False) -> int:
+    """Returns what `score_pairs` tells `advance` in total: answers, and pairs that are judged.
+
+    Args:
+      rated: the judge gives points too.
+    """
+    return pairs * ((5 if with_reference else 1) + 2 * rated)
 
 
 def taken(items: Sequence, rows: np.ndarray) -> list:

@@ -216,7 +216,7 @@ def _seen(arch: Architecture, lengths: Counter[int]) -> int:
 
 
 def _forward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, places: int) -> Flops:
-    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    readout = _readout(arch, part)
     return (
         _layers(arch, part.rows, part.tokens, lora, flash)
         + Flops(*_head(arch, part, places))
@@ -230,7 +230,7 @@ def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flas
     linears = 2 * positions * layers * (_weights(arch) * (1 if lora else 2) + 2 * _adapters(arch, lora))
     model, hardware = _attention(arch, part.rows, part.tokens, flash)
     head, chunked = _head(arch, part, places)
-    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    readout = _readout(arch, part)
     # Without saved weights of the pairs the scores are a fifth product beside the four.
     attention = Flops(2 * model, hardware * 5 // 2 if flash(part.tokens) else 2 * hardware)
     sides = 1 if lora else 2
@@ -280,6 +280,11 @@ def _head(arch: Architecture, part: RowGroup, places: int) -> tuple[int, int]:
     row = 2 * part.rows * part.scored * part.heads * arch.hidden_size
     chunk = logprobs.chunk_size(places, arch.vocab_size)
     return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
+
+
+def _readout(arch: Architecture, part: RowGroup) -> int:
+    """Counts the model FLOPs of the verdicts."""
+    return 2 * part.verdicts * part.rows * arch.hidden_size * part.verdict
 
 
 def _mass(arch: Architecture, part: RowGroup) -> int:
