@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -123,7 +124,7 @@ def _check_points(template: Template) -> None:
         points = [float(verdict) for verdict in template.verdicts]
     except ValueError:
         points = []
-    if len(set(points)) < 2 or len(set(points)) != len(template.verdicts):
+    if len(set(points)) < 2 or len(set(points)) != len(template.verdicts) or not all(map(math.isfinite, points)):
         raise InputError(
             f"judge template {template.name}: verdicts must be different numbers, the points; two at least"
         )
