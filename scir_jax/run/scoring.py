@@ -61,7 +61,8 @@ def score_answers(
                 check_finite(values, "log-probabilities")
                 result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
             advance(len(part))
-    spend(costs.scored(programs, items))
+    if spend is not nothing:
+        spend(costs.scored(programs, items))
     return result
 
 
@@ -107,7 +108,8 @@ def judge_pairs(
             check_finite(mass[part], "verdicts")
             advance(len(part))
             calls += 1
-    spend(costs.judged(programs, sizes))
+    if spend is not nothing:
+        spend(costs.judged(programs, sizes))
     return Judged(verdicts, mass)
 
 
@@ -144,7 +146,8 @@ def rate_answers(
             check_finite(mass, "points")
             result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
             advance(len(part))
-    spend(costs.judged(programs, sizes, len(points)))
+    if spend is not nothing:
+        spend(costs.judged(programs, sizes, len(points)))
     return result
 
 
