@@ -246,6 +246,9 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     if chat.opened and prefix.startswith(chat.opened):
         prefix = prefix.removeprefix(chat.opened).removeprefix("\n")
     rows = [row(Literal(prefix), verdict) for verdict in template.verdicts]
+    for verdict, ids in zip(template.verdicts, rows):
+        if ids[-1] == chat.tokenizer.unk_token_id:
+            raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
     for (a, one), (b, other) in itertools.combinations(zip(template.verdicts, rows), 2):
         if one[:-1] != other[:-1] or one[-1] == other[-1]:
             raise InputError(
@@ -253,7 +256,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
                 f"but end in {list(one[-3:])} and {list(other[-3:])}; choose other letters or another answer_prefix"
             )
     for verdict, token in zip(template.verdicts, (ids[-1] for ids in rows)):
-        if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
+        if token in chat.control_ids:
             raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
     answer_tokens = 1
     if prefix:  # from where the row departs from one without it: a space before it may be part of its first token
