@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = own["reference"]
     place = hub.directory(reference, "--reference") if reference else None
     load_reference = (lambda: parameters.of_directory(place, inference=True)) if place else None
-    total = scoring.score_count(len(pairs), with_reference=bool(reference))
+    total = scoring.score_count(len(pairs), with_reference=bool(reference), rated=encoder.pointwise is not None)
     with console.stage("judge", total) as bar:
         evidence = scoring.score_pairs(
             encoder,

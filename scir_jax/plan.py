@@ -9,7 +9,7 @@ from scir_jax.config import cli
 from scir_jax.config.checks import check, resolve
 from scir_jax.run import command
 
-STAGES = ("prefill", "decode", "score", "judge", "reward", "sft", "optimise")
+STAGES = ("prefill", "decode", "score", "judge", "rate", "reward", "sft", "optimise")
 OPTIONS = {
     "topology": (
         str | None,

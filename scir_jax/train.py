@@ -100,7 +100,7 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
     from scir_jax.engine.hosts import hosts
     from scir_jax.model.hf import adapters
     from scir_jax.report.page import write_report
-    from scir_jax.run import choice, console, iteration, preflight
+    from scir_jax.run import choice, console, counts, iteration, preflight
     from scir_jax.run.base_model import build_world
     from scir_jax.run.card import write_card
     from scir_jax.run.changes import ADDED
@@ -173,7 +173,9 @@ def _train(config: Config, directory, stopper, resumed: bool) -> tuple[list[dict
         metrics.close()
     best = choice.best(rows, config.evaluate.select, early_stop=config.evaluate.early_stop)["model"]
     number = int(best.removeprefix("M"))
-    hosts.decide(lambda: directory.summarise(rows, best, config.evaluate.select))
+    hosts.decide(
+        lambda: directory.summarise(rows, best, config.evaluate.select, to_dict(config), counts.table(directory.path))
+    )
     if not hosts.decide((directory.path / "export" / "config.json").exists):
         export_model(config, programs, directory, number, directory.path / "export")
     if adapted and not hosts.decide((directory.path / "adapter" / adapters.WEIGHTS).exists):

@@ -49,6 +49,7 @@ VARIED = {
         ("likelihood", "generative"),
         ("entropy", "generative"),
         ("implicit", "entropy"),
+        ("generative", "implicit", "pointwise"),
     ],
     "generative.templates": [("a",), ("a", "b")],
     "rewards.likelihood_length": options("RewardsConfig", "likelihood_length"),
@@ -86,7 +87,7 @@ CONFIGURATIONS = 24
 
 def random_settings():
     """Settings in which every value of every key occurs about equally often, in random combinations."""
-    rng = np.random.default_rng(13)
+    rng = np.random.default_rng(14)
     columns = {}
     for name, values in VARIED.items():
         places = rng.permutation(np.arange(CONFIGURATIONS) % len(values))
@@ -97,8 +98,8 @@ def random_settings():
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 FRESH = ("logps", "verdicts", "verdict_mass", "entropy")
-CACHED = ("preference_logps", "implicit_logps", "start_logps")
-FROZEN = ("generative", "implicit", "likelihood", "entropy", "generative_before", "transitive")
+CACHED = ("preference_logps", "implicit_logps", "start_logps", "start_points", "start_points_mass")
+FROZEN = ("generative", "implicit", "likelihood", "entropy", "generative_before", "transitive", "pointwise")
 
 
 def example(config, seed, pairs=7, real=5, weighted=False):
@@ -107,7 +108,7 @@ def example(config, seed, pairs=7, real=5, weighted=False):
     Args:
       weighted: real pairs have other weights than 1.
     """
-    rng = np.random.default_rng(seed)
+    rng, points = (np.random.default_rng([seed, stream][: stream + 1]) for stream in range(2))
     templates = len(config.generative.templates)
     lengths = rng.integers(1, 12, (pairs, 2))
     values = {
@@ -119,6 +120,8 @@ def example(config, seed, pairs=7, real=5, weighted=False):
         "preference_logps": rng.normal(-9, 4, (pairs, 2)),
         "implicit_logps": rng.normal(-9, 4, (pairs, 2)),
         "start_logps": rng.normal(-9, 4, (pairs, 2)),
+        "start_points": points.uniform(0, 5, (pairs, 2)),
+        "start_points_mass": points.uniform(0, 1, (pairs, 2)),
         "length_penalty": 0.07 * lengths,
         "single": rng.normal(0, 2, (pairs, 2 * templates)),
         "label": rng.choice([0, 0.5, 1, 0.7, 0.2], pairs),
@@ -261,7 +264,7 @@ def ref_rewards(pairs, config):
         r = r - pairs["length_penalty"]
     s = pairs["start_logps"] / (lengths if config.rewards.likelihood_length == "mean" else 1)
     h = -config.rewards.entropy_scale * pairs["entropy"]
-    scores = {"implicit": r, "likelihood": s, "entropy": h}
+    scores = {"implicit": r, "likelihood": s, "entropy": h, "pointwise": pairs["start_points"]}
     return {"generative": (z[..., 0] - z[..., 1]) / 2, **{name: y[:, :1] - y[:, 1:] for name, y in scores.items()}}
 
 
@@ -327,7 +330,7 @@ def ref_labels(pairs, logits, config):
 def ref_shown(config):
     """Reward models whose logits a step has: those that something in it looks at, and those that cost nothing."""
     # The answers' rows, which are always there, give the implicit reward; what is frozen is only carried along.
-    looked = {"implicit"} | ({"likelihood"} & set(config.rewards.models))
+    looked = {"implicit"} | ({"likelihood", "pointwise"} & set(config.rewards.models))
     if config.consistency.weight or config.selection.rule in ("agreement", "both_orders"):
         looked |= set(config.rewards.models)
     if config.judge.slot_penalty or config.selection.rule == "both_orders":
@@ -406,6 +409,8 @@ def ref_objective(pairs, at, config):
             "generative/flip_rate": ((np.sign(z[..., 0]) == np.sign(z[..., 1])).mean(axis=1), weight),
             "generative/verdict_mass": (pairs["verdict_mass"].mean(axis=(1, 2)), weight),
         }
+    if "pointwise" in shown:
+        per_pair["pointwise/points_mass"] = (pairs["start_points_mass"].mean(axis=1), weight)
     everyone = shown >= set(config.rewards.models)
     if everyone:
         per_pair["agreement"] = (agreed, weight)

@@ -22,6 +22,7 @@ from scir_jax.model import decoder, families, lora
 from scir_jax.model.architecture import LINEARS
 from scir_jax.model.hf import adapters, weights
 from scir_jax.run import console
+from scir_jax.run.costs import Account
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.setup import Setup, prepare
@@ -197,6 +198,8 @@ class Stage:
                 frozen=lambda: parameters.frozen,
                 decisions=AppendOnly(self.decisions),
                 save=lambda params: self.store.save(2, params),
+                tokens=lambda number: {"policy": number + 1, "ift": 10},
+                account=Account(self.run.iteration(1) / "costs.json", "optimise"),
             )
         finally:
             metrics.close()
@@ -240,4 +243,7 @@ def assert_same_stage(stage: Stage, other: Stage) -> None:
     assert_same_bytes(stage.params(), other.params())
     assert stage.rows() == other.rows()
     assert stage.decisions.read_bytes() == other.decisions.read_bytes()
+    costs, expected = (json.loads((s.run.iteration(1) / "costs.json").read_text()) for s in (stage, other))
+    policy = sum(range(1, len(stage.steps()) + 1))
+    assert costs == expected and costs["optimise"]["trained_policy"] == policy
     assert not stage.left

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from scir_jax.config.choices import LabelName, RewardName
 from scir_jax.config.columns import ColumnsConfig
 from scir_jax.config.evaluation import EvaluateConfig
 from scir_jax.config.judge import JudgeConfig
@@ -239,7 +240,8 @@ class PairsConfig:
     """Which responses of a prompt are compared."""
 
     kind: Literal["random", "all", "best_worst", "cream", "dice"] = "random"
-    """best_worst ranks the N responses by the judge's wins and pairs the best with the worst and the second-worst;
+    """best_worst ranks the N responses by the judge's wins (with preference.labels pointwise by its points) and pairs
+    the best with the worst and the second-worst;
     cream pairs the implicit reward's best with its worst, for preference.labels cream; dice too, with its rewards less
     alpha times the characters, for preference.labels dice"""
     per_prompt: int = 2
@@ -259,6 +261,8 @@ class GenerativeConfig:
 
     templates: tuple[str, ...] = ("standalone",)
     """judge templates, built-in names or YAML files; each is a reward model of its own"""
+    pointwise: str = "additive"
+    """the template that gives points to one answer, for the reward model pointwise: built-in or a YAML file"""
     passes: int = 10
     """Monte-Carlo passes that sample the judge's uncertainty, where a method asks for it and lora.dropout is set;
     without dropout the templates and both orders are the sample"""
@@ -283,8 +287,8 @@ class ImplicitConfig:
 class RewardsConfig:
     """The set of internal reward models and their consensus."""
 
-    models: tuple[Literal["generative", "implicit", "likelihood", "entropy"], ...] = ("generative", "implicit")
-    """reward models that must agree"""
+    models: tuple[RewardName, ...] = ("generative", "implicit")
+    """reward models that must agree; pointwise: the points of an answer alone, frozen like likelihood's"""
     likelihood_length: Literal["none", "mean"] = "none"
     """the likelihood reward is a sum or a mean over tokens"""
     entropy_scale: float = 1.0
@@ -344,9 +348,7 @@ class PreferenceConfig:
     """log-ratios per token"""
     reference: str = "start"
     """reference model: start (M_t, so that the first step's loss is ln 2), sft (M1), base (M0), or a model directory"""
-    labels: Literal[
-        "agreement", "generative", "implicit", "likelihood", "entropy", "consensus", "cream", "dice", "external"
-    ] = "agreement"
+    labels: LabelName = "agreement"
     """who says which response is better; external: the user or pairs.scorer; cream: the agreement of the rankings by
     M_t and by M_{t-1}, with pairs.kind cream; dice: the order of pairs.kind dice"""
     soft: bool = False

@@ -71,6 +71,7 @@ class RowGroup(NamedTuple):
       scored: the most places of a row at which the vocabulary's logits are taken.
       verdict: whether a verdict is read in every row.
       heads: how often the logits are taken at each of these places.
+      verdicts: among how many tokens a verdict chooses.
     """
 
     leading: tuple[int, ...]
@@ -78,6 +79,7 @@ class RowGroup(NamedTuple):
     scored: int = 0
     verdict: bool = False
     heads: int = 1
+    verdicts: int = 2
 
     @property
     def rows(self) -> int:

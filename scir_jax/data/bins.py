@@ -83,6 +83,13 @@ class Laid(NamedTuple):
             self.kind, tokens, sum(map(len, self.scored)), number * self.answers, number * self.judged, number
         )
 
+    @property
+    def policy(self) -> int:
+        """Counts the tokens of prompts and their answers, which may be less than all: a judge's question may follow."""
+        if not self.answers:
+            return 0
+        return sum(max(scored) + 1 for scored in self.scored if scored) - (len(self.rows) - 1) * self.shared
+
 
 def fill(packing: Packing, shape: Shape, laid: Sequence[Laid], parts: Sequence[str], pad_id: int) -> BinRows:
     """Fills the arrays of one cell, C = 1.

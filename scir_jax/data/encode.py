@@ -17,6 +17,9 @@ from scir_jax.text.chat import Chat
 from scir_jax.text.judge import Judge
 from scir_jax.text.tokens import Ids
 
+ANSWERS = ("response_a", "response_b", "response")
+"""slots of judge templates that an answer is put into"""
+
 
 class Row(NamedTuple):
     """One row before padding.
@@ -54,6 +57,7 @@ class Lengths:
       targets: of supervised rows by name, "ift" and "eft"; 0 where there are none.
       learned: the most tokens that such a row learns.
       verdict: the most tokens that a judge's question learns.
+      pointwise: of the question about one answer; 0 where it is not asked.
     """
 
     prompt: int
@@ -64,6 +68,7 @@ class Lengths:
     targets: dict[str, int]
     learned: dict[str, int]
     verdict: int = 1
+    pointwise: int = 0
 
 
 class Encoder:
@@ -71,16 +76,25 @@ class Encoder:
 
     Attributes:
       chat: the tokenizer with its chat template.
-      judges: the compiled judge templates.
+      judges: the compiled judge templates that compare two answers.
+      pointwise: the one that gives points to one answer, where it is asked.
       context: tokens that the model can take.
     """
 
     def __init__(
-        self, text: TextConfig, chat: Chat, judges: Sequence[Judge], context: int, *, quote_thinking: bool = False
+        self,
+        text: TextConfig,
+        chat: Chat,
+        judges: Sequence[Judge],
+        context: int,
+        *,
+        pointwise: Judge | None = None,
+        quote_thinking: bool = False,
     ):
         self.config = text
         self.chat = chat
         self.judges = tuple(judges)
+        self.pointwise = pointwise
         self.context = context
         self._quote_thinking = quote_thinking
 
@@ -193,6 +207,15 @@ class Encoder:
             return Row(ids, len(prompt.ids), len(a.ids), judged=True)
         return Row(ids, judge.opening(len(prompt.quote)), judged=True)
 
+    def pointwise_row(self, prompt: Prompt, answer: Answer) -> Row:
+        """Returns the question how many points an answer is worth; an answer that does not fit is cut.
+
+        Raises:
+          InputError: nothing of it fits.
+        """
+        quote = self.quote_tokens(self.pointwise, len(prompt.ids), len(prompt.quote), _at(prompt))
+        return Row(self.pointwise.pointwise_row(prompt.quote, answer.quote[:quote]), judged=True)
+
     def answer_rows(self, pair: Pair) -> tuple[Row, Row]:
         """Returns the rows of both answers, each behind the prompt."""
         return self.scored_row(pair.prompt, pair.a), self.scored_row(pair.prompt, pair.b)
@@ -251,7 +274,7 @@ class Encoder:
         fixed = judge.fixed_tokens + judge.slots("prompt") * prompt + 1  # the verdict
         if judge.template.layout == "continuation":
             fixed += conversation + answer + 1
-        room = (self.context - fixed) // (judge.slots("response_a") + judge.slots("response_b"))
+        room = (self.context - fixed) // sum(map(judge.slots, ANSWERS))
         # In a continuation only the other answer is quoted: cutting it alone would not treat both alike.
         least = answer if judge.template.layout == "continuation" else 1
         if room < least:
@@ -289,10 +312,10 @@ class Encoder:
                 f"context of {self.context}; lower text.max_prompt_tokens or text.max_response_tokens"
             )
         judges = []
-        for judge in self.judges:
+        for judge in (*self.judges, *([self.pointwise] if self.pointwise else [])):
             quote = self.quote_tokens(judge, conversation, quoted, _at(longest_quote))
             length = judge.fixed_tokens + judge.slots("prompt") * quoted
-            length += (judge.slots("response_a") + judge.slots("response_b")) * quote
+            length += sum(map(judge.slots, ANSWERS)) * quote
             if judge.template.layout == "continuation":
                 length += conversation + answer + 1
             judges.append(length)
@@ -305,10 +328,11 @@ class Encoder:
             answer=answer,
             quote=quoted,
             scored=static(conversation + answer),
-            judges=tuple(map(static, judges)),
+            judges=tuple(map(static, judges[: len(self.judges)])),
             targets={name: static(tokens) if tokens else 0 for name, tokens in (targets or {}).items()},
             learned=dict(targets or {}) if learned is None else learned,
             verdict=max((judge.answer_tokens for judge in self.judges), default=1),
+            pointwise=static(judges[-1]) if self.pointwise else 0,
         )
 
 

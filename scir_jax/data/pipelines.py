@@ -45,10 +45,13 @@ class Batches(NamedTuple):
     Attributes:
       dataset: what each step takes, a scir_jax.data.steps.TrainBatch.
       shapes: compiled shapes of its steps.
+      tokens: number of a step -> the tokens of its rows by part, over all devices: "policy", prompts with their answers;
+        "judge", the judge's questions about the pairs; and each supervised part by its name.
     """
 
     dataset: grain.MapDataset
     shapes: tuple[Shape, ...]
+    tokens: Callable[[int], dict[str, int]]
 
 
 def supervised_batches(
@@ -149,34 +152,42 @@ def _batches(
     )
     check_bins(way, ((len(row.ids), row.where) for name, _ in spec.targets for row in rows[name]))
 
-    def planned(most: int) -> tuple[Packing, Callable[[int], _Step], int]:
-        """Lays the stage out, where rows of up to `most` tokens share their beginning -> also all steps' tokens."""
-        pair_items = [tuple(one.size for one in spec.pairs.laid(pair, encoder, most)) for pair in pairs]
+    def beside_pairs(number: int) -> list[tuple[str, int]]:
+        return [
+            (name, shuffled[name][place])
+            for name, group in spec.targets
+            for place in range(number * group.rows, (number + 1) * group.rows)
+        ]
+
+    def planned(most: int) -> _Plan:
+        """Lays the stage out, where rows of up to `most` tokens share their beginning."""
+        pair_items: list[Item] = []
+        pair_tokens = []
+        for pair in pairs:
+            both = spec.pairs.laid(pair, encoder, most)
+            pair_items.append(tuple(one.size for one in both))
+            policy = sum(one.policy for one in both)
+            pair_tokens.append({"policy": policy, "judge": sum(one.size.tokens for one in both) - policy})
 
         def step(number: int) -> _Step:
-            mine = taken(number)
-            beside = [
-                (name, shuffled[name][place])
-                for name, group in spec.targets
-                for place in range(number * group.rows, (number + 1) * group.rows)
-            ]
+            mine, beside = taken(number), beside_pairs(number)
             items = [() if i is None else pair_items[i] for i in mine] + [row_items[name][i] for name, i in beside]
             dealt = spec.own(items) if way.kind == "off" else deal(items, len(mine), spec.devices, spec.micro)
             return _Step(mine, beside, items, dealt, [[items[i][r] for i, r in cell] for cell in dealt.cells])
 
         sizes = [step(number).sizes for number in range(steps)]
         packing = Packing.of(way.kind, sizes, spec.bound, way.bin)
-        return packing, step, sum(packing.shape(cells).tokens for cells in sizes)
+        return _Plan(most, packing, step, pair_tokens, sum(packing.shape(cells).tokens for cells in sizes))
 
-    most = 0
-    packing, step, tokens = planned(most)
+    plan = planned(0)
     if pairs and way.share != "never":
         shorter = planned(way.bin)
-        if way.share == "always" or shorter[2] < (1 - SPARE) * tokens:
-            most, (packing, step, _) = way.bin, shorter
+        if way.share == "always" or shorter.places < (1 - SPARE) * plan.places:
+            plan = shorter
+    most, packing = plan.most, plan.packing
 
     def batch(number: int) -> TrainBatch:
-        mine, beside, items, dealt, sizes = step(number)
+        mine, beside, items, dealt, sizes = plan.step(number)
 
         def laid(item: int) -> Sequence[Laid]:
             if item < len(mine):
@@ -187,7 +198,34 @@ def _batches(
         numbered = [None if i is None else (i, pairs[i]) for i in mine]
         return spec.batch(packing, packing.shape(sizes), dealt, items, laid, numbered, encoder.chat.pad_id, share)
 
-    return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes)
+    def tokens(number: int) -> dict[str, int]:
+        found = dict.fromkeys((*(("policy", "judge") if spec.pairs else ()), *(name for name, _ in spec.targets)), 0)
+        for part in [plan.pair_tokens[i] for i in taken(number) if i is not None]:
+            for name, count in part.items():
+                found[name] += count
+        for name, i in beside_pairs(number):
+            found[name] += len(rows[name][i].ids)
+        return found
+
+    return Batches(grain.MapDataset.range(steps).map(batch), packing.shapes, tokens)
+
+
+class _Plan(NamedTuple):
+    """How a stage is laid out.
+
+    Attributes:
+      most: rows of up to so many tokens share their beginning.
+      packing: its shapes.
+      step: number of a step -> what lies where.
+      pair_tokens: of each pair's rows by part, see `Batches.tokens`.
+      places: token places of all steps.
+    """
+
+    most: int
+    packing: Packing
+    step: Callable[[int], _Step]
+    pair_tokens: list[dict[str, int]]
+    places: int
 
 
 class _Step(NamedTuple):

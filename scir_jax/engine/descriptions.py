@@ -41,15 +41,17 @@ class Facts:
       verdict_ids: of every judge template.
       continued: the first template continues the conversation (Encoder.continued).
       stop_ids, pad_id: of the tokenizer.
+      point_ids: ids of the points of the pointwise judge, where it is asked.
       present: keys of `data` with rows in them, of "ift", "eft", "heldout_prompts" and "heldout_pairs".
     """
 
     lengths: Lengths
-    verdict_ids: tuple[tuple[int, int], ...]
+    verdict_ids: tuple[tuple[int, ...], ...]
     continued: bool
     stop_ids: tuple[int, ...]
     pad_id: int
     present: frozenset[str] = frozenset()
+    point_ids: tuple[int, ...] = ()
 
 
 class Descriptions:
@@ -134,6 +136,13 @@ class Descriptions:
             tuple(RowGroup(leading, tokens, verdict=True) for tokens in lengths)
             for lengths in row_lengths(self.facts.lengths.judges)
         )
+
+    @property
+    def rate_groups(self) -> tuple[RowGroup, ...]:
+        """The rows of one call of the pointwise judge, for each compiled length; none where it is not asked."""
+        rows, ids = (2 * self.config.evaluate.batch_size,), self.facts.point_ids
+        lengths = row_lengths([self.facts.lengths.pointwise]) if ids else []
+        return tuple(RowGroup(rows, tokens, verdict=True, verdicts=len(ids)) for (tokens,) in lengths)
 
     @cached_property
     def sft_spec(self) -> TrainSpec:

@@ -27,6 +27,13 @@ class Judged(NamedTuple):
     mass: Array
 
 
+class Rated(NamedTuple):
+    """points [M, K] float32 logits of the K points; mass [M] their probability under the whole vocabulary."""
+
+    points: Array
+    mass: Array
+
+
 class Outputs(NamedTuple):
     """What a training step reads off the model.
 
@@ -103,7 +110,7 @@ def judge(
     model: Model,
     params: Params,
     judges: Sequence[Rows],
-    verdict_ids: Sequence[tuple[int, int]],
+    verdict_ids: Sequence[Sequence[int]],
     key: Array | None = None,
 ) -> Judged:
     """Reads verdicts off judge rows.
@@ -119,13 +126,22 @@ def judge(
     return _stack(read, judges[0].start.shape[0])
 
 
+def rate(model: Model, params: Params, rows: Rows, point_ids: Sequence[int]) -> Rated:
+    """Reads the points of one answer each off pointwise judge rows [M, T].
+
+    Args:
+      point_ids: ids of the points' tokens.
+    """
+    return Rated(*_verdict(model, params, model.hidden(params, rows.ids), rows, point_ids))
+
+
 def outputs(
     model: Model,
     params: Params,
     batch: TrainBatch,
     *,
     segmented: bool = False,
-    verdict_ids: Sequence[tuple[int, int]] = (),
+    verdict_ids: Sequence[Sequence[int]] = (),
     answer_tokens: int = 0,
     wanted: Sequence[str] = (),
     key: Array | None = None,
@@ -191,7 +207,7 @@ def _flat(rows: Rows) -> Rows:
 
 
 def _verdict(
-    model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: tuple[int, int]
+    model: Model, params: Params, hidden_MTD: Array, rows: Rows, verdict_ids: Sequence[int]
 ) -> tuple[Array, Array]:
     at_MD = jnp.take_along_axis(hidden_MTD, rows.verdict[:, None, None], axis=1)[:, 0]
     (read,) = read_verdicts(at_MD, model.head(params), [verdict_ids], **_head(model))
@@ -204,7 +220,7 @@ def _verdicts(
     x_CND: Array,
     places_CV: Array,
     numbers_PG2: Array,
-    verdict_ids: Sequence[tuple[int, int]],
+    verdict_ids: Sequence[Sequence[int]],
 ) -> Judged:
     """Reads the verdicts at places of cells."""
     at_CVD = jnp.take_along_axis(x_CND, places_CV[..., None], axis=1)

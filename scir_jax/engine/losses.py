@@ -48,7 +48,7 @@ def scir(
     model: Model,
     config: Config,
     spec: TrainSpec,
-    verdict_ids: Sequence[tuple[int, int]],
+    verdict_ids: Sequence[Sequence[int]],
     *,
     segmented: bool = False,
 ) -> Loss:

@@ -19,7 +19,7 @@ class Program:
 
     Attributes:
       name: shown to users.
-      stage: what it is for: "prefill", "decode", "score", "judge", "sft", "optimise" or "reward".
+      stage: what it is for: "prefill", "decode", "score", "judge", "rate", "sft", "optimise" or "reward".
       function: jitted.
       arguments: abstract.
       flops: of one call over all devices.

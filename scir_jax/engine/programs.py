@@ -106,6 +106,12 @@ class Programs(Descriptions):
             meshes.replicated(self.mesh),
         )
 
+    @cached_property
+    def rater(self):
+        """Jitted (params, pointwise judge rows [B, ...]) -> forward.Rated."""
+        ids = self.facts.point_ids
+        return self._inference(lambda params, rows: forward.rate(self.model, params, rows, ids))
+
     def _inference(self, function, *more):
         shardings = (meshes.param_shardings(self.model, self.mesh), meshes.batch_sharding(self.mesh), *more)
         return jax.jit(function, in_shardings=shardings, out_shardings=meshes.replicated(self.mesh))
@@ -137,6 +143,8 @@ class Programs(Descriptions):
             found += self.score_programs[-1 if longest else 0 :]
         if "heldout_pairs" in present or (config.run.iterations and objective.needs(config).judged):
             found += self.judge_programs[-1 if longest else 0 :]
+        if config.run.iterations or "heldout_pairs" in present:
+            found += self.rate_programs[-1 if longest else 0 :]
         if config.sft.epochs and self.sft_spec.groups:
             found.append(self.sft_program())
         if config.run.iterations:
@@ -220,6 +228,14 @@ class Programs(Descriptions):
                 groups,
             )
             for groups in self.judge_groups
+        ]
+
+    @property
+    def rate_programs(self) -> list[Program]:
+        """The pointwise judge as a program for each length of rows."""
+        return [
+            self._forward(f"rate, {group.tokens} tokens", "rate", self.rater, (group.abstract(),), [group])
+            for group in self.rate_groups
         ]
 
     def sft_program(self, shape: Shape | None = None) -> Program:

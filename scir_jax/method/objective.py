@@ -37,6 +37,7 @@ class Needs:
       start: reward models whose logits are made at the start of the iteration.
       verdicts: a step takes the judge's single verdicts from the start of the iteration.
       judged: the judge is asked about every candidate pair at the start of the iteration.
+      pointwise: the judge gives points to every answer at the start of the iteration.
     """
 
     fresh: tuple[str, ...]
@@ -46,6 +47,7 @@ class Needs:
     start: tuple[str, ...]
     verdicts: bool
     judged: bool
+    pointwise: bool
 
     @property
     def asks_judge(self) -> bool:
@@ -83,7 +85,8 @@ def needs(config: Config) -> Needs:
         if set(reward.reads) <= readings and (reward.reads or name in now | models)
     )
     cached = {"preference_logps"}.union(*(REWARDS[name].cached for name in shown))
-    ranked = way.judged and not config.pairs.scorer
+    # Answers that have points are ranked by them.
+    ranked = way.judged and not config.pairs.scorer and config.preference.labels != "pointwise"
     start = (frozen - set(JUDGED)) | ({"generative"} if ranked or "transitive" in frozen else set())
     return Needs(
         fresh=tuple(sorted(readings)),
@@ -93,6 +96,7 @@ def needs(config: Config) -> Needs:
         start=_ordered(start),
         verdicts=rule.verdicts,
         judged=rule.verdicts or any("verdicts" in REWARDS[name].reads for name in start),
+        pointwise="start_points" in {*cached, *(key for name in start for key in REWARDS[name].cached)},
     )
 
 

@@ -35,7 +35,7 @@ class Scores(NamedTuple):
       characters: [answers] of their texts.
       wins: [candidates] the judge's probability that `a` is better; None where it was not asked.
       reference_before: the model of the iteration before is the implicit reward's reference itself.
-      rewards: [answers] those of pairs.scorer, float64; None without one.
+      rewards: [answers] those of pairs.scorer, or the judge's points where they label, float64; None without either.
     """
 
     logps: dict[str, np.ndarray]
@@ -90,7 +90,7 @@ def random_pairs(groups: Sequence[Group], rng: np.random.Generator, config: Conf
 def best_worst(groups: Sequence[Group], candidates: Sequence[Choice], scores: Scores, config: Config) -> list[Choice]:
     """Takes each prompt's best answer against its worst, its second-worst and so on, pairs.per_prompt in number.
 
-    An answer's rank: its mean win probability over all its pairs, or its reward where pairs.scorer gives one, plus
+    An answer's rank: its mean win probability over all its pairs, or its reward where there is one, plus
     pairs.likelihood_weight times its log-likelihood (summed, or per token as rewards.likelihood_length says)
     standardised within the prompt.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +22,8 @@ class Evidence(NamedTuple):
         "verdicts" [P, G, 2, 2] logits of (A, B) with the first or the second answer shown as A; "verdict_mass"
         [P, G, 2] P(A) + P(B); "entropy" [P, 2] mean entropy of the policy at the answer's tokens, nats.
       cached: ROLE_READING -> [P, 2] under another model: "preference_logps" under DPO's reference, "implicit_logps"
-        under the implicit reward's, "start_logps" under the policy that the iteration started from.
+        under the implicit reward's, "start_logps" under the policy that the iteration started from; "start_points" and
+        "start_points_mass" the points that it gives as a judge, see `expected_points`, and the probability of all points.
       frozen: reward model, or a name of JUDGED -> [P, C] its logits at the start of the iteration.
       lengths: [P, 2] tokens of the answers, int32.
       length_penalty: [P, 2] alpha |y|.
@@ -141,6 +142,23 @@ def likelihood(start_logps_P2: Array, lengths_P2: Array, *, length: str) -> Arra
     return reward_P2[:, 0] - reward_P2[:, 1]
 
 
+def expected_points(logits_NK: np.ndarray, points: Sequence[float]) -> np.ndarray:
+    """Computes the judge's points of answers as an expectation: sum of k p(k), p normalised over the K points.
+
+    Source: the score of an additive prompt, Self-Rewarding Language Models, arXiv 2401.10020, read without sampling.
+
+    Args:
+      logits_NK: of the points' tokens, float32.
+      points: what each of them is worth.
+
+    Returns:
+      [N] float32.
+    """
+    logits_NK = np.asarray(logits_NK, np.float64)
+    p_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+    return (p_NK @ np.asarray(points, np.float64) / p_NK.sum(axis=1)).astype(np.float32)
+
+
 def _generative(evidence: Evidence, config: Config) -> Array:
     return judged(evidence.fresh["verdicts"])["logit"]
 
@@ -177,6 +195,16 @@ def _likelihood(evidence: Evidence, config: Config) -> Array:
     return likelihood(evidence.cached["start_logps"], evidence.lengths, length=length)[:, None]
 
 
+def _pointwise(evidence: Evidence, config: Config) -> Array:
+    """Computes the difference of the points that the judge gave both answers at the start of the iteration."""
+    points_P2 = jax.lax.stop_gradient(evidence.cached["start_points"])
+    return (points_P2[:, 0] - points_P2[:, 1])[:, None]
+
+
+def _points_health(evidence: Evidence) -> dict[str, Array]:
+    return {"points_mass": evidence.cached["start_points_mass"].mean(axis=1)}
+
+
 REWARDS = {
     "generative": Reward(
         _generative,
@@ -187,6 +215,7 @@ REWARDS = {
     "implicit": Reward(_implicit, reads=("logps",), cached=("implicit_logps",)),
     "likelihood": Reward(_likelihood, cached=("start_logps",)),
     "entropy": Reward(_entropy, reads=("entropy",)),
+    "pointwise": Reward(_pointwise, cached=("start_points", "start_points_mass"), health=_points_health),
 }
 """The internal reward models by name."""
 

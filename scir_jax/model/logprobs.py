@@ -119,21 +119,21 @@ def verdict_logits(
 def read_verdicts(
     hidden_BD: jax.Array,
     head_VD: jax.Array,
-    verdict_ids: Sequence[tuple[int, int]],
+    verdict_ids: Sequence[Sequence[int]],
     *,
     cap: float | None = None,
     layout: Layout | None = None,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Reads each template's verdict off hidden states: its logits, and its mass P(A) + P(B) under the whole vocabulary.
+    """Reads each template's verdict off hidden states: its logits, and their mass P(A) + P(B) under the whole vocabulary.
 
     The mass says how far the model answers the question. It is a measure, not an objective: no gradient passes through.
 
     Args:
-      verdict_ids: ids of the two verdicts of each template.
+      verdict_ids: ids of the verdicts of each template, K of them: two, or as many as there are points.
       cap, layout: as in `token_logprobs`.
 
     Returns:
-      For each template float32 [B, 2] and [B].
+      For each template float32 [B, K] and [B].
     """
     found = [verdict_logits(hidden_BD, head_VD, jnp.asarray(ids, jnp.int32), cap=cap) for ids in verdict_ids]
     stopped = jax.lax.stop_gradient((hidden_BD, head_VD))

@@ -19,7 +19,7 @@ SECANTS = 6
 KEYS = {
     "optimise.batch_size": ("optimise",),
     "sample.batch_size": ("prefill", "decode"),
-    "evaluate.batch_size": ("score", "judge", "reward"),
+    "evaluate.batch_size": ("score", "judge", "rate", "reward"),
 }
 
 

@@ -91,6 +91,8 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
     scorer = config.pairs.scorer
     if scorer and not hub.is_function(scorer):
         found.insert(3, ("score", "reward", math.ceil(answers / size)))
+    if wanted.pointwise:
+        found.insert(-1, ("score", "rate", math.ceil(answers / size)))
     return found[2:] if config.data.pairs or config.sample.command else found
 
 

@@ -17,6 +17,7 @@ from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
 from scir_jax.run import hub
 from scir_jax.run.models import adapters_of
+from scir_jax.run.setup import rates
 from scir_jax.text.judge import Field, Judge, Template, load_template, split_fields
 
 CHARACTERS = 3
@@ -61,7 +62,10 @@ def facts(config: Config, context: int) -> Facts:
     """
     judges = [assumed_judge(load_template(name)) for name in config.generative.templates]
     text, data = config.text, config.data
-    encoder = Encoder(text, None, judges, context)
+    pointwise = None
+    if rates(config):
+        pointwise = assumed_judge(load_template(config.generative.pointwise, pointwise=True))
+    encoder = Encoder(text, None, judges, context, pointwise=pointwise)
     longest = (0,) * text.max_prompt_tokens
     prompts = [Prompt([], longest, longest)]
     question = max(encoder.lengths(prompts).judges)
@@ -78,6 +82,7 @@ def facts(config: Config, context: int) -> Facts:
         stop_ids=(2,),
         pad_id=0,
         present=frozenset(present),
+        point_ids=pointwise.verdict_ids if pointwise else (),
     )
 
 
@@ -87,4 +92,4 @@ def assumed_judge(template: Template) -> Judge:
     constant = [template.system, template.answer_prefix, *(p for p in pieces if not isinstance(p, Field))]
     fixed = -(-sum(map(len, constant)) // CHARACTERS) + CHAT_TOKENS
     slots = (str(piece) for piece in pieces if isinstance(piece, Field))
-    return Judge(template, ((0,) * fixed, *slots), (0, 1), (2,), 1)
+    return Judge(template, ((0,) * fixed, *slots), tuple(range(len(template.verdicts))), (2,), 1)

@@ -14,6 +14,7 @@ import numpy as np
 
 from scir_jax.errors import InputError
 from scir_jax.run.columns import GRADED, KEYS
+from scir_jax.run.counts import COUNTS, MEMORY, SECONDS
 from scir_jax.run.manifest import LAYOUT
 
 MAX_CHARACTERS = 4000  # of one prompt or response in the table of pairs
@@ -33,6 +34,8 @@ class IterationFiles:
     lengths: list[int]  # tokens of every response
     cut: int  # responses that the length limit stopped
     seconds: dict  # stage -> wall-clock seconds
+    counts: dict  # stage -> tokens and FLOPs
+    memory: dict  # stage -> peak memory
 
 
 @dataclass
@@ -111,8 +114,8 @@ def read_iteration(directory: Path, notices: list[str]) -> IterationFiles:
             lengths.append(len(ids))
             cut += response.get("stop") == "length"
     evaluation = read_mapping(directory / "evaluation.json", notices)
-    seconds = read_mapping(directory / "seconds.json", notices)
-    return IterationFiles(number, evaluation, first, last, pairs, lengths, cut, seconds)
+    spent = [read_mapping(directory / name, notices) for name in (SECONDS, COUNTS, MEMORY)]
+    return IterationFiles(number, evaluation, first, last, pairs, lengths, cut, *spent)
 
 
 def sample_pairs(known: list[int], decisions: dict[int, dict], source: random.Random) -> list[int]:

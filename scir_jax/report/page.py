@@ -40,7 +40,7 @@ from scir_jax.report.contents import (
     read_run,
     read_text,
 )
-from scir_jax.report.costs import costs, shown
+from scir_jax.report.costs import costs, shown, whose
 from scir_jax.report.result import sentence, warnings
 from scir_jax.run.choice import marked
 from scir_jax.run.columns import KEYS
@@ -326,6 +326,7 @@ def write_report(run_directory: Path) -> Path:
         more=more,
         more_table=more_table,
         costs=shown(costs(run)),
+        memory_of=whose(run),
         curves=curve_plots(run),
         lengths=length_plot(run.iterations),
         iterations=[(it.number, scatter_plot(it), pair_rows(it)) for it in run.iterations if it.number],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ HARMLESS_SECTIONS = ("checkpoint", "evaluate")
 ADDED = ("data.heldout_prompts", "data.heldout_pairs")
 """files that may be added"""
 MOVED = (
-    *("model.path", "lora.adapter", "world.directory", "generative.templates"),
+    *("model.path", "lora.adapter", "world.directory", "generative.templates", "generative.pointwise"),
     *("data.prompts", "data.ift", "data.eft", "data.pairs", *ADDED),
     *("implicit.reference", "preference.reference", "pairs.scorer"),
 )
@@ -54,6 +56,26 @@ def compare(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[s
             continue
         (result.allowed if _harmless(change) else result.refused).append(change)
     return result
+
+
+def settings_hash(settings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> str:
+    """Computes the SHA-256 of what decides a run's results: two runs with the same one differ in where they ran alone.
+
+    Args:
+      settings: the configuration as plain mappings; a path in it counts by its file's name.
+      files: SHA-256 of the model's and the data's files, by name, as in the manifest.
+    """
+    told: dict[str, Any] = {}
+    for section, values in settings.items():
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            if section in ("mesh", "checkpoint") or key in (*HERE, *HARMLESS):
+                continue
+            if key in MOVED and value is not None:
+                value = [PurePath(path).name for path in ([value] if isinstance(value, str) else value)]
+            told[key] = value
+    content = json.dumps([told, dict(files)], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _harmless(change: Change) -> bool:

@@ -25,8 +25,9 @@ from scir_jax.data.pairs import answer_row
 from scir_jax.engine.hosts import hosts, liveness
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.run import answers, console, scoring
+from scir_jax.run import answers, console, costs, scoring
 from scir_jax.run.answers import Source
+from scir_jax.run.costs import Account
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.export import export_model
 from scir_jax.run.models import Models
@@ -50,12 +51,16 @@ def sample_with_command(
     iteration: int,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
     """Writes responses.jsonl of an iteration with the answers that `sample.command` gives.
 
     The model and the prompts lie in a directory of their own while the command runs. What it writes becomes
     responses.jsonl when it is complete and right, and not before; where it is wrong it stays to be looked at. All hosts
     call this; the first one runs the command, and the others wait and read what it wrote.
+
+    Args:
+      account: of the stage; the answers count as if the run's own sampler had given them.
 
     Raises:
       InputError: the command fails, or its answers are not those that were asked for.
@@ -85,7 +90,9 @@ def sample_with_command(
             return source, check_complete(source, prompts, config.sample.responses, output)
 
         source, numbers = hosts.together(read)
-        _check_claims(encoder, programs, models, iteration, source)
+        _check_claims(encoder, programs, models, iteration, source, account)
+        account.add(costs.sampled(programs, _rows(encoder, source, numbers)))
+        account.keep()
         if hosts.first():
             write_rows(path, _rows(encoder, source, numbers))
             output.unlink()
@@ -219,7 +226,9 @@ def check_complete(source: Source, prompts: Sequence[Numbered], responses: int, 
     return numbers
 
 
-def _check_claims(encoder: Encoder, programs: Programs, models: Models, iteration: int, source: Source) -> None:
+def _check_claims(
+    encoder: Encoder, programs: Programs, models: Models, iteration: int, source: Source, account: Account
+) -> None:
     """Compares the log-probabilities of a sample of answers with those of M_t."""
     step = max(len(source.claims) // CHECKED, 1)
     claims = source.claims[::step][:CHECKED]
@@ -227,7 +236,7 @@ def _check_claims(encoder: Encoder, programs: Programs, models: Models, iteratio
         return
     logps = np.full(len(source.items), np.nan)
     items = [source.items[claim.item] for claim in claims]
-    scored = scoring.score_answers(encoder, programs, models.load(iteration), items)["logps"]
+    scored = scoring.score_answers(encoder, programs, models.load(iteration), items, spend=account.add)["logps"]
     logps[[claim.item for claim in claims]] = scored
     far = hosts.together(lambda: answers.check_claims(claims, source.items, logps))
     console.say(

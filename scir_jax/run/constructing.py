@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,9 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import stream_key
 from scir_jax.errors import InputError
 from scir_jax.method.constructed import construct
-from scir_jax.run import console, sampling
+from scir_jax.run import console, costs, sampling
 from scir_jax.run.answers import Source
+from scir_jax.run.costs import Account
 from scir_jax.run.models import Models
 from scir_jax.run.pairing import different
 
@@ -36,8 +38,12 @@ def construct_pairs(
     source: Source,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
     """Writes constructed.jsonl: pairs whose first answer is the better one by construction.
+
+    Args:
+      account: of the stage.
 
     Raises:
       InputError: no pair can be constructed.
@@ -49,6 +55,7 @@ def construct_pairs(
     found = construct(groups, prompts, config.judge.constructions, rng)
     worse: list[Answer | None] = [None] * len(found)
     asked: list[tuple[int, Prompt]] = []
+    sampled: list[dict[str, Any]] = []
     for number, pair in enumerate(found):
         prompt, answer = items[pair.better]
         if pair.worse is not None:
@@ -66,6 +73,7 @@ def construct_pairs(
         with console.stage(title, len(asked)) as bar:
             how = sampling.settings_of(config.sample)
             for some in sampling.sample(encoder, programs, params, asked, responses=1, sampling=how, key=key):
+                sampled += some.rows
                 for row in some.rows:
                     worse[row["prompt_number"]] = encoder.sampled(row["response_ids"])
                 bar.advance(by=some.answers)
@@ -81,6 +89,8 @@ def construct_pairs(
             f"iteration {iteration}: no pair can be constructed of the responses, which are all alike or of one token; "
             "set judge.constructions to others, or judge.constructed_batch_size to 0"
         )
+    account.add(costs.sampled(programs, sampled))
+    account.keep()
     if hosts.first():
         write_rows(path, rows)
 

@@ -23,7 +23,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.hosts.hosts import SEEN
 from scir_jax.errors import InputError
 from scir_jax.run import console, hub
-from scir_jax.run.changes import ADDED, Change, compare
+from scir_jax.run.changes import ADDED, Change, compare, settings_hash
 from scir_jax.run.manifest import LAYOUT, hashes_of
 from scir_jax.run.places import checkpoints_of
 from scir_jax.run.trackers import IDENTITY
@@ -219,17 +219,23 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
-    def summarise(self, rows: list[dict[str, Any]], best: str, select: str) -> None:
+    def summarise(
+        self, rows: list[dict[str, Any]], best: str, select: str, settings: dict[str, Any], costs: dict[str, Any]
+    ) -> None:
         """Writes summary.json; what was exported of another model than the best one is removed.
 
         Args:
           rows: the table of models.
           best: name of the model to export.
           select: what it was chosen by.
+          settings: the configuration as plain mappings, of which the hash is written.
+          costs: see run.counts.table.
         """
         if self.best not in (None, best):
             self._remove_exports()
-        write_json(self.path / "summary.json", {"rows": rows, "best": best, "select": select})
+        digest = settings_hash(settings, read_json(self.path / "manifest.json")["sha256"])
+        summary = {"rows": rows, "best": best, "select": select, "settings": digest, "costs": costs}
+        write_json(self.path / "summary.json", summary)
 
     @property
     def best(self) -> str | None:

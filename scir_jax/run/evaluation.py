@@ -27,7 +27,8 @@ from scir_jax.errors import InputError
 from scir_jax.evaluation.reliability import reliability
 from scir_jax.method import rewards
 from scir_jax.method.rewards import REWARDS, Evidence
-from scir_jax.run import console, scoring
+from scir_jax.run import console, costs, scoring
+from scir_jax.run.costs import Account, Spend
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
@@ -66,8 +67,13 @@ def evaluate_model(
     grader: Grader | None,
     stopper: console.Stopper,
     t: int,
+    account: Account,
 ) -> None:
-    """Writes evaluation.json of M_{t+1}, the model that iteration t ends with."""
+    """Writes evaluation.json of M_{t+1}, the model that iteration t ends with.
+
+    Args:
+      account: of the stage.
+    """
     folder, number = directory.iteration(t), t + 1
     reference = roles(config, t)["implicit"]
     # A model that is its own reference has an implicit reward of 1/2 everywhere.
@@ -89,6 +95,7 @@ def evaluate_model(
         first=(lambda: models.load(1)) if t and config.evaluate.divergence else None,
         title=f"evaluate M{number}",
         check=lambda: stopper.check(title),
+        spend=account.add,
     )
     if rows and hosts.first():
         write_rows(folder / "heldout_responses.jsonl", rows)
@@ -96,6 +103,7 @@ def evaluate_model(
         values |= decision_metrics(folder, grader)
     values = clean({"model": f"M{number}", **values})
     metrics.evaluation(values)
+    account.keep()
     if hosts.first():
         metrics.tables(tables_of(number, rows, folder if t else None))
         write_json(folder / "evaluation.json", values)
@@ -115,6 +123,7 @@ def evaluate(
     first: Callable[[], Any] | None = None,
     title: str,
     check: Callable[[], None] = scoring.nothing,
+    spend: Spend = scoring.nothing,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluates a model on the held-out pairs and prompts.
 
@@ -124,13 +133,15 @@ def evaluate(
       first: gives M1's parameters when called, for the divergence from it.
       title: of the progress bar.
       check: is called where the evaluation may be stopped.
+      spend: is told what that cost.
 
     Returns:
       The metrics, and one row per response.
     """
     pairs, labels = labelled_pairs(inputs.heldout_pairs)
     prompts = inputs.heldout_prompts
-    total = scoring.score_count(len(pairs), with_reference=reference is not None) if pairs else 0
+    rated = encoder.pointwise is not None
+    total = scoring.score_count(len(pairs), with_reference=reference is not None, rated=rated)
     kinds = [(False, config.evaluate.samples, settings_of(config.sample))]
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))
@@ -147,24 +158,28 @@ def evaluate(
 
         if pairs:
             evidence = scoring.score_pairs(
-                encoder, programs, pairs, config=config, model=model, reference=reference, advance=advance
+                encoder, programs, pairs, config=config, model=model, reference=reference, advance=advance, spend=spend
             )
             evidence = without_own_reference(evidence)
             values |= pair_metrics(config, evidence, labels)
         for greedy, responses, sampling in kinds:
-            rows += [
-                {"greedy": greedy, **row}
-                for row in sample_heldout(config, encoder, programs, model, prompts, responses, sampling, advance)
-            ]
+            sampled = sample_heldout(config, encoder, programs, model, prompts, responses, sampling, advance)
+            spend(costs.sampled(programs, sampled))
+            rows += [{"greedy": greedy, **row} for row in sampled]
         if rows:
             values |= response_metrics(rows, grader, against)
         if rows and first is not None:
-            values["kl"] = divergence(encoder, programs, first(), rows, advance)
+            values["kl"] = divergence(encoder, programs, first(), rows, advance, spend)
     return values, rows
 
 
 def divergence(
-    encoder: Encoder, programs: Programs, params: Any, rows: Sequence[dict], advance: scoring.Advance = scoring.nothing
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    rows: Sequence[dict],
+    advance: scoring.Advance = scoring.nothing,
+    spend: Spend = scoring.nothing,
 ) -> float:
     """Computes the mean of log pi_t(y|x) - log pi(y|x), nats per answer: an estimate of KL(M_t || M) for another model M.
 
@@ -174,6 +189,7 @@ def divergence(
     Args:
       params: M's.
       rows: M_t's answers, with its log-probabilities; greedy ones do not count.
+      spend: is told what that cost.
     """
     sampled = [row for row in rows if not row["greedy"]]
     items = [
@@ -183,7 +199,7 @@ def divergence(
         )
         for row in sampled
     ]
-    theirs = scoring.score_answers(encoder, programs, params, items, advance)["logps"]
+    theirs = scoring.score_answers(encoder, programs, params, items, advance, spend)["logps"]
     return float(np.mean(np.array([row["logprob"] for row in sampled], np.float64) - theirs))
 
 

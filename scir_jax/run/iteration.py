@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
-from scir_jax.data.jsonl import read_json, write_json
+from scir_jax.data.jsonl import read_json
 from scir_jax.engine.checkpoint import ModelStore, remove
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
@@ -25,6 +25,8 @@ from scir_jax.run import (
     sampling,
     training,
 )
+from scir_jax.run.costs import Account, keep_time
+from scir_jax.run.counts import COUNTS, SECONDS
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.ledger import Ledger
@@ -42,13 +44,13 @@ class Stage:
       name: what seconds.json calls it.
       iteration: 0 up to the evaluation of M1.
       done: says whether its result is there.
-      run: makes it.
+      run: makes it, and keeps in the account what that cost.
     """
 
     name: str
     iteration: int
     done: Callable[[], bool]
-    run: Callable[[], None]
+    run: Callable[[Account], None]
 
 
 def recipe(
@@ -76,13 +78,13 @@ def recipe(
     def evaluate(t: int) -> Stage:
         done = (directory.iteration(t) / "evaluation.json").exists
         needs = (config, encoder, inputs, programs, models, directory, metrics, grader, stopper)
-        return Stage("evaluate", t, done, lambda: evaluation.evaluate_model(*needs, t))
+        return Stage("evaluate", t, done, partial(evaluation.evaluate_model, *needs, t))
 
     for ours, theirs in copied(config).items():
         copy = partial(copy_model, config, theirs, store, ours, programs)
         yield Stage("start", 0, partial(store.exists, ours), copy)
-    yield Stage("start", 0, partial(store.exists, 0), lambda: store.save(0, models.parameters.initial()))
-    yield Stage("sft", 0, partial(store.exists, 1), lambda: training.run_sft(*training_needs))
+    yield Stage("start", 0, partial(store.exists, 0), lambda _: store.save(0, models.parameters.initial()))
+    yield Stage("sft", 0, partial(store.exists, 1), partial(training.run_sft, *training_needs))
     yield evaluate(0)
     for t in range(1, config.run.iterations + 1):
         responses, pairs = (directory.iteration(t) / f"{name}.jsonl" for name in ("responses", "pairs"))
@@ -103,11 +105,11 @@ def recipe(
             "score",
             t,
             pairs.exists,
-            lambda: pairing.make_pairs(
-                config, encoder, programs, models, t, source(), pairs, stopper, external, inputs.eft
+            lambda account: pairing.make_pairs(
+                config, encoder, programs, models, t, source(), pairs, stopper, account, external, inputs.eft
             ),
         )
-        yield Stage("optimise", t, partial(store.exists, t + 1), lambda: training.run_optimise(*training_needs, t))
+        yield Stage("optimise", t, partial(store.exists, t + 1), partial(training.run_optimise, *training_needs, t))
         yield evaluate(t)
         # What follows runs when the stages before are done.
         if config.evaluate.early_stop and hosts.decide(lambda: choice.agree_on_being_wrong(rows(directory, t))):
@@ -129,12 +131,14 @@ def _sample(
     t: int,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
     """Writes responses.jsonl of an iteration, by the run's own sampler or by sample.command."""
     if config.sample.command:
-        command_sampling.sample_with_command(config, encoder, programs, models, directory, prompts, t, path, stopper)
+        needs = (config, encoder, programs, models, directory, prompts, t, path, stopper)
+        command_sampling.sample_with_command(*needs, account)
     else:
-        sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper)
+        sampling.sample_iteration(config, encoder, programs, models.load(t), prompts, t, path, stopper, account)
 
 
 def _construct(
@@ -146,9 +150,10 @@ def _construct(
     source: Callable[[], answers.Source],
     path: Path,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
     """Writes constructed.jsonl of an iteration."""
-    constructing.construct_pairs(config, encoder, programs, models, t, source(), path, stopper)
+    constructing.construct_pairs(config, encoder, programs, models, t, source(), path, stopper, account)
 
 
 def run_stages(
@@ -175,12 +180,10 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
         if stage.name in ("sft", "optimise") and hosts.first():
             remove(directory.stage_checkpoints(stage.iteration))
         return
-    started = time.monotonic()
-    stage.run()
+    started, folder = time.monotonic(), directory.iteration(stage.iteration)
+    stage.run(Account(folder / COUNTS, stage.name))
+    keep_time(folder, stage.name, time.monotonic() - started)
     if hosts.first():
-        path = directory.iteration(stage.iteration) / "seconds.json"
-        seconds = read_json(path) if path.exists() else {}
-        write_json(path, {**seconds, stage.name: round(time.monotonic() - started, 2)})
         Ledger(directory.path).record_stage(stage.name, stage.iteration)
     sync(directory.path)
     if stage.name == "start":
@@ -195,13 +198,15 @@ def rows(directory: RunDirectory, iterations: int) -> list[dict]:
         if not evaluation_file.exists():
             break
         row = read_json(evaluation_file)
-        timings = directory.iteration(t) / "seconds.json"
+        timings = directory.iteration(t) / SECONDS
         seconds = read_json(timings) if timings.exists() else {}
         result.append({**row, "seconds": round(sum(seconds.values()), 1)})
     return result
 
 
-def copy_model(config: Config, theirs: ModelName, store: ModelStore, ours: ModelName, programs: Programs) -> None:
+def copy_model(
+    config: Config, theirs: ModelName, store: ModelStore, ours: ModelName, programs: Programs, _: Account
+) -> None:
     """Copies a model of the run of run.start_from."""
     source = ModelStore(RunDirectory(start_of(config)[0]).checkpoints)
     store.save(ours, source.load(theirs, programs.abstract_trained))

@@ -49,6 +49,10 @@ class Metrics:
         self._offset = max(before, default=0)
         self._open_events(self._offset + completed + 1)
 
+    def stage(self, stage: str, iteration: int) -> list[dict[str, Any]]:
+        """Returns the rows of a stage's steps so far."""
+        return [row for row in self._file.rows() if (row["stage"], row["iteration"]) == (stage, iteration)]
+
     def sha256(self) -> str:
         """Computes the SHA-256 of metrics.jsonl as it is now; "" where there is none."""
         return self._file.sha256()
@@ -127,6 +131,10 @@ class NoMetrics(Metrics):
     def start_stage(self, stage: str, iteration: int, completed: int) -> None:
         """Does nothing."""
         pass
+
+    def stage(self, stage: str, iteration: int) -> list[dict[str, Any]]:
+        """Returns none."""
+        return []
 
     def sha256(self) -> str:
         """Returns ""."""

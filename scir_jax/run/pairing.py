@@ -25,6 +25,7 @@ from scir_jax.method.selection import SELECTION
 from scir_jax.method.targets import transitive
 from scir_jax.run import answers, console, scorer, scoring
 from scir_jax.run.answers import Source
+from scir_jax.run.costs import Account, Spend
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, judge_before, roles
 from scir_jax.run.scorer import Scorer
@@ -108,12 +109,14 @@ def make_pairs(
     source: Source,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
     external: Scorer | None = None,
     offline: Sequence[Pair] = (),
 ) -> None:
     """Writes pairs.jsonl: pairs, reference log-probabilities of both answers, and scores frozen at the start.
 
     Args:
+      account: of the stage.
       external: says which answer of a pair is better.
       offline: labelled pairs, of which pairs.offline takes its share.
 
@@ -135,7 +138,9 @@ def make_pairs(
     kept = offline_pairs(config, items, groups, offline, rng) if config.pairs.offline else []
     labelled = [Choice(len(items) + 2 * i, len(items) + 2 * i + 1, pair.label) for i, pair in enumerate(kept)]
     items = [*items, *((pair.prompt, answer) for pair in kept for answer in pair.answers)]
-    scored = score_candidates(config, encoder, programs, models, iteration, items, candidates, stopper, external)
+    scored = score_candidates(
+        config, encoder, programs, models, iteration, items, candidates, stopper, external, account.add
+    )
     far = answers.check_claims(source.claims, items, scored.by_role["start"]["logps"])
     if far is not None:
         console.say(
@@ -153,6 +158,7 @@ def make_pairs(
                 f"iteration {iteration}: most of the judge's verdicts contradict the label of every pair, so that "
                 "selection.rule sampled leaves none; take another rule, or train the judge (sft) longer"
             )
+    account.keep()
     if hosts.first():
         write_rows(path, (to_row(pair, number) for number, pair in enumerate(pairs)))
 
@@ -167,10 +173,14 @@ def score_candidates(
     candidates: list[Choice],
     stopper: console.Stopper,
     external: Scorer | None = None,
+    spend: Spend = scoring.nothing,
 ) -> Scored:
     """Scores the candidates' items under the models in every role, and asks the judge where it is needed.
 
     Each model is loaded once, M_t last, so that only one copy of the weights is there at a time.
+
+    Args:
+      spend: is told what that cost.
     """
     wanted, numbers = objective.needs(config), roles(config, iteration)
     asked = sorted({"start", "implicit", "preference", *PAIRING[config.pairs.kind].roles})
@@ -184,9 +194,12 @@ def score_candidates(
     # A way that ranks a prompt's answers looks at all of them, others at those that are in a pair.
     every = PAIRING[config.pairs.kind].choose is not None
     used = np.arange(len(items)) if every else np.unique(_places(candidates))
-    total = (len(loads) + (external is not None)) * len(used) + (wanted.judged + passes + again) * len(pairs)
+    total = (len(loads) + (external is not None) + wanted.pointwise) * len(used) + (
+        wanted.judged + passes + again
+    ) * len(pairs)
     read: dict[int | str, dict[str, np.ndarray]] = {}
     judged = verdicts = given = before = None
+    rated: dict[str, np.ndarray] = {}
     with console.stage(title, total) as bar:
 
         def advance(by: int) -> None:
@@ -195,20 +208,26 @@ def score_candidates(
 
         if external is not None:
             models.release()
-            given = _spread(external.rewards([items[i] for i in used], advance), used, len(items), np.float64)
+            given = _spread(external.rewards([items[i] for i in used], advance, spend), used, len(items), np.float64)
         if again:
-            before = scoring.judge_pairs(encoder, programs, models.load(earlier), pairs, advance)
+            before = scoring.judge_pairs(encoder, programs, models.load(earlier), pairs, advance, spend=spend)
         for number in loads:
-            found = scoring.score_answers(encoder, programs, models.load(number), [items[i] for i in used], advance)
+            params, mine = models.load(number), [items[i] for i in used]
+            found = scoring.score_answers(encoder, programs, params, mine, advance, spend)
             read[number] = {name: _spread(values, used, len(items)) for name, values in found.items()}
+        if wanted.pointwise:
+            params, mine = models.load(iteration), [items[i] for i in used]
+            rated = scoring.rate_answers(encoder, programs, params, mine, advance, spend)
         if wanted.judged:
-            judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance)
+            judged = scoring.judge_pairs(encoder, programs, models.load(iteration), pairs, advance, spend=spend)
         if passes:
             key = stream_key(config.run.seed, "verdicts", iteration)
-            verdicts = scoring.single_verdicts(encoder, programs, models.load(iteration), pairs, advance, key)
+            params = models.load(iteration)
+            verdicts = scoring.single_verdicts(encoder, programs, params, pairs, advance, key, spend)
         elif wanted.verdicts:
             verdicts = rewards.single_verdicts(judged.verdicts)
     by_role = {role: read[numbers[role]] for role in asked}
+    points = {name: _spread(values, used, len(items)) for name, values in rated.items()}
     if np.allclose(by_role["start"]["logps"], by_role["implicit"]["logps"], atol=1e-6, equal_nan=True):
         console.say(
             f"note: the implicit reward's reference equals M{iteration}: no earlier model is there, and at the first "
@@ -217,9 +236,11 @@ def score_candidates(
         )
     places = _places(candidates)
     fresh = {reading: values[places] for reading, values in by_role["start"].items()}
+    by_role["start"] = by_role["start"] | points
     if judged is not None:
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     cached = {f"{role}_logps": by_role[role]["logps"][places] for role in asked}
+    cached |= {f"start_{name}": values[places] for name, values in points.items()}
     evidence = scoring.evidence_of(pairs, fresh, cached, config)
     logits = rewards.reward_logits(evidence, config, wanted.start)
     frozen = {name: np.asarray(values) for name, values in logits.items()}
@@ -265,13 +286,14 @@ def _scores(config: Config, items: Sequence[Item], scored: Scored, iteration: in
     """Collects what a way of choosing pairs looks at."""
     numbers = roles(config, iteration)
     wins = scored.frozen.get("generative")
+    points = scored.by_role["start"].get("points") if config.preference.labels == "pointwise" else None
     return Scores(
         logps={role: values["logps"].astype(np.float64) for role, values in scored.by_role.items()},
         lengths=np.array([len(answer.ids) for _, answer in items]),
         characters=np.array([len(answer.text) for _, answer in items]),
         wins=None if wins is None else 1 / (1 + np.exp(-wins.mean(axis=1).astype(np.float64))),
         reference_before=numbers["before"] == numbers["implicit"],
-        rewards=scored.rewards,
+        rewards=scored.rewards if points is None else points.astype(np.float64),
     )
 
 

@@ -19,6 +19,7 @@ from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
 from scir_jax.run import choice, command, console, evaluation, iteration
+from scir_jax.run.costs import Account
 from scir_jax.run.directory import RunDirectory, settings_of
 from scir_jax.run.ledger import Ledger
 from scir_jax.run.loaded import Model
@@ -148,7 +149,8 @@ class Run:
                     raise InputError(f"{self.directory}: no model beyond M0 to evaluate yet")
                 needs = (config, encoder, inputs, programs, models, directory, NoMetrics(), grader, stopper)
                 for t in range(last):
-                    evaluation.evaluate_model(*needs, t)
+                    # What the run itself spent stays as it is.
+                    evaluation.evaluate_model(*needs, t, Account())
                     if hosts.first():
                         Ledger(self.directory).record_stage("evaluate", t)
                 if hosts.first() and (self.directory / "summary.json").exists():

@@ -22,7 +22,8 @@ from scir_jax.engine.mesh import owned_rows, put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import Sampling, Slots, stream_key
 from scir_jax.errors import InputError
-from scir_jax.run import console
+from scir_jax.run import console, costs
+from scir_jax.run.costs import Account
 from scir_jax.run.places import save, sync
 from scir_jax.run.scoring import check_finite
 
@@ -251,11 +252,13 @@ def sample_file(
     key: Any,
     title: str,
     stopper: console.Stopper,
+    account: Account | None = None,
     resumable: bool = True,
 ) -> None:
     """Writes responses to `path`, every host its share. An interrupted file goes on with the prompts that are not done.
 
     Args:
+      account: of the stage, where there is one.
       resumable: what Ctrl-C says: whether the same command goes on or starts again.
     """
     place = {number: i for i, (number, _) in enumerate(prompts)}
@@ -279,6 +282,10 @@ def sample_file(
     sync(path)
     if hosts.first():
         _gather_parts(path, place, responses)
+        if account is not None:
+            # What a process before this one sampled counts too.
+            account.add(costs.sampled(programs, AppendOnly(_part(path, 0)).rows()))
+            account.keep()
         _part(path, 0).replace(path)
     sync(path)
 
@@ -343,12 +350,14 @@ def sample_iteration(
     iteration: int,
     path: Path,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
     """Writes responses.jsonl of an iteration.
 
     Args:
       params: parameters of M_t.
       prompts: those of the iteration.
+      account: of the stage.
     """
     sample_file(
         encoder,
@@ -361,4 +370,5 @@ def sample_iteration(
         key=stream_key(config.run.seed, "responses", iteration),
         title=f"iteration {iteration}: sample",
         stopper=stopper,
+        account=account,
     )

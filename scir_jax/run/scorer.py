@@ -25,7 +25,8 @@ from scir_jax.errors import InputError
 from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
-from scir_jax.run import hub
+from scir_jax.run import costs, hub
+from scir_jax.run.costs import Spend
 from scir_jax.run.scoring import Advance, Item, check_finite, nothing, taken
 from scir_jax.run.setup import stop_ids
 from scir_jax.text.chat import Chat, load_tokenizer
@@ -37,11 +38,12 @@ LOOKED_AT = 32
 class Scorer(Protocol):
     """Gives a reward to each answer."""
 
-    def rewards(self, items: Sequence[Item], advance: Advance = nothing) -> np.ndarray:
+    def rewards(self, items: Sequence[Item], advance: Advance = nothing, spend: Spend = nothing) -> np.ndarray:
         """Returns the rewards [len(items)] float64 of answers, the higher the better.
 
         Args:
           advance: is told after each batch how many answers it held.
+          spend: is told what that cost, where a model was asked.
         """
 
     def programs(self, prompts: Iterable[Prompt]) -> list[Program]:
@@ -92,7 +94,7 @@ class FunctionScorer:
         """Returns none."""
         return []
 
-    def rewards(self, items: Sequence[Item], advance: Advance = nothing) -> np.ndarray:
+    def rewards(self, items: Sequence[Item], advance: Advance = nothing, spend: Spend = nothing) -> np.ndarray:
         """Asks the function, batch by batch.
 
         Raises:
@@ -184,7 +186,7 @@ class ModelScorer:
         last = max((place for place, i in enumerate(ids) if i != self._pad_id), default=0)
         return Row(ids[: last + 1], judged=True)
 
-    def rewards(self, items: Sequence[Item], advance: Advance = nothing) -> np.ndarray:
+    def rewards(self, items: Sequence[Item], advance: Advance = nothing, spend: Spend = nothing) -> np.ndarray:
         """Computes the reward model's scores, batch by batch.
 
         Raises:
@@ -192,6 +194,7 @@ class ModelScorer:
         """
         programs = self._programs
         rows = [self.row(item) for item in items]
+        spend(costs.rewarded(self._programs.model.arch, [len(row.ids) for row in rows]))
         fits = [compiled_length(len(row.ids), self._context) for row in rows]
         lengths = sorted(set(fits))
         _, params = weights.load(self._directory, programs.abstract, reward=True)

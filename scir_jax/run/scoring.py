@@ -17,7 +17,9 @@ from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
-from scir_jax.method.rewards import Evidence, fit_length_penalty, judged
+from scir_jax.method.rewards import Evidence, expected_points, fit_length_penalty, judged
+from scir_jax.run import costs
+from scir_jax.run.costs import Spend
 
 Item = tuple[Prompt, Answer]
 Advance = Callable[[int], None]
@@ -28,12 +30,18 @@ def nothing(*_) -> None:
 
 
 def score_answers(
-    encoder: Encoder, programs: Programs, params: Any, items: Sequence[Item], advance: Advance = nothing
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    items: Sequence[Item],
+    advance: Advance = nothing,
+    spend: Spend = nothing,
 ) -> dict[str, np.ndarray]:
     """Reads values of each answer under a model.
 
     Args:
       advance: is told after each batch how many answers it held.
+      spend: is told what that cost.
 
     Returns:
       name -> [len(items)] float32; "logps" is log pi(y|x), nats, summed over the answer's tokens with the stop token.
@@ -53,6 +61,8 @@ def score_answers(
                 check_finite(values, "log-probabilities")
                 result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
             advance(len(part))
+    if spend is not nothing:
+        spend(costs.scored(programs, items))
     return result
 
 
@@ -63,22 +73,22 @@ def judge_pairs(
     pairs: Sequence[Pair],
     advance: Advance = nothing,
     key: Any = None,
+    spend: Spend = nothing,
 ) -> Judged:
     """Reads verdicts [P, G, 2, 2] and verdict mass [P, G, 2] of pairs in both orders, NumPy float32.
 
     Args:
       advance: is told after each batch how many pairs it held.
       key: key of the adapters' dropout; None drops nothing.
+      spend: is told what that cost.
 
     Raises:
       InputError: the model gives values that are not finite.
     """
     lengths = [tuple(group.tokens for group in groups) for groups in programs.judge_groups]
     # Rows are made again batch by batch: all of them at once could be more than a host holds.
-    tokens = [
-        tuple(max(len(row.ids) for row in encoder.judge_rows(judge, pair)) for judge in encoder.judges)
-        for pair in pairs
-    ]
+    sizes = question_sizes(encoder, pairs)
+    tokens = [tuple(row) for row in sizes.max(axis=2).tolist()]
     verdicts = np.zeros((len(pairs), len(encoder.judges), 2, 2), np.float32)
     mass = np.zeros((len(pairs), len(encoder.judges), 2), np.float32)
     calls = 0
@@ -98,19 +108,77 @@ def judge_pairs(
             check_finite(mass[part], "verdicts")
             advance(len(part))
             calls += 1
+    if spend is not nothing:
+        spend(costs.judged(programs, sizes))
     return Judged(verdicts, mass)
 
 
+def rate_answers(
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    items: Sequence[Item],
+    advance: Advance = nothing,
+    spend: Spend = nothing,
+) -> dict[str, np.ndarray]:
+    """Reads the points that the judge gives each answer.
+
+    Args:
+      advance: is told after each batch how many answers it held.
+      spend: is told what that cost.
+
+    Returns:
+      [len(items)] float32: "points", their expectation; "points_mass", the probability of all points together.
+
+    Raises:
+      InputError: the model gives values that are not finite.
+    """
+    points = tuple(map(float, encoder.pointwise.template.verdicts))
+    groups, sizes = programs.rate_groups, rating_sizes(encoder, items)
+    result = {name: np.zeros(len(items), np.float32) for name in ("points", "points_mass")}
+    by_group = by_length([(n,) for n in sizes.tolist()], [(group.tokens,) for group in groups])
+    for group, numbers in zip(groups, by_group, strict=True):
+        for part in batched(numbers, group.rows):
+            rows = [encoder.pointwise_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
+            read = programs.rater(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+            logits, mass = (np.asarray(values)[: len(part)] for values in read)
+            check_finite(logits, "points")
+            check_finite(mass, "points")
+            result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
+            advance(len(part))
+    if spend is not nothing:
+        spend(costs.judged(programs, sizes, len(points)))
+    return result
+
+
+def rating_sizes(encoder: Encoder, items: Sequence[Item]) -> np.ndarray:
+    """Counts the tokens of the pointwise question about each answer, [len(items)] int."""
+    return np.array([len(encoder.pointwise_row(*item).ids) for item in items], int)
+
+
+def question_sizes(encoder: Encoder, pairs: Sequence[Pair]) -> np.ndarray:
+    """Counts the tokens of every template's question about pairs in both orders, [P, G, 2] int."""
+    sizes = [[[len(row.ids) for row in encoder.judge_rows(judge, pair)] for judge in encoder.judges] for pair in pairs]
+    return np.array(sizes, int).reshape(len(pairs), len(encoder.judges), 2)
+
+
 def single_verdicts(
-    encoder: Encoder, programs: Programs, params: Any, pairs: Sequence[Pair], advance: Advance, key: Any
+    encoder: Encoder,
+    programs: Programs,
+    params: Any,
+    pairs: Sequence[Pair],
+    advance: Advance,
+    key: Any,
+    spend: Spend = nothing,
 ) -> np.ndarray:
     """Samples the judge's predictions with the adapters' dropout, [P, programs.judge_passes] logits, float32.
 
     Args:
       key: key of the dropout, from which each pass has one of its own.
+      spend: is told what that cost.
     """
     passes = [
-        judge_pairs(encoder, programs, params, pairs, advance, jax.random.fold_in(key, number)).verdicts
+        judge_pairs(encoder, programs, params, pairs, advance, jax.random.fold_in(key, number), spend).verdicts
         for number in range(programs.judge_passes)
     ]
     return np.stack([np.asarray(judged(verdicts)["logit"]).mean(axis=1) for verdicts in passes], axis=1)
@@ -126,6 +194,7 @@ def score_pairs(
     reference: Callable[[], Any] | None,
     reference_logps: np.ndarray | None = None,
     advance: Advance = nothing,
+    spend: Spend = nothing,
 ) -> Evidence:
     """Collects what the reward models need of pairs under a model, outside training; NumPy arrays.
 
@@ -134,19 +203,24 @@ def score_pairs(
       model, reference: give parameters when called, the reference's first, so that one copy is there at a time.
         Without a reference there are no log-probabilities, and no implicit reward.
       reference_logps: [P, 2] of the reference where they are known, in the place of `reference`.
+      spend: is told what that cost.
     """
     items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
     cached: dict[str, np.ndarray] = {}
     fresh: dict[str, np.ndarray] = {}
     if reference is not None:
-        reference_logps = score_answers(encoder, programs, reference(), items, advance)["logps"].reshape(-1, 2)
+        reference_logps = score_answers(encoder, programs, reference(), items, advance, spend)["logps"]
+        reference_logps = reference_logps.reshape(-1, 2)
     params = model()
     if reference_logps is not None:
         cached["implicit_logps"] = reference_logps
-        found = score_answers(encoder, programs, params, items, advance)
+        found = score_answers(encoder, programs, params, items, advance, spend)
         fresh |= {name: values.reshape(-1, 2) for name, values in found.items()}
         cached["start_logps"] = fresh["logps"]
-    judged = judge_pairs(encoder, programs, params, pairs, advance)
+    if encoder.pointwise is not None:
+        rated = rate_answers(encoder, programs, params, items, advance, spend)
+        cached |= {f"start_{name}": values.reshape(-1, 2) for name, values in rated.items()}
+    judged = judge_pairs(encoder, programs, params, pairs, advance, spend=spend)
     fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return evidence_of(pairs, fresh, cached, config)
 
@@ -183,9 +257,13 @@ def length_penalty(config: Config, logps: np.ndarray, reference_logps: np.ndarra
     return fit_length_penalty(config.implicit.beta * (logps - reference_logps), lengths)
 
 
-def score_count(pairs: int, *, with_reference: bool) -> int:
-    """Returns what `score_pairs` tells `advance` in total: answers, and pairs that are judged."""
-    return pairs * (5 if with_reference else 1)
+def score_count(pairs: int, *, with_reference: bool, rated: bool = False) -> int:
+    """Returns what `score_pairs` tells `advance` in total: answers, and pairs that are judged.
+
+    Args:
+      rated: the judge gives points too.
+    """
+    return pairs * ((5 if with_reference else 1) + 2 * rated)
 
 
 def taken(items: Sequence, rows: np.ndarray) -> list:

@@ -14,6 +14,7 @@ from scir_jax.engine import mesh as meshes
 from scir_jax.engine.descriptions import Facts
 from scir_jax.engine.programs import Programs
 from scir_jax.errors import InputError
+from scir_jax.method import objective
 from scir_jax.model import families
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
@@ -68,9 +69,18 @@ def open_model(config: Config) -> tuple[Architecture, Encoder]:
             f"{config.model.path}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding "
             f"{arch.vocab_size} rows; use the tokenizer that belongs to the model"
         )
-    judges = [compile_judge(load_template(name), chat) for name in config.generative.templates]
-    quote_thinking = config.generative.quote_thinking
-    return arch, Encoder(config.text, chat, judges, arch.max_positions, quote_thinking=quote_thinking)
+    settings = config.generative
+    judges = [compile_judge(load_template(name), chat) for name in settings.templates]
+    pointwise = compile_judge(load_template(settings.pointwise, pointwise=True), chat) if rates(config) else None
+    quote_thinking = settings.quote_thinking
+    return arch, Encoder(
+        config.text, chat, judges, arch.max_positions, pointwise=pointwise, quote_thinking=quote_thinking
+    )
+
+
+def rates(config: Config) -> bool:
+    """Checks whether a run gives points to answers: in training or, for a reward model of the method, in evaluation."""
+    return objective.needs(config).pointwise or "pointwise" in config.rewards.models
 
 
 def facts_of(encoder: Encoder, lengths: Lengths, present: frozenset[str]) -> Facts:
@@ -82,12 +92,14 @@ def facts_of(encoder: Encoder, lengths: Lengths, present: frozenset[str]) -> Fac
         stop_ids=encoder.chat.stop_ids,
         pad_id=encoder.chat.pad_id,
         present=present,
+        point_ids=encoder.pointwise.verdict_ids if encoder.pointwise else (),
     )
 
 
 def templates_of(encoder: Encoder) -> dict[str, dict[str, Any]]:
     """Returns the judge templates by name, as the manifest has them."""
-    return {judge.template.name: dataclasses.asdict(judge.template) for judge in encoder.judges}
+    judges = (*encoder.judges, *([encoder.pointwise] if encoder.pointwise else []))
+    return {judge.template.name: dataclasses.asdict(judge.template) for judge in judges}
 
 
 def stop_ids(directory: Path, hf_config: dict) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,16 @@ from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.trainer import Trainer, learning_rates
 from scir_jax.errors import Diverged, InputError
-from scir_jax.run import console
+from scir_jax.run import console, costs
 from scir_jax.run.constructing import NAME, constructed_rows
+from scir_jax.run.costs import Account
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.metrics import Metrics
 from scir_jax.run.models import Models
 from scir_jax.run.places import save as save_files
 from scir_jax.run.preflight import check_shapes
-from scir_jax.run.watching import Watch, pair_watch
+from scir_jax.run.watching import PREFIX, Watch, pair_watch
 
 # Columns of metrics.jsonl that no two runs have in common: tokens of the rows, without padding, over all devices; model
 # FLOPs (see scir_jax.engine.cost.flops) in 1e12 per second and device, and as a share of the chip's peak.
@@ -50,12 +51,18 @@ def run_sft(
     directory: RunDirectory,
     metrics: Metrics,
     stopper: console.Stopper,
+    account: Account,
 ) -> None:
-    """Trains M0 -> M1 on conversations and judge questions; without any, or with sft.epochs 0, M1 is M0."""
+    """Trains M0 -> M1 on conversations and judge questions; without any, or with sft.epochs 0, M1 is M0.
+
+    Args:
+      account: of the stage.
+    """
     spec, seed = programs.sft_spec, config.run.seed
     passes = [len(inputs.targets[name]) / group.rows for name, group in spec.targets]
     steps = int(np.ceil(config.sft.epochs * max(passes, default=0)))
     if not steps:
+        account.keep()
         models.store.save(1, models.take(0))
         return
     batches = supervised_batches(
@@ -77,11 +84,13 @@ def run_sft(
         stopper,
         iteration=0,
         dataset=batches.dataset,
+        tokens=batches.tokens,
         peak=config.sft.learning_rate,
         params=lambda: models.take(0),
         frozen=lambda: models.parameters.frozen,
         save=lambda params: models.store.save(1, params),
         watch=pair_watch(config, encoder, inputs, programs, models, 0),
+        account=account,
     )
 
 
@@ -95,8 +104,13 @@ def run_optimise(
     metrics: Metrics,
     stopper: console.Stopper,
     iteration: int,
+    account: Account,
 ) -> None:
-    """Trains M_t -> M_{t+1} on the pairs of iteration t beside replayed examples."""
+    """Trains M_t -> M_{t+1} on the pairs of iteration t beside replayed examples.
+
+    Args:
+      account: of the stage.
+    """
     folder, seed = directory.iteration(iteration), config.run.seed
     targets = inputs.targets
     if config.judge.constructed_batch_size:
@@ -122,12 +136,14 @@ def run_optimise(
         stopper,
         iteration=iteration,
         dataset=batches.dataset,
+        tokens=batches.tokens,
         peak=config.optimise.learning_rate,
         params=lambda: models.take(iteration),
         frozen=lambda: models.parameters.frozen,
         decisions=AppendOnly(folder / "decisions.jsonl") if hosts.first() else None,
         save=lambda params: models.store.save(iteration + 1, params),
         watch=pair_watch(config, encoder, inputs, programs, models, iteration),
+        account=account,
     )
 
 
@@ -180,6 +196,8 @@ def train_stage(
     decisions: AppendOnly | None = None,
     save: Callable[[Any], None],
     watch: Watch | None = None,
+    tokens: Callable[[int], dict[str, int]] = lambda number: {},
+    account: Account | None = None,
 ) -> None:
     """Trains over `dataset` once and saves the resulting parameters; goes on from the newest checkpoint if any.
 
@@ -193,6 +211,8 @@ def train_stage(
       decisions: file of the decisions about each pair in every step.
       save: is given the final trained parameters.
       watch: evaluates the trained parameters every evaluate.every steps; what it says stands in the step's row.
+      tokens: number of a step -> tokens of its rows by part, as in scir_jax.data.pipelines.Batches.
+      account: of the stage, which adds up the rows of all its steps, of processes before this one too.
 
     Raises:
       Diverged: after training.max_skipped steps in a row with a non-finite loss or gradient.
@@ -224,7 +244,8 @@ def train_stage(
     speed = Speed(trainer.step_flops, mesh.size, of_device(mesh.devices.flat[0].device_kind))
     # An accelerator runs ahead of the host; on a CPU a second step in flight would hold a second step's buffers.
     waits = mesh.devices.flat[0].platform == "cpu"
-    writer = _Writer(metrics, decisions, stage, iteration, min(config.training.max_skipped, steps), speed)
+    skipped = min(config.training.max_skipped, steps)
+    writer = _Writer(metrics, decisions, stage, iteration, skipped, speed, tokens)
     try:
         with console.stage(title, steps, done, "compiling") as bar:
             for step in range(done, steps):
@@ -238,7 +259,7 @@ def train_stage(
                 writer.flush()
                 writer.hold(completed, output, started)
                 if looks:
-                    writer.flush(more=lambda: watch(state.params))
+                    writer.flush(more=lambda: watch.look(state.params))
                 elif waits:
                     writer.flush()
                 bar.advance(writer.note)
@@ -251,6 +272,8 @@ def train_stage(
                     checkpoints.wait()
                     stopper.stop(title)
             writer.flush(sync=True)
+        if account is not None:
+            _settle(account, metrics.stage(stage, iteration), watch)
         # With its model the stage is done, and what it wrote is not written again.
         save_files(directory.path)
         save(state.params)
@@ -264,6 +287,15 @@ def train_stage(
         if decisions is not None:
             decisions.close()
     checkpoints.remove()
+
+
+def _settle(account: Account, rows: Sequence[Mapping[str, Any]], watch: Watch | None) -> None:
+    """Adds up the rows of a stage, with the looks that were taken within it."""
+    account.add(costs.of_steps(rows))
+    if watch is not None:
+        looks = sum(any(name.startswith(PREFIX) for name in row) for row in rows)
+        account.add(watch.once + watch.each * looks)
+    account.keep()
 
 
 def _check_written(directory: RunDirectory, iteration: int, found: dict[str, str], expected: dict[str, str]) -> None:
@@ -311,8 +343,9 @@ class _Writer:
         iteration: int,
         max_skipped: int,
         speed: Speed,
+        tokens: Callable[[int], dict[str, int]],
     ):
-        self._speed = speed
+        self._speed, self._tokens = speed, tokens
         self._metrics, self._decisions = metrics, decisions
         self._stage, self._iteration = stage, iteration
         self._max_skipped = max_skipped
@@ -330,7 +363,10 @@ class _Writer:
             now = time.monotonic()
             seconds, self._last = now - max(started, self._last), now
             in_a_row = int(values.pop("skipped_in_a_row"))
-            values |= self._speed.of(jax.device_get(output.work), seconds)
+            work = jax.device_get(output.work)
+            values |= {f"tokens/{part}": count for part, count in self._tokens(step - 1).items()}
+            values["flops"] = self._speed.flops(work)
+            values |= self._speed.of(work, seconds)
             if more is not None:
                 values |= more()
                 self._last = time.monotonic()  # no part of the next step's time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,12 +11,28 @@ from scir_jax.config.schema import Config
 from scir_jax.data.encode import Encoder
 from scir_jax.engine.programs import Programs
 from scir_jax.model import lora
-from scir_jax.run import evaluation, scoring
+from scir_jax.run import costs, evaluation, scoring
+from scir_jax.run.costs import Account
+from scir_jax.run.counts import Counts
 from scir_jax.run.inputs import Inputs
 from scir_jax.run.models import Models, roles
 
-Watch = Callable[[Any], dict[str, float]]
-"""trained parameters -> columns of metrics.jsonl"""
+PREFIX = "eval/"
+"""of the columns of metrics.jsonl that a look gives"""
+
+
+class Watch(NamedTuple):
+    """The evaluation within a stage.
+
+    Attributes:
+      look: trained parameters -> columns of metrics.jsonl.
+      once: what it cost to ask the reference.
+      each: what a look costs.
+    """
+
+    look: Callable[[Any], dict[str, float]]
+    once: Counts
+    each: Counts
 
 
 def pair_watch(
@@ -36,10 +52,16 @@ def pair_watch(
         return None
     pairs, labels = evaluation.labelled_pairs(inputs.heldout_pairs)
     number = roles(config, iteration)["implicit"]
-    logps = None
+    items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
+    logps, asked = None, Account()
+    each = costs.judged(programs, scoring.question_sizes(encoder, pairs))
+    if encoder.pointwise is not None:
+        sizes = scoring.rating_sizes(encoder, items)
+        each += costs.judged(programs, sizes, len(encoder.pointwise.verdict_ids))
     if number != iteration + 1:
-        items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
-        logps = scoring.score_answers(encoder, programs, models.load(number), items)["logps"].reshape(-1, 2)
+        scored = scoring.score_answers(encoder, programs, models.load(number), items, spend=asked.add)
+        logps = scored["logps"].reshape(-1, 2)
+        each += costs.scored(programs, items)
     shardings = jax.tree.map(lambda s: s.sharding, programs.abstract_inference)
 
     def cast(params: Any) -> Any:
@@ -48,7 +70,7 @@ def pair_watch(
     converted = programs.abstract_inference != programs.abstract_trained
     cast = jax.jit(cast, out_shardings=shardings) if converted else lambda params: params
 
-    def watch(params: Any) -> dict[str, float]:
+    def look(params: Any) -> dict[str, float]:
         evidence = scoring.score_pairs(
             encoder,
             programs,
@@ -59,6 +81,6 @@ def pair_watch(
             reference_logps=logps,
         )
         values = evaluation.clean(evaluation.pair_metrics(config, evidence, labels))
-        return {f"eval/{name}": value for name, value in values.items()}
+        return {f"{PREFIX}{name}": value for name, value in values.items()}
 
-    return watch
+    return Watch(look, asked.counts, each)

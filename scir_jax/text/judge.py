@@ -1,14 +1,15 @@
-"""Judge questions as token ids: which of two answers is better?
+"""Judge questions as token ids: which of two answers is better? Or: how many points is one answer worth?
 
-Two layouts. `standalone`: a prompt of its own that shows the conversation and both answers. `continuation`: the next
+Two layouts compare. `standalone`: a prompt of its own that shows the conversation and both answers. `continuation`: the next
 user turn of the very conversation that holds answer a, so that one causal row gives log pi(a | prompt) and the
-verdict.
+verdict. A third one, `pointwise`, is a prompt of its own that shows one answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -22,8 +23,17 @@ from scir_jax.text.tokens import THINKING, Ids
 
 # {name} is a field, {{name}} the same in braces; all other braces are text as they stand.
 _FIELD = re.compile(r"\{\{([a-z_][a-z0-9_]*)\}\}|\{([a-z_][a-z0-9_]*)\}")
-_FIELDS = ("prompt", "response_a", "response_b")
-_NEEDED = {"standalone": {"prompt", "response_a", "response_b"}, "continuation": {"response_b"}}
+POINTWISE = "pointwise"
+_FIELDS = {
+    "standalone": ("prompt", "response_a", "response_b"),
+    "continuation": ("prompt", "response_a", "response_b"),
+    POINTWISE: ("prompt", "response"),
+}
+_NEEDED = {
+    "standalone": {"prompt", "response_a", "response_b"},
+    "continuation": {"response_b"},
+    POINTWISE: {"prompt", "response"},
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,11 @@ class Template:
 
     Attributes:
       question: text with {prompt}, {response_a}, {response_b}; in the continuation layout response a is the
-        conversation's last answer and {response_a} may not occur. Plain text: it spells no control tokens.
+        conversation's last answer and {response_a} may not occur; in the pointwise layout with {prompt} and {response}.
+        Plain text: it spells no control tokens.
       answer_prefix: text of the judge's own turn before the verdict; it may spell control tokens. One with a thinking
         block takes the place of the empty block that is written for a model that thinks.
-      verdicts: the letters for "a is better" and "b is better".
+      verdicts: the letters for "a is better" and "b is better"; in the pointwise layout the points, numbers.
       system: who the judge is; a system message where that is possible, else at the beginning of the question.
     """
 
@@ -43,15 +54,18 @@ class Template:
     layout: str
     question: str
     answer_prefix: str
-    verdicts: tuple[str, str]
+    verdicts: tuple[str, ...]
     system: str = ""
 
 
-def load_template(name: str) -> Template:
+def load_template(name: str, *, pointwise: bool = False) -> Template:
     """Reads a built-in template by name, or one from a YAML file.
 
+    Args:
+      pointwise: one that gives points to one answer is wanted, else one that compares two.
+
     Raises:
-      InputError: the file is missing, has other keys, or lacks a field.
+      InputError: the file is missing, has other keys, lacks a field, or is of the other sort.
     """
     built_in = resources.files("scir_jax.text") / "templates" / f"{name}.yaml"
     path = built_in if built_in.is_file() else Path(name)
@@ -72,14 +86,25 @@ def load_template(name: str) -> Template:
             f"judge template {name}: must be a YAML mapping with the keys {keys} (and system, if wanted)"
         ) from None
     if template.layout not in _NEEDED:
-        raise InputError(f"judge template {name}: layout must be standalone or continuation, not {template.layout!r}")
-    if len(template.verdicts) != 2 or template.verdicts[0] == template.verdicts[1]:
+        raise InputError(
+            f"judge template {name}: layout must be standalone, continuation or pointwise, not {template.layout!r}"
+        )
+    if pointwise != (template.layout == POINTWISE):
+        wanted = "give points to one answer" if pointwise else "compare two answers"
+        raise InputError(
+            f"judge template {name}: its layout is {template.layout}, but here one is needed that can {wanted}; those of "
+            "layout pointwise belong into generative.pointwise, the others into generative.templates"
+        )
+    if pointwise:
+        _check_points(template)
+    elif len(template.verdicts) != 2 or template.verdicts[0] == template.verdicts[1]:
         raise InputError(f"judge template {name}: verdicts must be two different letters")
     fields = {piece for piece in split_fields(template.question) if isinstance(piece, Field)}
-    if unknown := fields - set(_FIELDS):
+    known = _FIELDS[template.layout]
+    if unknown := fields - set(known):
         raise InputError(
             f"judge template {name}: the question has the unknown field {{{min(unknown)}}}; the fields are "
-            f"{', '.join(f'{{{field}}}' for field in _FIELDS)}; write {{{{{min(unknown)}}}}} for the word in braces"
+            f"{', '.join(f'{{{field}}}' for field in known)}; write {{{{{min(unknown)}}}}} for the word in braces"
         )
     if missing := _NEEDED[template.layout] - fields:
         raise InputError(f"judge template {name}: the question lacks {{{'}, {'.join(sorted(missing))}}}")
@@ -92,6 +117,17 @@ def load_template(name: str) -> Template:
                 f"write {{{{{found[0]}}}}} for the word in braces"
             )
     return template
+
+
+def _check_points(template: Template) -> None:
+    try:
+        points = [float(verdict) for verdict in template.verdicts]
+    except ValueError:
+        points = []
+    if len(set(points)) < 2 or len(set(points)) != len(template.verdicts) or not all(map(math.isfinite, points)):
+        raise InputError(
+            f"judge template {template.name}: verdicts must be different numbers, the points; two at least"
+        )
 
 
 class Field(str):
@@ -125,7 +161,7 @@ class Judge:
 
     template: Template
     parts: tuple[Ids | str, ...]
-    verdict_ids: tuple[int, int]
+    verdict_ids: Ids
     stop_ids: Ids
     answer_tokens: int
     system: str = ""
@@ -146,6 +182,15 @@ class Judge:
         """
         before = itertools.takewhile(lambda part: part not in ("response_a", "response_b"), self.parts)
         return sum(prompt if part == "prompt" else len(part) for part in before)
+
+    def pointwise_row(self, prompt: Ids, answer: Ids) -> Ids:
+        """Returns the ids up to and without the points.
+
+        Args:
+          prompt, answer: plain texts, encoded.
+        """
+        values = {"prompt": prompt, "response": answer}
+        return Chat.flatten([values[part] if isinstance(part, str) else part for part in self.parts])
 
     def row(self, *, conversation: Ids, prompt: Ids, a: Ids, b: Ids, a_text: Ids, b_text: Ids) -> Ids:
         """Returns the ids up to and without the verdict.
@@ -169,7 +214,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     """Finds a template's constant ids and its verdict ids.
 
     Raises:
-      InputError: the two verdicts do not differ in exactly one token, the last.
+      InputError: the verdicts do not differ in exactly one token, the last.
     """
     names: list[str] = []
 
@@ -184,7 +229,7 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     placed = ""
     if system:
         # A conversation's system message was written before its judge came.
-        placed = "message" if template.layout == "standalone" and chat.allows_system else "question"
+        placed = "message" if template.layout != "continuation" and chat.allows_system else "question"
     if placed == "question":
         question = [system + "\n\n", *question]
     messages: list[dict] = [{"role": "user", "content": question}]
@@ -200,20 +245,24 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
     lead = "" if chat.lead.strip() and any(mark in prefix for block in THINKING for mark in block) else chat.lead
     if chat.opened and prefix.startswith(chat.opened):
         prefix = prefix.removeprefix(chat.opened).removeprefix("\n")
-    first, second = (row(Literal(prefix), verdict) for verdict in template.verdicts)
-    if len(first) != len(second) or first[:-1] != second[:-1] or first[-1] == second[-1]:
-        a, b = template.verdicts
-        raise InputError(
-            f"judge template {template.name}: the verdicts {a!r} and {b!r} must differ in exactly one token, the last, "
-            f"but end in {list(first[-3:])} and {list(second[-3:])}; choose other letters or another answer_prefix"
-        )
-    for verdict, token in zip(template.verdicts, (first[-1], second[-1])):
-        if token in chat.control_ids | {chat.tokenizer.unk_token_id}:
+    rows = [row(Literal(prefix), verdict) for verdict in template.verdicts]
+    for verdict, ids in zip(template.verdicts, rows):
+        if ids[-1] == chat.tokenizer.unk_token_id:
+            raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
+    for (a, one), (b, other) in itertools.combinations(zip(template.verdicts, rows), 2):
+        if one[:-1] != other[:-1] or one[-1] == other[-1]:
+            raise InputError(
+                f"judge template {template.name}: the verdicts {a!r} and {b!r} must differ in exactly one token, the last, "
+                f"but end in {list(one[-3:])} and {list(other[-3:])}; choose other letters or another answer_prefix"
+            )
+    for verdict, token in zip(template.verdicts, (ids[-1] for ids in rows)):
+        if token in chat.control_ids:
             raise InputError(f"judge template {template.name}: verdict {verdict!r} is not a token of the model")
     answer_tokens = 1
     if prefix:  # from where the row departs from one without it: a space before it may be part of its first token
+        first = rows[0]
         answer_tokens = len(first) - next((i for i, (x, y) in enumerate(zip(first, row())) if x != y), len(row()))
-    flat = first[:-1]
+    flat = rows[0][:-1]
     if template.layout == "continuation":
         flat = flat[flat.index(-1002) + 1 :]
         # `Judge.row` writes the end of the answer's turn.
@@ -229,4 +278,4 @@ def compile_judge(template: Template, chat: Chat) -> Judge:
         else:
             constant.append(token)
     parts.append(tuple(constant))
-    return Judge(template, tuple(parts), (first[-1], second[-1]), chat.stop_ids, answer_tokens, placed)
+    return Judge(template, tuple(parts), tuple(ids[-1] for ids in rows), chat.stop_ids, answer_tokens, placed)

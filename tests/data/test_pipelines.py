@@ -28,7 +28,12 @@ from tests.data.small_data import (
 REPLAYED = {"ift": marked_rows(), "eft": marked_rows()}
 
 
-def batches_of(
+def batches_of(size=5, **settings):
+    """What the steps of `stage_of` take."""
+    return stage_of(size, **settings).dataset
+
+
+def stage_of(
     size=5,
     *,
     epochs=1,
@@ -52,15 +57,19 @@ def batches_of(
         seeds={"ift": seed + 1, "eft": seed + 2},
         share=share,
         way=way,
-    ).dataset
+    )
 
 
-def supervised(steps, seed=0, rows=None, tokens=4, sizes=None):
+def supervised(steps, *settings, **more):
+    return supervised_stage(steps, *settings, **more).dataset
+
+
+def supervised_stage(steps, seed=0, rows=None, tokens=4, sizes=None):
     sizes = sizes or {"ift": 3}
     spec = TrainSpec(None, tuple((name, RowGroup((size,), tokens, tokens)) for name, size in sizes.items()))
     rows = {"ift": REPLAYED["ift"] if rows is None else rows, "eft": REPLAYED["eft"]}
     seeds = {"ift": seed, "eft": seed + 1}
-    return supervised_batches(spec, make_encoder(), rows, steps=steps, seeds=seeds).dataset
+    return supervised_batches(spec, make_encoder(), rows, steps=steps, seeds=seeds)
 
 
 def learned(batch, name="ift"):
@@ -242,6 +251,30 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
                         cell, place = at[side]
                         (ids,) = [ids for where, ids in found[cell] if where[-1] == place]
                         assert ids == encoder.judge_rows(judge, pair)[side].ids
+
+
+@pytest.mark.parametrize("layouts", [("standalone",), ("continuation",), ("continuation", "standalone")])
+@pytest.mark.parametrize("way", [Way(), Way("bins", 2**20), Way("bins", 2**20, "always")], ids=str)
+def test_the_tokens_of_each_part(layouts, way):
+    """They are those that the arrays hold, and the policy's are those of prompts and answers, however rows lie."""
+    encoder = make_encoder(*layouts)
+    pairs = make_pairs(encoder)
+    for judged in (True, False):
+        stage = stage_of(5, layouts=layouts, way=way, replay=dict(ift=3), judged=judged, cached=("start_logps",))
+        for number, batch in enumerate(stage.dataset):
+            tokens = stage.tokens(number)
+            assert sum(tokens.values()) == sum(int((segments > 0).sum()) for segments in batch.rows.segments)
+            mine = [pairs[i] for i in index(batch) if i >= 0]
+            shown = 1 if way.share == "always" else 2
+            policy = sum(shown * len(pair.prompt.ids) + sum(pair.lengths) for pair in mine)
+            assert tokens["policy"] == policy and tokens["ift"] == 9
+            assert (tokens["judge"] > 0) == judged
+            if way.share == "never" and judged:
+                rows = [len(row.ids) for p in mine for judge in encoder.judges for row in encoder.judge_rows(judge, p)]
+                # The first template's rows hold the answers where it continues the conversation.
+                assert tokens["judge"] == sum(rows) - policy * (layouts[0] == "continuation")
+    stage = supervised_stage(2)
+    assert [stage.tokens(number) for number in range(2)] == [{"ift": 9}] * 2
 
 
 def test_a_row_that_is_longer_than_a_bin_is_named():

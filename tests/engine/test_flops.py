@@ -248,3 +248,21 @@ def test_bytes_of_a_decoding_step():
 
 def test_figures_add_up():
     assert Flops(1, 2) + Flops(3, 4) * 5 == Flops(16, 22)
+
+
+@pytest.mark.parametrize("adapters", [None, "all"])
+def test_rows_that_only_go_forward(adapters):
+    """Rows without padding are those of a description of that length, each answer's token those of one position more."""
+    lora = ADAPTERS.get(adapters)
+    group = RowGroup((4,), tokens=24, scored=7, verdict=True, heads=2)
+    work = flops.rows_work(ARCH, [24] * 4, scored=4 * 7, verdicts=4)
+    assert flops.of_pass(ARCH, work, lora=lora, heads=2) == flops.inference(ARCH, [group], lora=lora).model
+    assert flops.of_step(ARCH, work, heads=2) == 3 * flops.of_pass(ARCH, work, heads=2)
+
+    def of(tokens, scored=0):
+        return flops.inference(ARCH, [RowGroup((1,), tokens, scored)], lora=lora).model
+
+    # The prompt is read once; an answer adds what its row has more than the prompt alone.
+    answers = [1, 5, 5, 12]
+    expected = of(10) + sum(of(10 + n, n) - of(10) for n in answers)
+    assert flops.of_pass(ARCH, flops.sampling_work(ARCH, 10, answers), lora=lora) == expected

@@ -21,6 +21,7 @@ from scir_jax.model.hf import weights
 from scir_jax.model.segments import BRANCH
 from scir_jax.run import scoring
 from scir_jax.run.setup import Setup, prepare
+from tests.run.runs import POINTWISE
 from tests.torch_objective import ANSWERS, CONTINUATION, PROMPTS, STANDALONE, Reference, objective
 
 # Compiling takes nearly all of the time here, running nearly none.
@@ -68,7 +69,7 @@ def make(world_dir, tiny_config, tmp_path):
 
 def file_rows(reference, templates, *, weighted=False, seed=0):
     """Rows of pairs.jsonl whose cached values are near the model's own, but not equal to them."""
-    near, rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    near, rng, points = (np.random.default_rng(seed + i) for i in range(3))
     rows = []
     for prompt, answers, logps in zip(PROMPTS, ANSWERS, reference.answer_logps, strict=True):
         row = {"prompt_ids": reference.prompt_ids(prompt), "prompt_quote_ids": reference.ids(prompt)}
@@ -77,8 +78,11 @@ def file_rows(reference, templates, *, weighted=False, seed=0):
         row["cached"] = {
             f"{role}_logps": (logps + near.normal(0, 3, 2)).tolist() for role in ("preference", "implicit", "start")
         }
+        row["cached"] |= {"start_points": points.uniform(0, 5, 2).tolist(), "start_points_mass": [0.5, 0.25]}
         row["frozen_logits"] = {
-            name: rng.normal(0, 2, templates if name == "generative" else 1).tolist() for name in rewards.REWARDS
+            name: rng.normal(0, 2, templates if name == "generative" else 1).tolist()
+            for name in rewards.REWARDS
+            if name != "pointwise"
         }
         row["verdicts"] = rng.normal(0, 2, 2 * templates).tolist()
         row["length_penalty"] = 0.05
@@ -262,13 +266,15 @@ def with_answers(row, *sides):
 @pytest.mark.parametrize(
     "templates", [(STANDALONE, CONTINUATION), (CONTINUATION, STANDALONE)], ids=["separate", "continued"]
 )
-def test_identical_and_swapped_pairs_in_every_reward_model(templates, make, reference, params):
-    setup = make(templates, rewards=dict(models=tuple(rewards.REWARDS), entropy_scale=3.0))
+def test_identical_and_swapped_pairs_in_every_reward_model(templates, make, reference, params, tmp_path):
+    (tmp_path / "points.yaml").write_text(POINTWISE)
+    generative = dict(pointwise=str(tmp_path / "points.yaml"))
+    setup = make(templates, rewards=dict(models=tuple(rewards.REWARDS), entropy_scale=3.0), generative=generative)
     rows = file_rows(reference, 2)
     batch = train_batch(setup, rows)
     _, _, logits = outputs(setup, params, batch)
     p = 1 / (1 + np.exp(-np.float64(logits)))
-    assert p.shape == (8, 5) and np.abs(p[:6] - 0.5).max(axis=0).min() > 0.05
+    assert p.shape == (8, 6) and np.abs(p[:6] - 0.5).max(axis=0).min() > 0.05
 
     # The rows of a swapped pair are made from the swapped file, not by exchanging the rows.
     swapped_batch = train_batch(setup, [with_answers(row, "b", "a") for row in rows])

@@ -14,6 +14,7 @@ from scir_jax.engine.forward import Judged
 from scir_jax.engine.sampler import Samples, stream_key
 from scir_jax.errors import InputError
 from scir_jax.run import sampling, scoring, training
+from scir_jax.run.costs import Account
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.setup import prepare
 from tests.training import heldout_items, made_up_pairs
@@ -103,8 +104,8 @@ def calls(setup, directory, monkeypatch):
             frozen = {name: values[: columns.get(name, 1)] for name, values in logits.items()}
             file.write(json.dumps({**to_row(pair, number), "frozen_logits": frozen}) + "\n")
     needs = (programs.config, encoder, inputs, programs, None, RunDirectory(directory), None, None)
-    training.run_sft(*needs)
-    training.run_optimise(*needs, 1)
+    training.run_sft(*needs, Account())
+    training.run_optimise(*needs, 1, Account())
     return found
 
 

@@ -12,8 +12,8 @@ from scir_jax.method.rewards import REWARDS
 from tests.method_reference import changed, configured, evidence, example, options, table
 
 # Of the reward models in their order, so that no sum of some is that of others.
-SIZES = [1, 1.5, 2.25, 0.6]
-CONSENSUS = [1.0, 1.6, 1.0, 2.0]
+SIZES = [1, 1.5, 2.25, 0.6, 0.4]
+CONSENSUS = [1.0, 1.6, 1.0, 2.0, 1.3]
 
 
 def test_hard_and_soft_labels_have_no_gradient():
@@ -57,13 +57,14 @@ def test_whose_label(name, update):
     signs = np.array(list(itertools.product([-1, 1], repeat=2 * count)), float)
     values = example(config, 2, pairs=len(signs), real=len(signs))
     live, frozen = signs[:, :count] * SIZES, signs[:, count:] * SIZES
-    g, i, likelihood, entropy = live.T
+    g, i, likelihood, entropy, points = live.T
     values["verdicts"] = np.zeros((len(signs), 1, 2, 2))
     values["verdicts"][:, 0, 0, 0] = 2 * g
     values["implicit_logps"] = np.zeros((len(signs), 2))
     values["logps"] = np.stack([i / config.implicit.beta, 0 * i], axis=1)
     values["start_logps"] = np.stack([likelihood, 0 * i], axis=1)
     values["entropy"] = np.stack([0 * i, entropy], axis=1)
+    values["start_points"] = np.stack([points, 0 * i], axis=1)
     values |= {f"frozen {reward}": frozen[:, r : r + 1] for r, reward in enumerate(REWARDS)}
     values["label"] = np.arange(len(signs)) % 3 / 2
     source = frozen if update == "frozen" else live
@@ -73,6 +74,7 @@ def test_whose_label(name, update):
         "implicit": source[:, 1] > 0,
         "likelihood": source[:, 2] > 0,
         "entropy": source[:, 3] > 0,
+        "pointwise": source[:, 4] > 0,
         "consensus": source @ CONSENSUS > 0,
         "external": values["label"],
         "cream": values["label"],

@@ -31,26 +31,32 @@ JUDGED = ("logps", "verdict_mass", "verdicts")
 REFERENCES = ("implicit_logps", "preference_logps")
 BOTH = ("generative", "implicit")
 THREE = ("generative", "implicit", "likelihood")
+POINTS = ("start_points", "start_points_mass")
 EXPECTED = {
-    # fresh, rewards, cached, frozen, start, verdicts, judged
-    "scir": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
-    "consistency_only": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
-    "selection_only": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
-    "srlm": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), False, True),
-    "implicit": Needs(PLAIN, ("implicit",), REFERENCES, ("implicit",), ("implicit",), False, False),
-    "cream": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
-    "dice": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
-    "oracle": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
-    "external": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False),
-    "upo": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True),
-    "upo_dropout": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True),
-    "scir_constructed": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
-    "scir_both_orders": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False),
-    "scir_lagged": Needs(JUDGED, BOTH, REFERENCES, ("generative", "generative_before"), ("generative",), False, True),
-    "scir_transitive": Needs(JUDGED, BOTH, REFERENCES, ("transitive",), ("generative",), False, True),
-    "consensus": Needs(JUDGED, THREE, (*REFERENCES, "start_logps"), THREE, THREE, False, True),
+    # fresh, rewards, cached, frozen, start, verdicts, judged, pointwise
+    "scir": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "consistency_only": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "selection_only": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "srlm": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), False, True, False),
+    "srlm_score": Needs(
+        PLAIN, ("implicit", "pointwise"), (*REFERENCES, *POINTS), ("pointwise",), ("pointwise",), False, False, True
+    ),
+    "implicit": Needs(PLAIN, ("implicit",), REFERENCES, ("implicit",), ("implicit",), False, False, False),
+    "cream": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False, False),
+    "dice": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False, False),
+    "oracle": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False, False),
+    "external": Needs(PLAIN, ("implicit",), REFERENCES, (), (), False, False, False),
+    "upo": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True, False),
+    "upo_dropout": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True, False),
+    "scir_constructed": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "scir_both_orders": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "scir_lagged": Needs(
+        JUDGED, BOTH, REFERENCES, ("generative", "generative_before"), ("generative",), False, True, False
+    ),
+    "scir_transitive": Needs(JUDGED, BOTH, REFERENCES, ("transitive",), ("generative",), False, True, False),
+    "consensus": Needs(JUDGED, THREE, (*REFERENCES, "start_logps"), THREE, THREE, False, True, False),
 }
-UNJUDGED = ("srlm", "implicit", "cream", "dice", "external", "oracle", "upo", "upo_dropout")
+UNJUDGED = ("srlm", "srlm_score", "implicit", "cream", "dice", "external", "oracle", "upo", "upo_dropout")
 
 
 @functools.cache
@@ -131,7 +137,7 @@ def test_a_step_without_the_judge_has_the_loss_of_one_with_it(name):
     if config.preference.update == "frozen":
         others.append(changed(config, {"preference.update": "dynamic"}))
     for other in others:
-        if name != "implicit" or other.consistency.weight:
+        if name not in ("implicit", "srlm_score") or other.consistency.weight:
             assert objective.needs(other).asks_judge
         loss_, sums_, decisions_, gradients_ = value_and_grad(values, other)
         for key, pair in sums.items():

@@ -17,6 +17,7 @@ from scir_jax.errors import InputError
 from scir_jax.report import page as page_module
 from scir_jax.report.contents import read_run, sample_pairs
 from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
+from scir_jax.run.counts import FIELDS
 
 HOSTILE = "</div><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> $\\frac{ \ud800 & \"'"
 GRADED = ("quality", "exact", "greedy_quality", "label_accuracy")
@@ -89,6 +90,12 @@ def make_run(
         (folder / "evaluation.json").write_text(json.dumps(rows[-1]))
         stages = {"sample": 2.0, "score": 1.0, "optimise": 20.0} if number else {"start": 0.5, "sft": 30.0}
         (folder / "seconds.json").write_text(json.dumps({**stages, "evaluate": 3.5}))
+        none = dict.fromkeys(FIELDS, 0)
+        spent = {"optimise": none | {"trained_judge": 3000, "flops": 6 * 10**11}} if number else {}
+        spent = spent or {"sft": none | {"trained_replay": 18_000, "flops": 1234 * 10**12}}
+        (folder / "costs.json").write_text(json.dumps(spent))
+        peaks = {name: {"bytes": (1.5 + number / 2) * 2**30, "of": "process"} for name in spent}
+        (folder / "memory.json").write_text(json.dumps(peaks))
         if not number:
             continue
         pairs, decisions, responses = [], [], []
@@ -212,20 +219,33 @@ def test_the_chosen_model_is_marked(tmp_path, plain, no_figures):
     assert "M2 is the last one before the reward models began to agree on being wrong, and was exported." in text
 
 
-def test_the_cost_of_each_stage(plain):
+def test_the_cost_of_each_stage(plain, tmp_path, no_figures):
     """Of 30 steps with 500 tokens each half have 500 places and half 1,000: a third of them is padding."""
     rows = cells(plain, "costs")
-    assert rows[0] == ["iteration", "stage", "seconds", "tokens", "tokens per second", "padding"]
-    by_stage = {(row[0], row[1]): row[2:] for row in rows[1:]}
-    assert by_stage["0", "supervised fine-tuning"] == ["30.0", "18,000", "600", "40%"]
-    assert by_stage["2", "optimisation"] == ["20.0", "15,000", "750", "33%"]
-    assert by_stage["1", "pairing and scoring"] == ["1.0", "–", "–", "–"]
-    lengths = [len(json.loads(line)["response_ids"]) for line in
-               (plain.parent / "iteration_01" / "responses.jsonl").read_text().splitlines()]  # fmt: skip
-    assert by_stage["1", "sampling"] == ["2.0", f"{sum(lengths):,}", f"{sum(lengths) / 2:,.0f}", "–"]
-    assert rows[-1][1:3] == ["all stages", "87.0"] and len(rows) == 1 + 3 + 4 + 4 + 1
+    assert rows[0][:5] == ["iteration", "stage", "seconds", "generated", "scored"]
+    by_stage = {(row[0], row[1]): dict(zip(rows[0], row)) for row in rows[1:]}
+    unknown = dict.fromkeys(rows[0][3:], "–")
+    head = {"iteration": "0", "stage": "supervised fine-tuning", "seconds": "30.0"}
+    assert by_stage["0", "supervised fine-tuning"] == {
+        **unknown, **head, "trained: policy": "0", "judge": "0", "replay": "18,000", "generated": "0", "scored": "0",
+        "judged": "0", "TFLOP": "1,234", "peak GiB": "1.5", "padding": "40%",
+    }  # fmt: skip
+    optimised = by_stage["2", "optimisation"]
+    assert (optimised["padding"], optimised["seconds"], optimised["judge"]) == ("33%", "20.0", "3,000")
+    # A stage of an older version has its seconds alone.
+    assert by_stage["0", "import of M0"] == {
+        **unknown, "iteration": "0", "stage": "import of M0", "seconds": "0.5"
+    }  # fmt: skip
+    whole = dict(zip(rows[0], rows[-1]))
+    assert len(rows) == 1 + 3 + 4 + 4 + 1 and whole["stage"] == "all stages" and whole["seconds"] == "87.0"
+    assert (whole["replay"], whole["judge"], whole["TFLOP"]) == ("18,000", "6,000", "1,235")
+    assert whole["peak GiB"] == "2.5" and "resident memory" in Page(plain).text
     seconds = cells(plain, "headline")[0].index("seconds")
     assert [row[seconds] for row in cells(plain, "headline")[1:]] == ["34.0", "26.5", "26.5"]
+    run = make_run(tmp_path)
+    (run / "iteration_01" / "costs.json").write_text('{"optimise": 3}')
+    (run / "iteration_01" / "memory.json").write_text('{"optimise": {"bytes": "many"}}')
+    assert cells(write_report(run), "costs")[6][3:] == ["–"] * 8 + ["33%"]
 
 
 def test_evaluations_within_stages_have_a_figure(tmp_path, plain, no_figures):

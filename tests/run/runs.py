@@ -23,6 +23,15 @@ WHOLE = dict(
 )
 
 
+# A question of one answer in the words of the tiny world, whose vocabulary has the digits 1 and 2.
+POINTWISE = """\
+layout: pointwise
+question: "verdict {prompt}{response}"
+answer_prefix: ""
+verdicts: ["1", "2"]
+"""
+
+
 def like_whole(overrides: dict[str, dict]) -> dict[str, dict]:
     """Settings laid over those of the whole run, which has a grader beside them."""
     settings = {name: values for name, values in WHOLE.items() if name != "evaluate"}

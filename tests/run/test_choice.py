@@ -11,6 +11,7 @@ from scir_jax.config.checks import resolve
 from scir_jax.engine.checkpoint import ModelStore
 from scir_jax.errors import Interrupted
 from scir_jax.run import choice, console, evaluation
+from scir_jax.run.counts import Counts
 from scir_jax.run.directory import RunDirectory
 from scir_jax.run.models import Models
 from scir_jax.run.runs import Run
@@ -101,9 +102,9 @@ def test_a_run_ends_early_and_exports_its_best_model(doctored, from_m1, command,
     assert files(run) == before
     # What was exported of another model goes.
     directory = RunDirectory(run)
-    directory.summarise(summary["rows"], "M1", "consensus")
+    directory.summarise(summary["rows"], "M1", "consensus", {}, {})
     assert (run / "export").exists()
-    directory.summarise(summary["rows"], "M2", "last")
+    directory.summarise(summary["rows"], "M2", "last", {}, {})
     assert not (run / "export").exists() and directory.best == "M2"
 
 
@@ -114,8 +115,13 @@ def test_a_watch_says_what_the_evaluation_of_the_finished_model_says(whole):
     store = ModelStore(whole.path / "checkpoints")
     for t in range(ITERATIONS + 1):
         watch = pair_watch(config, encoder, inputs, programs, Models(store, programs, parameters), t)
-        found = watch(store.load(t + 1, programs.abstract_trained))
+        found = watch.look(store.load(t + 1, programs.abstract_trained))
         expected = content(whole.path / f"iteration_{t:02d}" / "evaluation.json")
+        # It costs what the pairs cost the evaluation, which asks the reference anew.
+        spent = content(whole.path / f"iteration_{t:02d}" / "costs.json")["evaluate"]
+        assert watch.each.judged == spent["judged"] > 0 == watch.each.generated
+        assert watch.once == Counts(scored=watch.each.scored, flops=watch.once.flops)
+        assert 0 < watch.once.scored <= spent["scored"] / 2 and 0 < watch.once.flops < watch.each.flops
         assert {"eval/generative_accuracy", "eval/implicit_accuracy", "eval/agreement"} <= found.keys()
         assert found == {name: pytest.approx(expected[name.removeprefix("eval/")], abs=1e-6) for name in found}
     assert pair_watch(whole.config, encoder, inputs, programs, None, 1) is None
@@ -154,6 +160,12 @@ def test_evaluations_within_a_stage_change_nothing(configure, whole, no_page, tm
     timings = ("seconds", "tokens_per_second", "teraflops")
     one, two = ([{k: v for k, v in row.items() if k not in timings} for row in r] for r in found.values())
     assert one == two
+    spent = [content(tmp_path / name.replace(" ", "_") / "iteration_01" / "costs.json") for name in found]
+    assert spent[0] == spent[1]
+    looks = sum(row["stage"] == "optimise" and "eval/agreement" in row for row in one)
+    assert spent[0]["optimise"]["judged"] == looks * spent[0]["evaluate"]["judged"] > 0
+    # The reference is asked once, the model at every look.
+    assert spent[0]["optimise"]["scored"] == (1 + looks) * spent[0]["evaluate"]["scored"] / 2
     steps = {(row["stage"], row["stage_step"]): {k for k in row if k.startswith("eval/")} for row in one}
     last = max(step for stage, step in steps if stage == "optimise")
     assert last > 4

@@ -15,6 +15,7 @@ from scir_jax.config.checks import check
 from scir_jax.config.files import BUNDLED, find, read
 from scir_jax.errors import InputError, Interrupted
 from scir_jax.run import answers, command_sampling, console, hub, scoring
+from scir_jax.run.costs import Account
 from tests.hosts import run_hosts
 from tests.processes import runs
 from tests.run import engines, hub_cache
@@ -40,6 +41,7 @@ class Stage:
         params = self.setup.parameters.configured()
         self.models = type("Models", (), {"load": lambda self, number: params})()
         self.params = params
+        self.account = Account()
 
     def write(self, source=engines.MADE_UP, **names):
         names = {"IDS": self.ids, "STOP": self.stop, **names}
@@ -57,6 +59,7 @@ class Stage:
             1,
             self.path,
             stopper or console.Stopper(),
+            self.account,
         )
 
     def rows(self):

@@ -8,6 +8,7 @@ import pytest
 from scir_jax.errors import InputError
 from scir_jax.run import constructing
 from scir_jax.run.answers import Source
+from scir_jax.run.costs import Account
 from tests.run.runs import lines
 
 PROMPTS = ("copy abcd=", "copy abce=", "upper ghij=", "reverse hgj=")
@@ -31,7 +32,8 @@ def made(make):
 def write(setup, source, path, iteration=1, params=None):
     models, stopper = SimpleNamespace(load=lambda number: params), SimpleNamespace(check=lambda title: None)
     encoder, programs = setup.encoder, setup.programs
-    constructing.construct_pairs(setup.inputs.config, encoder, programs, models, iteration, source, path, stopper)
+    needs = (setup.inputs.config, encoder, programs, models, iteration, source, path, stopper)
+    constructing.construct_pairs(*needs, Account())
     return lines(path)
 
 

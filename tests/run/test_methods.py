@@ -10,7 +10,7 @@ import yaml
 
 from scir_jax import train
 from scir_jax.world.grader import grade
-from tests.run.runs import WHOLE, check_iterations, content, lines, logit, model, refused, same
+from tests.run.runs import POINTWISE, WHOLE, check_iterations, content, lines, logit, model, refused, same
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -38,7 +38,7 @@ FROZEN = {
     "scir_transitive": {"generative", "transitive"},
 }
 # Their steps look at no verdict, so that the judge is not asked in them.
-WITHOUT_JUDGE = {"srlm", "implicit", "upo", "cream", "dice", "external", "oracle"}
+WITHOUT_JUDGE = {"srlm", "srlm_score", "implicit", "upo", "cream", "dice", "external", "oracle"}
 # Settings of the file that a method is laid over.
 BENEATH = {"consistency_only": dict(consistency=dict(kind="js")), "external": dict(replay=dict(weight=0.0))}
 
@@ -48,12 +48,14 @@ def check_judge(method, run, rows):
     asked = method not in WITHOUT_JUDGE
     assert all(("p_generative" in row) == asked for row in rows.decisions)
     assert all(("generative/verdict_mass" in row) == asked for row in rows.steps)
+    spent = content(run / "iteration_01" / "costs.json")
+    assert (spent["optimise"]["trained_judge"] > 0) == (asked or method == "scir_constructed")
     values = content(run / "iteration_01" / "evaluation.json")
     assert {"generative_accuracy", "flip_rate", "verdict_mass", "slot_bias", "agreement"} <= values.keys()
 
 
 def test_every_method_is_tried():
-    others = {"external", "cream", "dice", "oracle", "upo_dropout"}
+    others = {"external", "cream", "dice", "oracle", "upo_dropout", "srlm_score"}
     assert {path.stem for path in METHODS.glob("*.yaml")} == {*LABELS, *others}
 
 
@@ -103,6 +105,35 @@ def check_constructed(run, rows):
     assert all(0 < row["sft/constructed"] < 5 for row in rows.steps)
     assert "iteration_01/constructed.jsonl" in content(run / "files.json")
     assert "construct" in content(rows.folder / "seconds.json")
+
+
+@pytest.mark.slow
+def test_points_of_answers_alone(from_m1, whole, tmp_path):
+    """The best against the worst answer by the points that the judge gives each, which cost no judge in a step."""
+    template = tmp_path / "points.yaml"
+    template.write_text(POINTWISE)
+    run = from_m1("--config", METHODS / "srlm_score.yaml", "--generative.pointwise", template)
+    rows = check_iterations(run)
+    check_judge("srlm_score", run, rows)
+    answers = {}
+    for row in lines(rows.folder / "responses.jsonl"):
+        answers.setdefault(row["prompt"], set()).add(tuple(row["response_ids"]))
+    assert len(rows.pairs) == sum(len(found) > 1 for found in answers.values())
+    for pair in rows.pairs:
+        better, worse = pair["cached"]["start_points"]
+        assert 1 < min(better, worse) and max(better, worse) < 2
+        assert all(0 < mass < 1 for mass in pair["cached"]["start_points_mass"])
+        assert pair["frozen_logits"].keys() == {"pointwise"}
+        assert pair["frozen_logits"]["pointwise"][0] == pytest.approx(better - worse, abs=1e-6)
+    for row in rows.decisions:
+        first, second = rows.pairs[row["pair"]]["cached"]["start_points"]
+        assert row["label"] == (first > second) and logit(row["p_pointwise"]) == pytest.approx(first - second, abs=1e-4)
+    assert not same(model(run, 1), model(run, 2))
+    values = content(run / "iteration_01" / "evaluation.json")
+    assert 0 <= values["pointwise_accuracy"] <= 1 and 0 < values["points_mass"] < 1
+    scored = content(rows.folder / "costs.json")["score"]
+    # No verdict on a pair was asked for: every question shows one answer.
+    assert 0 < scored["judged"] < scored["scored"]
 
 
 @pytest.mark.slow

@@ -206,13 +206,15 @@ def result_of(directory: Path) -> dict:
     """All that a run makes, but for times."""
     result = {"arrays": arrays(directory)}
     for path in sorted(directory.glob("iteration_*/*")):
-        if path.name != "seconds.json":
+        if path.name not in ("seconds.json", "memory.json"):
             result[str(path.relative_to(directory))] = path.read_bytes()
     result["export"] = {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "export").iterdir())
     }
     result["metrics"] = [without_times(row) for row in lines(directory / "metrics.jsonl")]
-    result["summary"] = [without_times(row) for row in content(directory / "summary.json")["rows"]]
+    summary = content(directory / "summary.json")
+    result["summary"] = [without_times(row) for row in summary["rows"]]
+    result["costs"] = [without_times(row) | {"memory": None, "memory_of": None} for row in summary["costs"]["stages"]]
     result["names"] = sorted(p.name for p in directory.iterdir() if p.name != "tensorboard")
     result["checkpoints"] = sorted(p.name for p in (directory / "checkpoints").iterdir())
     return result

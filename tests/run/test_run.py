@@ -34,7 +34,7 @@ def test_files_of_a_run(whole):
     assert names == single | folders | {"checkpoints", "export", "tensorboard"}
     models = {f"M{n}" for n in range(ITERATIONS + 2)}
     assert {p.name for p in (whole.path / "checkpoints").iterdir()} == models | {"arrays.json"}
-    evaluated = {"evaluation.json", "heldout_responses.jsonl", "seconds.json"}
+    evaluated = {"evaluation.json", "heldout_responses.jsonl", "costs.json", "seconds.json", "memory.json"}
     made = {"responses.jsonl", "pairs.jsonl", "decisions.jsonl"}
     for t in range(ITERATIONS + 1):
         assert {p.name for p in (whole.path / f"iteration_{t:02d}").iterdir()} == evaluated | (made if t else set())

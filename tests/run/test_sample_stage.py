@@ -10,7 +10,8 @@ from scir_jax.data.jsonl import AppendOnly
 from scir_jax.engine import sampler as engine_sampler
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.errors import InputError, Interrupted
-from scir_jax.run import console, sampling, scoring
+from scir_jax.run import console, costs, sampling, scoring
+from scir_jax.run.costs import Account
 from scir_jax.run.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("few_functions", "cheap_compilation")
@@ -62,7 +63,7 @@ class SampleStage:
         return list(enumerate(self.prompts))
 
     def __call__(self, path, stopper):
-        given, self.asked = sampling.sample, []
+        given, self.asked, self.account = sampling.sample, [], Account()
 
         def sample(encoder, programs, params, prompts, **settings):
             self.asked = [number for number, _ in prompts]
@@ -81,6 +82,7 @@ class SampleStage:
                 key=self.key,
                 title="sample",
                 stopper=stopper,
+                account=self.account,
             )
 
 
@@ -154,6 +156,9 @@ def test_an_interrupted_stage_goes_on_to_the_same_file(stage, whole, tmp_path, l
     assert stage.asked == [i for i in range(20) if i not in done]
     assert path.read_bytes() == whole.read_bytes()
     assert not partial.exists()
+    # What was sampled before the interruption counts too, and once.
+    assert stage.account.counts == costs.sampled(stage.programs, rows_in(whole))
+    assert stage.account.counts.generated == sum(len(row["response_ids"]) for row in rows_in(whole))
 
 
 def test_a_whole_part_samples_nothing(stage, whole, tmp_path):

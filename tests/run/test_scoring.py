@@ -57,7 +57,7 @@ def test_answers_in_no_pair_are_not_scored(world_dir, tiny_config, monkeypatch):
     items = heldout_items(setup)
     asked = []
 
-    def score_answers(encoder, programs, params, items, advance):
+    def score_answers(encoder, programs, params, items, advance, spend):
         asked.append(items)
         return {"logps": np.arange(len(items), dtype=np.float32)}
 
@@ -66,7 +66,7 @@ def test_answers_in_no_pair_are_not_scored(world_dir, tiny_config, monkeypatch):
     models = type("Models", (), {"load": lambda self, number: None})()
     stopper = type("Stopper", (), {"check": lambda self, title: None})()
     judged = scoring.Judged(np.zeros((2, 1, 2, 2), np.float32), np.zeros((2, 1, 2), np.float32))
-    monkeypatch.setattr(scoring, "judge_pairs", lambda *_: judged)
+    monkeypatch.setattr(scoring, "judge_pairs", lambda *_, **__: judged)
     scored = pairing.score_candidates(
         setup.programs.config, setup.encoder, setup.programs, models, 1, items, choices, stopper
     )

@@ -78,6 +78,24 @@ def test_a_standalone_row_is_the_rendered_question(kind, template, name):
     assert structure(c, row) == structure(c, expected) and expected[-1] == j.verdict_ids[0]
 
 
+@each
+def test_a_pointwise_row_is_the_rendered_question(kind, template):
+    c, additive = chat(kind, template), load_template("additive", pointwise=True)
+    question, prompt, answer = additive.question, "user: Name a\ncolour.", "Red, {response} of course!"
+    messages = turns(question.replace("{response}", answer).replace("{prompt}", prompt))
+    expected = [whole(c, messages, template, verdict) for verdict in "012345"]
+    if len({tuple(ids[:-1]) for ids in expected}) > 1:  # a small vocabulary that has a space before some of the digits
+        with pytest.raises(InputError, match="must differ in exactly one token, the last"):
+            compile_judge(additive, c)
+        return
+    j = compile_judge(additive, c)
+    row = j.pointwise_row(c.encode_text(prompt), c.encode_text(answer))
+    for ids, token in zip(expected, j.verdict_ids, strict=True):
+        assert spelled(c, (*row, token)) == spelled(c, ids)
+        assert structure(c, row) == structure(c, ids) and ids[-1] == token
+    assert len(set(j.verdict_ids)) == 6 and j.answer_tokens == 1
+
+
 @pytest.mark.parametrize("name", ["continuation", "evaluator_continuation"])
 @each
 def test_a_continuation_row_is_the_next_turn_of_the_conversation(kind, template, name):

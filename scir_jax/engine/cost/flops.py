@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Flops:
 
 
 class Work(NamedTuple):
-    """What the rows of a training step ask for, over all devices; numbers or scalar arrays.
+    """What rows ask for, over all devices; numbers or scalar arrays.
 
     Attributes:
       tokens: of the rows.
@@ -70,12 +71,42 @@ def of_step(arch: Architecture, work: Work, *, lora: Lora | None = None, heads: 
     Args:
       heads: how often the logits are taken at an answer's token.
     """
-    tokens, seen, learned, scored, verdicts = (int(value) for value in work)
     sides = 1 if lora else 2
-    linears = 2 * tokens * arch.num_layers * (_weights(arch) * (1 + sides) + 3 * _adapters(arch, lora))
-    attention = 3 * 4 * arch.num_heads * arch.head_dim * seen
-    logits = (learned + heads * scored) * arch.vocab_size + 2 * verdicts
-    return linears + attention + (1 + sides) * 2 * arch.hidden_size * logits
+    weights, adapters, attention, head = _of_work(arch, work, lora, heads)
+    return (1 + sides) * (weights + head) + 3 * (adapters + attention)
+
+
+def of_pass(arch: Architecture, work: Work, *, lora: Lora | None = None, heads: int = 1) -> int:
+    """Counts the model FLOPs of rows that go forward only, over all devices.
+
+    Args:
+      heads: as in `of_step`.
+    """
+    return sum(_of_work(arch, work, lora, heads))
+
+
+def rows_work(arch: Architecture, lengths: Iterable[int], *, scored: int = 0, verdicts: int = 0) -> Work:
+    """Returns what rows of these lengths, in tokens, ask for.
+
+    Args:
+      scored, verdicts: of all rows together.
+    """
+    counts = Counter(lengths)
+    tokens = sum(length * count for length, count in counts.items())
+    return Work(tokens, _seen(arch, counts), 0, scored, verdicts)
+
+
+def sampling_work(arch: Architecture, prompt: int, answers: Iterable[int]) -> Work:
+    """Returns what sampling asks for: a prompt once, and each answer's tokens behind it, one by one.
+
+    Args:
+      prompt, answers: lengths in tokens.
+    """
+    counts = Counter(answers)
+    before, number = _seen(arch, Counter([prompt])), counts.total()
+    sampled = sum(length * count for length, count in counts.items())
+    behind = _seen(arch, Counter({prompt + length: count for length, count in counts.items()})) - number * before
+    return Work(prompt + sampled, before + behind, 0, sampled, 0)
 
 
 def inference(
@@ -170,8 +201,22 @@ def cache_bytes(
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 
+def _of_work(arch: Architecture, work: Work, lora: Lora | None, heads: int) -> tuple[int, int, int, int]:
+    """Counts the model FLOPs of a forward pass: of the layers' weights, adapters, attention, and the head."""
+    tokens, seen, learned, scored, verdicts = (int(value) for value in work)
+    layer = 2 * tokens * arch.num_layers
+    logits = (learned + heads * scored) * arch.vocab_size + 2 * verdicts
+    attention = 4 * arch.num_heads * arch.head_dim * seen
+    return layer * _weights(arch), layer * _adapters(arch, lora), attention, 2 * arch.hidden_size * logits
+
+
+def _seen(arch: Architecture, lengths: Counter[int]) -> int:
+    """Counts the query-key pairs of causal rows over all layers: length -> number of rows."""
+    return sum(n * _visible(length, layer.window) for length, n in lengths.items() for layer in arch.layers)
+
+
 def _forward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flash, places: int) -> Flops:
-    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    readout = _readout(arch, part)
     return (
         _layers(arch, part.rows, part.tokens, lora, flash)
         + Flops(*_head(arch, part, places))
@@ -185,7 +230,7 @@ def _backward(arch: Architecture, part: RowGroup, lora: Lora | None, flash: Flas
     linears = 2 * positions * layers * (_weights(arch) * (1 if lora else 2) + 2 * _adapters(arch, lora))
     model, hardware = _attention(arch, part.rows, part.tokens, flash)
     head, chunked = _head(arch, part, places)
-    readout = 4 * part.rows * arch.hidden_size * part.verdict
+    readout = _readout(arch, part)
     # Without saved weights of the pairs the scores are a fifth product beside the four.
     attention = Flops(2 * model, hardware * 5 // 2 if flash(part.tokens) else 2 * hardware)
     sides = 1 if lora else 2
@@ -235,6 +280,11 @@ def _head(arch: Architecture, part: RowGroup, places: int) -> tuple[int, int]:
     row = 2 * part.rows * part.scored * part.heads * arch.hidden_size
     chunk = logprobs.chunk_size(places, arch.vocab_size)
     return row * arch.vocab_size, row * math.ceil(arch.vocab_size / chunk) * chunk
+
+
+def _readout(arch: Architecture, part: RowGroup) -> int:
+    """Counts the model FLOPs of the verdicts."""
+    return 2 * part.verdicts * part.rows * arch.hidden_size * part.verdict
 
 
 def _mass(arch: Architecture, part: RowGroup) -> int:

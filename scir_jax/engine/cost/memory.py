@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,16 @@ def limit() -> int:
         if path.is_file() and (text := path.read_text().strip()).isdigit():
             available = min(available, int(text))
     return available // jax.local_device_count()
+
+
+def peak() -> tuple[int, str]:
+    """Returns the most memory that this process has had so far, bytes, and whose: "device" or "process".
+
+    Of several local devices it is that of the fullest one. A backend that does not tell (a CPU) has the process's resident
+    memory.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("peak_bytes_in_use" in s for s in stats):
+        return max(s["peak_bytes_in_use"] for s in stats), "device"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
