@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own["again"] and not own["run"]:
         raise InputError("--again evaluates the models of a run: give --run RUN too")
     if own["run"]:
+        run = Run(run_directory(own["run"]), distributed=own["distributed"])
         if beside := sorted(given - {"run", "again", "distributed"}):
             raise InputError(
                 f"--run {own['run']} is evaluated with the settings of the run: leave out --{', --'.join(beside[:3])}; "
                 "what may change under a run (evaluate, held-out data) is changed by train, and evaluated with --again"
             )
-        run = Run(run_directory(own["run"]), distributed=own["distributed"])
         console.print_table(run.evaluate(again=own["again"]), own["run"], run.marked)
         return 0
     config = cli.distributed(config, own["distributed"])

@@ -43,6 +43,9 @@ if jax.__version_info__ < (0, 11):
 # program.
 jax.config.update("jax_disable_most_optimizations", True)
 
+PANEL = page.panel
+page.panel = lambda title, draw, size=None: Markup("<svg></svg>")
+
 
 @pytest.fixture
 def optimised():
@@ -52,11 +55,12 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(autouse=True)
-def quick_reports(request, monkeypatch):
-    """Leaves the figures of reports undrawn; the report's own tests draw them."""
-    if "report" not in request.path.parts:
-        monkeypatch.setattr(page, "panel", lambda title, draw, size=None: Markup("<svg></svg>"))
+@pytest.fixture(scope="module")
+def drawn():
+    """Draws the figures of reports, which take longer than a tiny run; other tests leave them out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "panel", PANEL)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from scir_jax.report.contents import read_run, sample_pairs
 from scir_jax.report.page import MAX_POINTS, main, show_label, thin, write_report
 from scir_jax.run.counts import FIELDS
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 HOSTILE = "</div><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> $\\frac{ \ud800 & \"'"
 GRADED = ("quality", "exact", "greedy_quality", "label_accuracy")
 # What a step without judge rows does not know.
