@@ -1,6 +1,7 @@
 """Memory of a run's programs: what is known exactly, what is refused, and that nothing is compiled twice."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -185,3 +186,14 @@ def test_device_bytes_of_split_arrays():
 def test_memory_totals_its_parts():
     parts = memory.Memory(1, 2, 3, 4, 5)
     assert parts.total == 15 == sum(dataclasses.astuple(parts))
+
+
+def test_the_peak_is_that_of_the_fullest_device_or_of_the_process(monkeypatch):
+    most, whose = memory.peak()
+    held = np.ones(2**26, np.uint8)
+    assert whose == "process" and 2**26 < most <= memory.peak()[0] and held.all()
+    devices = [SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n}) for n in (5, 9, 7)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory.peak() == (9, "device")
+    devices.append(SimpleNamespace(memory_stats=lambda: None))
+    assert memory.peak()[1] == "process"
