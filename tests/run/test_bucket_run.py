@@ -48,12 +48,12 @@ def configured(tiny_config, world_dir, compiled_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(configured, bucket, tmp_path_factory):
-    """run(directory, *arguments) -> (exit code, stderr) of the training command."""
+    """run(directory, *instead) -> (exit code, stderr) of the training command, or of what is run instead of it."""
     folder, file = tmp_path_factory.mktemp("runs"), configured()
 
-    def start(directory: str | Path, *arguments: str) -> tuple[int, str]:
+    def start(directory: str | Path, *instead: str) -> tuple[int, str]:
         out, err = folder / "out", folder / "err"
-        command = [*Strike(ahead=False).command, "--config", file, "--run.directory", directory, *arguments]
+        command = instead or [*Strike(ahead=False).command, "--config", file, "--run.directory", directory]
         process = Fork(command, env=environment(**quick(), **bucket.environment), cwd=ROOT, out=out, err=err)
         try:
             return process.wait(300), err.read_text(errors="replace")
@@ -105,6 +105,18 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(run, bucket, on_disk, tmp_path):
     assert code == 0, err
     assert results(bucket.copy("whole", tmp_path)) == on_disk
     assert "scir_jax-" not in err and f"report: gs://{bucket.name}/whole/report.html" in err
+
+    # Other commands read it there, and write there.
+    url, out = f"gs://{bucket.name}/whole", f"gs://{bucket.name}/out"
+    code, err = run(url, "-m", "scir_jax.export", url, f"{out}/M2")
+    assert code == 0 and f"M2 of {url}: {out}/M2" in err, err
+    objects = bucket.objects()
+    assert objects["out/M2/model.safetensors"] == objects["whole/export/model.safetensors"]
+    model = ["--model.path", f"{out}/M2", "--text.max_prompt_tokens", "32", "--text.max_response_tokens", "12"]
+    bucket.put("prompts.jsonl", b'{"prompt": "ab"}\n')
+    sample = ["--data.prompts", f"gs://{bucket.name}/prompts.jsonl", "--output", f"{out}/answers.jsonl"]
+    code, err = run(url, "-m", "scir_jax.sample", *model, *sample, "--sample.responses", "2")
+    assert code == 0 and len(bucket.objects()["out/answers.jsonl"].splitlines()) == 2, err
 
 
 def test_a_run_that_is_stopped_at_writes_goes_on(run, bucket, on_disk, tmp_path):
