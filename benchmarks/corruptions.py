@@ -197,8 +197,10 @@ def trial(directory: Path, argv: list[str], expected: dict[str, bytes], rng: np.
     if path.read_bytes() == before:
         return {"kind": kind, "change": change.__name__, "file": str(where), "outcome": "harmless", "said": ""}
     end, said = resume(argv, directory / "log")
-    # A checkpoint is named by its directory.
+    # A checkpoint and a model are named by their directories, data by their setting, a configuration by its keys.
     names = [path.name, *(part for part in where.parts[2:-1] if "checkpoints" in where.parts)]
+    names += [f"data.{path.stem}", str(path.parent)] if kind == "world" else []
+    names += ["these keys differ"] if kind == "config.yaml" else []
     named = any(name in said for name in names)
     if end == "refused":
         outcome = "refused" if named else "refused without name"
