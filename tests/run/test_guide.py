@@ -7,8 +7,10 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
+from scir_jax import train
 from scir_jax.run import health
 from tests.run.runs import ITERATIONS, content, lines, refused
+from tests.small_model import write_data, write_model
 from tests.test_documents import ALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
@@ -76,3 +78,28 @@ def test_answers_for_alpaca_eval_and_their_win_rate(documented, tmp_path):
     done = documented("compare", "mine.json")
     assert done.code == 0 and "win_rate" in done.out, done.err
     assert len(content(tmp_path / "annotations.json")) == len(prompts)
+
+
+def test_the_guides_trainings(command, tmp_path, monkeypatch, no_page):
+    """One's own model with all files, a run that goes on from it, and the paper's configuration."""
+    monkeypatch.chdir(tmp_path)
+    write_model("qwen3", tmp_path / "models" / "NAME")
+    (tmp_path / "models" / "Mistral-7B-v0.1").symlink_to(tmp_path / "models" / "NAME")
+    write_data(tmp_path, rows=8)
+    shutil.copy("prompts.jsonl", "more.jsonl")
+    (tmp_path / "data").mkdir()
+    for path in tmp_path.glob("*.jsonl"):
+        shutil.copy(path, tmp_path / "data")
+    short = ["--iterations", 1, "--text.max_prompt_tokens", 200, "--text.max_response_tokens", 8]
+    short += ["--evaluate.greedy", "false", "--run.tensorboard", "false", "--text.packing", "off"]
+    batches = ["--optimise.batch_size", 8, "--sft.ift_batch_size", 8, "--sft.eft_batch_size", 8, "--sft.epochs", 1]
+    batches += ["--replay.eft_batch_size", 4, "--sample.responses", 2]
+    for run, first in (("mine", "M1"), ("further", "M1"), ("mistral-7b", "M1")):
+        found = [rest for name, rest in ALL if name == "scir_jax.train" and ("--run", run) in zip(rest, rest[1:])]
+        arguments = next(rest for rest in found if "--model" in rest and "models/my-model" not in rest)
+        done = command(train.main, *arguments, *short, *(batches if run != "further" else batches[:2] + batches[6:]))
+        assert done.code == 0, done.err
+        rows = content(tmp_path / "runs" / run / "summary.json")["rows"]
+        assert [row["model"] for row in rows] == [first, "M2"], rows
+        assert (tmp_path / "runs" / run / "export" / "model.safetensors").exists()
+    assert "generative_accuracy" in rows[-1]
