@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from scir_jax.config.schema import Config
 from scir_jax.data.steps import TrainBatch, TrainSpec
@@ -24,11 +25,14 @@ class Loss(NamedTuple):
       sums: (all parameters, batch, key of the dropout or None) -> (name -> (sum, count), decisions of each pair).
       total: the sums of the global batch -> scalar float32.
       heads: how often the vocabulary's logits are taken at an answer's token.
+      counts: batch -> name -> count, where no count depends on the parameters and the loss is the sum of sum / count;
+        the gradient of a micro-batch then waits for no other. None: they do.
     """
 
     sums: Callable[[Params, TrainBatch, Array | None], tuple[Sums, dict[str, Array]]]
     total: Callable[[Sums], Array]
     heads: int = 1
+    counts: Callable[[TrainBatch], dict[str, Array]] | None = None
 
 
 def supervised(model: Model, *, segmented: bool = False) -> Loss:
@@ -41,7 +45,13 @@ def supervised(model: Model, *, segmented: bool = False) -> Loss:
     def sums(params: Params, batch: TrainBatch, key: Array | None) -> tuple[Sums, dict[str, Array]]:
         return _terms(forward.outputs(model, params, batch, segmented=segmented, key=key).sft), {}
 
-    return Loss(sums, lambda found: sum(objective.divide(*pair) for pair in found.values()))  # type: ignore[arg-type,return-value]
+    def total(found: Sums) -> Array:
+        return sum(objective.divide(*pair) for pair in found.values())  # type: ignore[return-value]
+
+    def counts(batch: TrainBatch) -> dict[str, Array]:
+        return {f"sft/{name}": marked.sum().astype(jnp.float32) for name, marked in batch.rows.learned.items()}
+
+    return Loss(sums, total, counts=counts)
 
 
 def scir(

@@ -291,6 +291,7 @@ class Programs(Descriptions):
             lora=self.model.lora,
             remat=self.config.model.remat,
             accumulate=self.config.training.accumulate,
+            repeated=trainer.loss.counts is None,
             flash=self.flash,
         )
         arguments = (state, frozen, spec.abstract(shape), np.float32(0), trainer.dropout_key(0, 0, 0))

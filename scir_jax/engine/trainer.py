@@ -148,21 +148,49 @@ class Trainer:
         if micro == 1:
             sums, decisions = self.loss.sums(params, batch, key)
         else:
-            # Every micro-batch takes rows from all devices, each those that it has.
-            split = jax.tree.map(lambda x: x.reshape(x.shape[0] // micro, micro, *x.shape[1:]).swapaxes(0, 1), batch)
             # Checkpointed: the backward pass holds one micro-batch's activations at a time.
             body = jax.checkpoint(lambda part, part_key: self.loss.sums(params, part, part_key), prevent_cse=False)
-            parts = (split, None if key is None else jax.random.split(key, micro))
+            parts = self._parts(batch, key)
             _, (sums, decisions) = jax.lax.scan(lambda carry, part: (carry, body(*part)), None, parts)
             sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
             decisions = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), decisions)
         return self.loss.total(sums), (sums, decisions)
 
+    def _parts(self, batch: TrainBatch, key: Array | None) -> tuple[TrainBatch, Array | None]:
+        """Returns the micro-batches behind one another, [micro, ...], and their keys."""
+        micro = self.settings.accumulate
+        # Every micro-batch takes rows from all devices, each those that it has.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // micro, micro, *x.shape[1:]).swapaxes(0, 1), batch)
+        return split, None if key is None else jax.random.split(key, micro)
+
+    def value_and_grad(
+        self, trained: Params, frozen: Params, batch: TrainBatch, key: Array | None = None
+    ) -> tuple[tuple[Array, tuple[Sums, dict[str, Array]]], Params]:
+        """Computes `value` and the gradient of the loss with respect to the trained parameters."""
+        if self.settings.accumulate == 1 or self.loss.counts is None:
+            return jax.value_and_grad(self.value, has_aux=True)(trained, frozen, batch, key)
+        counts = self.loss.counts(batch)
+
+        def value(trained: Params, part: TrainBatch, part_key: Array | None) -> tuple[Array, Sums]:
+            sums, _ = self.loss.sums(lora.join(trained, frozen), part, part_key)
+            return self.loss.total({name: (total, counts[name]) for name, (total, _) in sums.items()}), sums
+
+        def add(grads: Params, part: tuple[TrainBatch, Array | None]) -> tuple[Params, Sums]:
+            (_, sums), more = jax.value_and_grad(value, has_aux=True)(trained, *part)
+            return laid(jax.tree.map(jnp.add, grads, more)), sums
+
+        def laid(grads: Params) -> Params:
+            return jax.lax.with_sharding_constraint(grads, self.state_shardings.params)
+
+        # The counts are known beforehand, so that no micro-batch is computed twice as it is where they are not.
+        grads, sums = jax.lax.scan(add, laid(jax.tree.map(jnp.zeros_like, trained)), self._parts(batch, key))
+        sums = jax.tree.map(lambda x: x.sum(axis=0), sums)
+        return (self.loss.total(sums), (sums, {})), grads
+
     def _step(
         self, state: TrainState, frozen: Params, batch: TrainBatch, learning_rate: Array, key: Array | None
     ) -> tuple[TrainState, StepOutput]:
-        value_and_grad = jax.value_and_grad(self.value, has_aux=True)
-        (loss, (sums, decisions)), grads = value_and_grad(state.params, frozen, batch, key)
+        (loss, (sums, decisions)), grads = self.value_and_grad(state.params, frozen, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

@@ -67,6 +67,7 @@ class TextEncoder:
         # the text's first token reaches into the context, and the next context is tried.
         self._contexts = {Before.NOTHING: ("",), Before.CONTROL: (control, ""), Before.TEXT: (control, "")}
         self._context_ids: dict[str, Ids] = {}
+        self._direct = False
         self._recent = lru_cache(1024)(self._written)  # a template's headers come again and again
         if any(t[0] in "▁Ġ" for t in tokenizer.convert_ids_to_tokens(self._encode("a", Before.CONTROL))[:1]):
             # This tokenizer puts a space before text behind a control token, but not before text behind text.
@@ -168,7 +169,13 @@ class TextEncoder:
         raise AssertionError("the empty context is a prefix of anything")
 
     def _tokenize(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not self._direct:
+            # The first call also puts the backend's own truncation, padding and special tokens aside.
+            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._direct = getattr(self.tokenizer, "is_fast", False)
+            return ids
+        # Short texts take several times as long through the tokenizer's own call.
+        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class Writer:

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from scir_jax.config.schema import TrainingConfig
+from scir_jax.data.pipelines import supervised_batches
 from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.trainer import learning_rates, make_optimizer
@@ -50,7 +51,7 @@ def gradients(config, fresh):
         if name not in compiled:
             programs = prepare(changed(config, **changes)).programs
             trainer = programs.sft if batch.pairs is None else programs.optimise
-            compiled[name] = quick_jit(jax.value_and_grad(lambda p, b: trainer.value(p, {}, b), has_aux=True))
+            compiled[name] = quick_jit(lambda p, b: trainer.value_and_grad(p, {}, b))
         (loss, (sums, _)), grads = compiled[name](fresh() if params is None else params, batch)
         return float(loss), host(sums), host(grads)
 
@@ -216,6 +217,29 @@ def test_accumulation_does_not_change_gradients(setup, gradients):
     for name, (total, count) in sums.items():
         np.testing.assert_allclose(other_sums[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name)
         np.testing.assert_array_equal(other_sums[name][1], count, err_msg=name)
+    for x, y in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * np.abs(y).max())
+
+
+def test_supervised_micro_batches_do_not_change_gradients(setup, gradients):
+    """Their counts are known beforehand, and each is computed once; its bins hold several rows."""
+
+    def first(**changes):
+        encoder, inputs, programs, _ = prepare(changed(setup.programs.config, **changes))
+        seeds = {"ift": 1, "eft": 2}
+        made = supervised_batches(
+            programs.sft_spec, encoder, inputs.targets, steps=1, seeds=seeds, way=programs.way
+        ).dataset[0]
+        return made, gradients(made, **changes)
+
+    batch, (loss, sums, grads) = first()
+    packed, (other_loss, other_sums, other_grads) = first(
+        training=dict(accumulate=4), text=dict(packing="bins", bin_tokens=64)
+    )
+    assert sum(ids.size for ids in packed.rows.ids) < sum(ids.size for ids in batch.rows.ids)
+    assert other_loss == pytest.approx(loss, rel=1e-5) and sums.keys() == other_sums.keys() == {"sft/ift", "sft/eft"}
+    for name, values in sums.items():
+        np.testing.assert_allclose(other_sums[name], values, rtol=1e-5, err_msg=name)
     for x, y in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * np.abs(y).max())
 

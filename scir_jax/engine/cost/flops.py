@@ -123,6 +123,7 @@ def training(
     lora: Lora | None = None,
     remat: str = "none",
     accumulate: int = 1,
+    repeated: bool = True,
     flash: Flash = never,
 ) -> Flops:
     """Counts the FLOPs of a training step.
@@ -131,6 +132,7 @@ def training(
       passes: rows of the global batch, which go forward and backward.
       remat: of scir_jax.model.decoder.define.
       accumulate: micro-batches of the step.
+      repeated: a micro-batch goes forward again before it goes backward.
     """
     total = Flops()
     parts = [part._replace(leading=(part.leading[0] // accumulate, *part.leading[1:])) for part in passes]
@@ -139,8 +141,8 @@ def training(
     for part in parts:
         forward = _forward(arch, part, lora, flash, places)
         again = _rematerialised(arch, part, lora, flash, remat)
-        if accumulate > 1:
-            # Each micro-batch is computed again before its backward pass, but for what is only measured.
+        if accumulate > 1 and repeated:
+            # But for what is only measured.
             again += forward.hardware - _mass(arch, part)
         step = forward + _backward(arch, part, lora, flash, places)
         total += Flops(step.model, step.hardware + again) * accumulate
