@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from filelock import FileLock
 
-from scir_jax.config.checks import DIVIDED
 from scir_jax.config.schema import (
     Config,
     DataConfig,
@@ -26,8 +24,7 @@ from scir_jax.config.schema import (
 )
 from scir_jax.data.pipelines import iterator, supervised_batches
 from scir_jax.engine.hosts import hosts
-from scir_jax.engine.mesh import batch_shards, check_batches, make_mesh, put_batch
-from scir_jax.engine.programs import batches
+from scir_jax.engine.mesh import check_batches, make_mesh, put_batch
 from scir_jax.engine.sampler import stream_key
 from scir_jax.engine.trainer import learning_rates
 from scir_jax.errors import InputError
@@ -36,9 +33,6 @@ from scir_jax.run import console
 from scir_jax.run.setup import prepare
 from scir_jax.world import base
 from scir_jax.world.files import WorldSpec, write_world
-
-BIN, PARTS = 64, 8
-"""tokens of a bin, and micro-batches at the most, in which a CPU trains a base model"""
 
 
 def spec_of(world: WorldConfig) -> WorldSpec:
@@ -112,21 +106,6 @@ def _copy(directory: Path, weights_file: Path) -> None:
     partial.replace(directory / "model")
 
 
-def _in_cache(config: Config, devices: int) -> Config:
-    """Lets a CPU train in packed micro-batches, whose activations stay in its caches; the losses are the same.
-
-    Args:
-      devices: that share a batch.
-    """
-    common = math.gcd(*(size for key, (size, _) in batches(config).items() if key in DIVIDED)) // devices
-    micro = max(number for number in range(1, PARTS + 1) if common % number == 0)
-    return dataclasses.replace(
-        config,
-        text=dataclasses.replace(config.text, packing="bins", bin_tokens=BIN, share_prompts="never"),
-        training=dataclasses.replace(config.training, accumulate=micro),
-    )
-
-
 def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     world, source = config.world, directory / "untrained"
     config = dataclasses.replace(
@@ -144,18 +123,15 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
         training=TrainingConfig(warmup=0.05),
         lora=LoraConfig(),
     )
-    mesh = make_mesh(config.mesh)
     sizes = {f"world.{key}": (getattr(world, key), 1) for key in ("documents", "comparisons")}
-    check_batches(mesh, sizes)
-    if jax.default_backend() == "cpu":
-        config = _in_cache(config, batch_shards(mesh))
+    check_batches(make_mesh(config.mesh), sizes)
     encoder, inputs, programs, _ = hosts.together(lambda: prepare(config))
     standalone, continuation = encoder.judges
     # Most questions have the layout of the quickstart, and enough have the other one that SFT can teach it.
     judged = [(standalone, inputs.eft), (continuation, inputs.eft[: len(inputs.eft) // 4])]
     questions = [row for judge, pairs in judged for pair in pairs for row in encoder.verdict_rows(judge, pair)]
     seed = int(np.random.SeedSequence([world.seed, 3]).generate_state(1)[0])
-    rows = supervised_batches(
+    batches = supervised_batches(
         programs.sft_spec,
         encoder,
         {"ift": inputs.targets["ift"], "eft": questions},
@@ -169,7 +145,7 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
     state = trainer.init(init(stream_key(world.seed, "world", 0)))
     rates = learning_rates(config.training, world.learning_rate, world.steps)
     with console.stage("embedded world: base model", world.steps) as bar:
-        for step, batch in enumerate(iterator(rows.dataset)):
+        for step, batch in enumerate(iterator(batches.dataset)):
             if stopper.vote():
                 stopper.stop("the base model's training, which starts again")
             state, output = trainer.step(state, {}, put_batch(batch, programs.mesh), rates[step], None)

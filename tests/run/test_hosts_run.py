@@ -33,7 +33,6 @@ GLOO = set("Gloo Rank is connected to peer ranks Expected number of".split())
 TWO, ONE = dict(hosts=2, mesh=(2, 2, 2)), dict(hosts=1, mesh=(1, 2, 1))
 SETTINGS = {
     "world": dict(steps=3, documents=16, comparisons=16),
-    "text": dict(max_prompt_tokens=32, max_response_tokens=12, packing="bins"),
     "sft": dict(epochs=2.0),
     "sample": dict(responses=3, prompts=13),  # the last batch is not full
     "optimise": dict(epochs=2),
