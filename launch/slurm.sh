@@ -31,9 +31,9 @@ The job runs in the directory you submit from; that, the virtual environment, ru
 file system that all nodes share. Make the environment first:
   python3 -m venv .venv && .venv/bin/pip install -e '.[cuda12]'
 
-The run ends with 0, or with 2 (bad input), 3 (disk full) or 5 (it diverged), which need you. Whatever else ends it, the same command
-goes on where it was; --requeue sees to that. To stop it: scancel JOB; or, where saving takes longer than your Slurm's
-KillWait (30 s by default), scancel --signal=TERM JOB, which leaves it all the time it needs.
+The run ends with 0, or with 2 (bad input), 3 (disk full) or 5 (it diverged), which need you. Whatever else ends it, the
+same command goes on where it was; --requeue sees to that. To stop it: scancel JOB; or, where saving takes longer than
+your Slurm's KillWait (30 s by default), scancel --signal=TERM JOB, which leaves it all the time it needs.
 
 examples
   launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --account lab --requeue \

@@ -47,8 +47,9 @@ The workers share nothing by themselves: run.directory and the model are in a bu
   --mount 'mountpoint -q /shared || { sudo apt-get -qy install nfs-common && sudo mkdir -p /shared &&
            sudo mount -t nfs 10.0.0.2:/share /shared; }'
 
-A run ends with 0; 2 (bad input), 3 (disk full) and 5 (it diverged), which need you; or 143 after `stop`. Anything else, and a slice
-that was taken away, is what `resume --watch` is for: the same command goes on where the run was, to the bit.
+A run ends with 0; 2 (bad input), 3 (disk full) and 5 (it diverged), which need you; or 143 after `stop`. Anything
+else, and a slice that was taken away, is what `resume --watch` is for: the same command goes on where the run was, to
+the bit.
 It runs where you start it; stopping it leaves the run alone. With several hosts gcloud wants your key in the agent:
 ssh-add ~/.ssh/google_compute_engine
 

@@ -56,6 +56,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Counts))
 
 def put(path: Path, stage: str, value: Any) -> None:
     """Writes what is known of a stage into a file of its iteration."""
+    path.parent.mkdir(exist_ok=True)
     write_json(path, {**_read(path), stage: value})
 
 

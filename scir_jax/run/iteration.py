@@ -180,7 +180,8 @@ def _run_stage(stage: Stage, directory: RunDirectory, stopper: console.Stopper) 
         if stage.name in ("sft", "optimise") and hosts.first():
             remove(directory.stage_checkpoints(stage.iteration))
         return
-    started, folder = time.monotonic(), directory.iteration(stage.iteration)
+    # A directory that is there before M0 would be somebody else's to a run that begins again.
+    started, folder = time.monotonic(), directory.path / f"iteration_{stage.iteration:02d}"
     stage.run(Account(folder / COUNTS, stage.name))
     keep_time(folder, stage.name, time.monotonic() - started)
     if hosts.first():

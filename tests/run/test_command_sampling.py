@@ -196,12 +196,14 @@ hosts.start(True, wait=60)
 from scir_jax.config import cli
 from scir_jax.errors import InputError
 from scir_jax.run import command_sampling, console
+from scir_jax.run.costs import Account
 from scir_jax.run.setup import prepare
 console.only_first_host_speaks()
 config, _ = cli.parse("train", "", ["--config", sys.argv[1]])
 setup, folder = prepare(config), Path(sys.argv[2])
 prompts = list(enumerate(setup.inputs.prompts))[:3]
-needs = (config, setup.encoder, setup.programs, None, None, prompts, 1, folder / "responses.jsonl", console.Stopper())
+needs = (config, setup.encoder, setup.programs, None, None, prompts, 1, folder / "responses.jsonl")
+needs += (console.Stopper(), Account())
 try:
     command_sampling.sample_with_command(*needs)
 except InputError as error:
