@@ -51,7 +51,7 @@ class Strike:
         if not self.ahead:
             _replace("scir_jax.run.preflight:check_memory", lambda _: lambda *_: [])
         if self.world:
-            _replace("scir_jax.run.base_model:WorldSpec", lambda spec: functools.partial(spec, **self.world))
+            _replace("scir_jax.run.base_model:WorldSpec", lambda spec: lambda **given: spec(**given | self.world))
         if self.place:
             _replace(self.place, self._struck)
 
