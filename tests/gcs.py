@@ -331,6 +331,8 @@ class Bucket:
             "STORAGE_EMULATOR_HOST": self.url,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_GCE_CHECK": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
             "EPATH_USE_TF": "false",
             "FSSPEC_GCS": '{"use_listings_cache": false}',
         }
@@ -362,7 +364,8 @@ class Bucket:
 
     def _ask(self, path: str, body: bytes | None = None) -> bytes:
         request = urllib.request.Request(self.url + path, data=body, method="PUT" if body is not None else "GET")
-        with urllib.request.urlopen(request) as answer:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request) as answer:
             return answer.read()
 
     def close(self) -> None:
