@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from comparison import SIZES
+from comparison import SIZES, described
 
 
 def state_of(size: str):
@@ -24,19 +24,8 @@ def state_of(size: str):
     import jax.numpy as jnp
 
     from scir_jax.model import decoder, families
-    from scir_jax.world.files import model_config
-    from scir_jax.world.spec import WorldSpec
 
-    width, layers, heads, kv_heads, inner, vocabulary = SIZES[size]
-    spec = WorldSpec(
-        hidden_size=width,
-        layers=layers,
-        heads=heads,
-        key_value_heads=kv_heads,
-        head_dim=width // heads,
-        intermediate_size=inner,
-    )
-    arch = families.read({**model_config(spec), "vocab_size": vocabulary}, "config.json")
+    arch = families.read(described(size)[1], "config.json")
     params = jax.jit(decoder.define(arch).init)(jax.random.key(0))
     return {"params": params, "mu": jax.tree.map(jnp.ones_like, params), "nu": jax.tree.map(jnp.ones_like, params)}
 

@@ -20,16 +20,10 @@ SIZES = {  # width, layers, heads, key/value heads, feed-forward width, vocabula
 }
 
 
-def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
-    """Writes a random model, its tokenizer and judge templates, and pairs."""
-    import jax
-
-    from scir_jax.model import decoder, families
-    from scir_jax.model.hf import weights
-    from scir_jax.world.files import JUDGE, JUDGE_CONTINUATION, model_config
+def described(size: str, **more):
+    """Returns the specification and the config.json of a model of a size."""
+    from scir_jax.world.files import model_config
     from scir_jax.world.spec import WorldSpec
-    from scir_jax.world.tasks import LETTERS
-    from scir_jax.world.tokenizer import write_tokenizer
 
     width, layers, heads, kv_heads, inner, vocabulary = SIZES[size]
     spec = WorldSpec(
@@ -39,11 +33,24 @@ def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
         key_value_heads=kv_heads,
         head_dim=width // heads,
         intermediate_size=inner,
-        max_length=8 * longest,
+        **more,
     )
+    return spec, {**model_config(spec), "vocab_size": vocabulary}
+
+
+def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
+    """Writes a random model, its tokenizer and judge templates, and pairs."""
+    import jax
+
+    from scir_jax.model import decoder, families
+    from scir_jax.model.hf import weights
+    from scir_jax.world.files import JUDGE, JUDGE_CONTINUATION
+    from scir_jax.world.tasks import LETTERS
+    from scir_jax.world.tokenizer import write_tokenizer
+
+    spec, config = described(size, max_length=8 * longest)
     source = directory / "source"
     source.mkdir()
-    config = {**model_config(spec), "vocab_size": vocabulary}
     (source / "config.json").write_text(json.dumps(config))
     write_tokenizer(source, spec.max_length)
     arch = families.read(config, str(source))

@@ -225,8 +225,9 @@ def test_a_stopped_study_ends_its_runs_and_goes_on(study, tmp_path):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
     assert err.rstrip().endswith("stopped; the same command goes on where it was")
-    with FileLock(tmp_path / "out" / "runs" / "scir" / "as_it_is" / "seed_1" / ".lock").acquire(timeout=0):
-        pass  # its process is gone
+    lock = FileLock(tmp_path / "out" / "runs" / "scir" / "as_it_is" / "seed_1" / ".lock")
+    lock.acquire(timeout=0)  # raises as long as the run's process lives
+    lock.release()
     before = calls(tmp_path)
     behave(tmp_path)
     assert study(STUDY).code == 0
