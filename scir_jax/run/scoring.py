@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from scir_jax.config.schema import Config
-from scir_jax.data.batches import by_length
+from scir_jax.data.batches import RowGroup, by_length
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import batched
 from scir_jax.data.pairs import Answer, Pair, Prompt
@@ -49,18 +49,16 @@ def score_answers(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    groups = programs.score_groups
-    tokens = [(len(prompt.ids) + len(answer.ids),) for prompt, answer in items]
+    tokens = [len(prompt.ids) + len(answer.ids) for prompt, answer in items]
     result: dict[str, np.ndarray] = {"logps": np.zeros(len(items), np.float32)}
-    for group, numbers in zip(groups, by_length(tokens, [(group.tokens,) for group in groups]), strict=True):
-        for part in batched(numbers, group.rows):
-            rows = [encoder.scored_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
-            read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
-            for name, values in read.items():
-                values = np.asarray(values)[: len(part)]
-                check_finite(values, "log-probabilities")
-                result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
-            advance(len(part))
+    for group, part in _parts(programs.score_groups, tokens):
+        rows = [encoder.scored_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
+        read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+        for name, values in read.items():
+            values = np.asarray(values)[: len(part)]
+            check_finite(values, "log-probabilities")
+            result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
+        advance(len(part))
     if spend is not nothing:
         spend(costs.scored(programs, items))
     return result
@@ -134,21 +132,27 @@ def rate_answers(
       InputError: the model gives values that are not finite.
     """
     points = tuple(map(float, encoder.pointwise.template.verdicts))
-    groups, sizes = programs.rate_groups, rating_sizes(encoder, items)
+    sizes = rating_sizes(encoder, items)
     result = {name: np.zeros(len(items), np.float32) for name in ("points", "points_mass")}
-    by_group = by_length([(n,) for n in sizes.tolist()], [(group.tokens,) for group in groups])
-    for group, numbers in zip(groups, by_group, strict=True):
-        for part in batched(numbers, group.rows):
-            rows = [encoder.pointwise_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
-            read = programs.rater(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
-            logits, mass = (np.asarray(values)[: len(part)] for values in read)
-            check_finite(logits, "points")
-            check_finite(mass, "points")
-            result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
-            advance(len(part))
+    for group, part in _parts(programs.rate_groups, sizes.tolist()):
+        rows = [encoder.pointwise_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
+        read = programs.rater(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+        logits, mass = (np.asarray(values)[: len(part)] for values in read)
+        check_finite(logits, "points")
+        check_finite(mass, "points")
+        result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
+        advance(len(part))
     if spend is not nothing:
         spend(costs.judged(programs, sizes, len(points)))
     return result
+
+
+def _parts(groups: Sequence[RowGroup], tokens: Sequence[int]) -> Iterator[tuple[RowGroup, Sequence[int]]]:
+    """Yields the numbers of rows of these lengths that are computed together, with the group that holds them."""
+    by_group = by_length([(count,) for count in tokens], [(group.tokens,) for group in groups])
+    for group, numbers in zip(groups, by_group, strict=True):
+        for part in batched(numbers, group.rows):
+            yield group, part
 
 
 def rating_sizes(encoder: Encoder, items: Sequence[Item]) -> np.ndarray:
