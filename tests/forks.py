@@ -39,8 +39,12 @@ MODULES = (
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Returns this process's without what says something of clusters, on the CPU."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER)}
+    """Returns this process's without what says something of clusters, on the CPU, without proxies, which JAX warns of."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(CLUSTER) and not name.lower().endswith("_proxy")
+    }
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **variables}
 

@@ -331,8 +331,6 @@ class Bucket:
             "STORAGE_EMULATOR_HOST": self.url,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_GCE_CHECK": "true",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
             "EPATH_USE_TF": "false",
             "FSSPEC_GCS": '{"use_listings_cache": false}',
         }

@@ -13,6 +13,8 @@ def bucket(tmp_path_factory):
     started = Bucket(tmp_path_factory.mktemp("bucket"))
     # TensorStore reads them once.
     os.environ.update(started.environment)
+    if any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
+        os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     yield started
     started.close()
 

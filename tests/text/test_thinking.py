@@ -198,7 +198,7 @@ def test_an_answers_own_thinking_goes_on_in_the_block_that_the_prompt_opens(kind
     assert c.answer(f"Hm, a colour.\n</think>\n\n{SPOKEN}") == whole
     assert c.answer(f"\n{THOUGHT}{SPOKEN}") == whole
     padded = c.answer(f"{THOUGHT}{SPOKEN}\n")
-    assert structure(c, padded) == [end, c.stop_ids[0]] and padded[: len(whole) - 2] == whole[: -2]
+    assert structure(c, padded) == [end, c.stop_ids[0]] and padded[: len(whole) - 2] == whole[:-2]
     row = structure(c, c.prompt(turns("Hello")) + whole)
     assert row[-3:] == [begin, end, c.stop_ids[0]] and row.count(begin) == 1
     assert structure(c, c.answer("<think>\nHm")) == [c.stop_ids[0]], "thinking that does not end"
