@@ -18,6 +18,7 @@ from scir_jax.errors import InputError
 from scir_jax.model import decoder
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.hf import weights
+from tests.caches import prefilled
 from tests.processes import quick_jit
 
 TOLERANCE = 1e-4
@@ -320,7 +321,7 @@ def decoding_difference(imported: Imported) -> float:
     ids_BT = jnp.asarray(ids_BT)
 
     def run(params):
-        hidden_BPD, cache = model.prefill(params, prompts_BP, max(LENGTHS))
+        hidden_BPD, cache = prefilled(model, params, prompts_BP, starts_B, max(LENGTHS))
 
         def step(cache, offset):
             positions_B = starts_B + offset

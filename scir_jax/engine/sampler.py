@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from scir_jax.data.batches import Admission, SlotSpec
 from scir_jax.engine import mesh as meshes
-from scir_jax.model.decoder import Cache, Model, Params
+from scir_jax.model.cached import Cache
+from scir_jax.model.decoder import Model, Params
 
 Array = jax.Array
 SEGMENT = 32
@@ -50,7 +51,7 @@ class Slots(NamedTuple):
 
     Attributes:
       hidden: [M, D] hidden state behind the last token, compute dtype.
-      cache: M rows.
+      cache: M rows, see scir_jax.model.cached.
       prompt: [M] int32 the prompt's number.
       sample: [M] int32 the answer's number among those of its prompt.
       start: [M] int32 tokens of the prompt.
@@ -61,7 +62,7 @@ class Slots(NamedTuple):
     """
 
     hidden: Array
-    cache: Cache
+    cache: tuple[Cache, ...]
     prompt: Array
     sample: Array
     start: Array
@@ -89,7 +90,7 @@ class Sampler:
         batch, one, params = meshes.batch_sharding(mesh), meshes.replicated(mesh), meshes.param_shardings(model, mesh)
         cache = meshes.cache_sharding(model, mesh)
         abstract = jax.eval_shape(self._empty)
-        slots = jax.tree.map(lambda _: batch, abstract)._replace(cache=Cache(cache, cache))
+        slots = jax.tree.map(lambda _: batch, abstract)._replace(cache=jax.tree.map(lambda _: cache, abstract.cache))
         self.abstract = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, slots
         )
@@ -102,12 +103,10 @@ class Sampler:
 
     def _empty(self) -> Slots:
         model, rows = self._model, self._spec.slots
-        arch, dtype = model.arch, model.compute_dtype
-        shape = (arch.num_layers, rows, self._spec.places, arch.num_kv_heads, arch.head_dim)
         zeros = lambda *tail: jnp.zeros((rows, *tail), jnp.int32)  # noqa: E731
         return Slots(
-            jnp.zeros((rows, arch.hidden_size), dtype),
-            Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            jnp.zeros((rows, model.arch.hidden_size), model.compute_dtype),
+            model.empty_cache(rows, self._spec.places),
             prompt=zeros(),
             sample=zeros(),
             start=zeros(),
@@ -120,8 +119,7 @@ class Sampler:
     def _admit(self, params: Params, slots: Slots, coming: Admission) -> Slots:
         model, shards = self._model, self._shards
         params = self._cast(params)
-        tokens = coming.ids.shape[1]
-        hidden_BTD, (k, v) = model.prefill(params, coming.ids, tokens)
+        hidden_BTD, prompts = model.prefill(params, coming.ids)
         last_BD = jnp.take_along_axis(hidden_BTD, (coming.length - 1)[:, None, None], axis=1)[:, 0]
         new_M = coming.source >= 0
         # A slot's prompt is one of its own device.
@@ -135,15 +133,7 @@ class Sampler:
         def put(new: Array, old: Array) -> Array:
             return jnp.where(new_M.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        def layer(cache: Cache, index: Array) -> tuple[Cache, None]:
-            def insert(all_LMSKd: Array, new_LBTKd: Array) -> Array:
-                old_MTKd = all_LMSKd[index, :, :tokens]
-                return all_LMSKd.at[index, :, :tokens].set(put(of_source(new_LBTKd[index]), old_MTKd))
-
-            return Cache(insert(cache.k, k), insert(cache.v, v)), None
-
-        # Layer by layer: the answers' copies of a prompt's keys are never there for all layers.
-        cache, _ = jax.lax.scan(layer, slots.cache, jnp.arange(model.arch.num_layers))
+        cache = model.fill(slots.cache, prompts, coming.length, lambda new, old: put(of_source(new), old))
         return Slots(
             put(of_source(last_BD), slots.hidden),
             cache,

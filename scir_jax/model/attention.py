@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from scir_jax.model import cached
 from scir_jax.model.blocks import CPU_BLOCK, blockwise
 from scir_jax.model.segments import spans, visible
 from scir_jax.model.sharding import Layout
@@ -41,8 +42,8 @@ def attention(
     Without `positions_B`, S = T and query t sees the keys s <= t. Padding is at the right end of a row, where no valid
     query looks, so that no padding mask is needed; the outputs at padded positions are finite and meaningless.
 
-    With `positions_B`, T = 1 and the query of row b stands at positions_B[b] of a cache of S places, of which it sees
-    the places up to and including its own. XLA computes that, whatever is asked for.
+    With `positions_B`, T = 1 and the query of row b stands at positions_B[b] over a cache of S places, see
+    scir_jax.model.cached: it sees what is held up to and including its own. XLA computes that, whatever is asked for.
 
     Args:
       q_BTHd: queries, H a multiple of K.
@@ -78,10 +79,8 @@ def attention(
     if positions_B is not None:
         if segments_BT is not None:
             raise ValueError("attention at positions of a cache takes no segments.")
-        places_S = jnp.arange(k_BSKd.shape[1])
-        visible_BS = places_S <= positions_B[:, None]
-        if window is not None:
-            visible_BS &= places_S > positions_B[:, None] - window
+        places = k_BSKd.shape[1]
+        visible_BS = cached.visible(positions_B, jnp.arange(places), places, window)
         # One query has no [T, S] scores to save, and cuDNN would need the mask as a float bias.
         return _xla(q_BTHd, k_BSKd, v_BSKd, visible_BS[:, None, None, None, :], scale, cap)
     tokens = q_BTHd.shape[1]

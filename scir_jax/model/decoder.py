@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from flax import nnx
 from scir_jax.model import layers
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import IMPLEMENTATIONS, backend_of, refusal
-from scir_jax.model.layers import Cache
+from scir_jax.model.cached import Cache, of_prompts, stacks
 from scir_jax.model.logprobs import soft_cap
 from scir_jax.model.lora import Lora
 from scir_jax.model.sharding import RULES, Layout
@@ -123,19 +123,8 @@ class Model:
         x_PND, _ = jax.lax.scan(self._checkpoint(step), x_PND, xs)
         return self._final_norm(params, x_PND)
 
-    def prefill(self, params: Params, ids_BP: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Computes hidden states [B, P, D] of right-padded prompts, and a cache with S = cache_length places.
-
-        The places of a prompt's padding hold keys that no query may see. `decode` keeps to that by starting at the
-        prompt's length: it overwrites each place before it first looks at it.
-
-        Raises:
-          ValueError: if the prompts do not fit into the cache.
-        """
-        spare = cache_length - ids_BP.shape[1]
-        if spare < 0:
-            raise ValueError(f"a cache of {cache_length} places cannot hold prompts of {ids_BP.shape[1]} tokens.")
-
+    def prefill(self, params: Params, ids_BP: jax.Array) -> tuple[jax.Array, Cache]:
+        """Computes hidden states [B, P, D] of right-padded prompts, and keys and values of all layers at all places."""
         rows = layers.Groups((ids_BP.shape,), ids_BP.shape[0])
 
         def step(x_BPD, layer):
@@ -144,29 +133,79 @@ class Model:
             return self._constrain(x_BPD), keys_values
 
         xs = (params["layers"], self._kinds())
-        x_BPD, (k_LBPKd, v_LBPKd) = jax.lax.scan(step, self._embed(params, ids_BP), xs)
-        padding = [(0, 0), (0, 0), (0, spare), (0, 0), (0, 0)]
-        cache = Cache(jnp.pad(k_LBPKd, padding), jnp.pad(v_LBPKd, padding))
-        return self._final_norm(params, x_BPD), self._lay_out(cache)
+        x_BPD, keys_values = jax.lax.scan(step, self._embed(params, ids_BP), xs)
+        return self._final_norm(params, x_BPD), self._lay_out(Cache(*keys_values))
 
-    def decode(self, params: Params, ids_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def empty_cache(self, rows: int, places: int) -> tuple[Cache, ...]:
+        """Makes a cache for rows of up to so many tokens, one Cache per stack of scir_jax.model.cached."""
+        made = []
+        for stack in stacks(self.arch, places):
+            shape = (len(stack.layers), rows, stack.places, self.arch.num_kv_heads, self.arch.head_dim)
+            made.append(Cache(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype)))
+        return tuple(made)
+
+    def fill(
+        self,
+        caches: tuple[Cache, ...],
+        prompts: Cache,
+        lengths_B: jax.Array,
+        put: Callable[[jax.Array, jax.Array], jax.Array],
+    ) -> tuple[Cache, ...]:
+        """Puts prompts into a cache.
+
+        The places of a prompt's padding hold keys that no query may see. `decode` keeps to that by starting at the
+        prompt's length: it overwrites each place before it first looks at it.
+
+        Args:
+          prompts: as `prefill` gives them.
+          lengths_B: int32, tokens of the prompts.
+          put: what the prompts leave [B, S, K, d], what rows of the cache hold there -> what these are to hold.
+
+        Raises:
+          ValueError: the prompts do not fit into the cache.
+        """
+        tokens, places = prompts.k.shape[2], caches[0].k.shape[2]
+        if stacks(self.arch, tokens)[0].places > places:
+            raise ValueError(f"a cache of {places} places cannot hold prompts of {tokens} tokens.")
+
+        def layer(cache: Cache, numbers: tuple[jax.Array, jax.Array]) -> tuple[Cache, None]:
+            number, of_all = numbers
+
+            def insert(all_LMSKd: jax.Array, new_LBPKd: jax.Array) -> jax.Array:
+                new_BSKd = of_prompts(new_LBPKd[of_all], lengths_B, all_LMSKd.shape[2])
+                at = (number, slice(None), slice(new_BSKd.shape[1]))
+                return all_LMSKd.at[at].set(put(new_BSKd, all_LMSKd[at]))
+
+            return Cache(insert(cache.k, prompts.k), insert(cache.v, prompts.v)), None
+
+        # Layer by layer: what a prompt leaves in several rows is never there for all layers.
+        held = [jnp.asarray(stack.layers) for stack in stacks(self.arch, places)]
+        filled = (
+            jax.lax.scan(layer, cache, (jnp.arange(len(numbers)), numbers))[0]
+            for cache, numbers in zip(caches, held, strict=True)
+        )
+        return tuple(map(self._lay_out, filled))
+
+    def decode(
+        self, params: Params, ids_B: jax.Array, positions_B: jax.Array, caches: tuple[Cache, ...]
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Computes hidden states [B, D] of one token per row at positions_B (int32), and the updated cache.
 
-        The token's key and value are written at its position. A position at or past the end of the cache is not
-        written, and its hidden state is then not that of the full row.
+        The token's key and value are written at its position. From the end of the cache on, layers without a window
+        see no more than its last places, and the hidden state is then not that of the full row.
         """
 
         def step(carry, layer):
-            x_B1D, cache = carry
-            number, layer_params, kind = layer
+            x_B1D, caches = carry
+            numbers, layer_params, kind = layer
             # The cache of all layers is carried, so that a step writes one place and copies nothing.
-            x_B1D, cache = self._block(layer_params).decode(x_B1D, positions_B, cache, number, kind)
-            return (self.split_width(x_B1D), self._lay_out(cache)), None
+            x_B1D, caches = self._block(layer_params).decode(x_B1D, positions_B, caches, numbers, kind)
+            return (self.split_width(x_B1D), tuple(map(self._lay_out, caches))), None
 
-        carry = (self.split_width(self._embed(params, ids_B[:, None])), self._lay_out(cache))
-        xs = (jnp.arange(self.arch.num_layers), params["layers"], self._kinds())
-        (x_B1D, cache), _ = jax.lax.scan(step, carry, xs)
-        return self._final_norm(params, x_B1D)[:, 0], cache
+        carry = (self.split_width(self._embed(params, ids_B[:, None])), tuple(map(self._lay_out, caches)))
+        xs = (self._numbers(caches), params["layers"], self._kinds())
+        (x_B1D, caches), _ = jax.lax.scan(step, carry, xs)
+        return self._final_norm(params, x_B1D)[:, 0], caches
 
     def _groups(self, shapes: Sequence[tuple[int, ...]]) -> layers.Groups:
         parts = 1 if self.layout is None else self.layout.parts(*RULES["batch"])
@@ -186,6 +225,14 @@ class Model:
         """Returns each layer's place among the different kinds of layers, [L] int32."""
         kinds = self.arch.kinds
         return jnp.asarray([kinds.index(layer) for layer in self.arch.layers], jnp.int32)
+
+    def _numbers(self, caches: tuple[Cache, ...]) -> tuple[jax.Array, ...]:
+        """Returns each layer's number in every stack, [L] int32 each; past the end where it is not in the stack."""
+        found = []
+        for _, held in stacks(self.arch, caches[0].k.shape[2]):
+            numbers = [held.index(i) if i in held else len(held) for i in range(self.arch.num_layers)]
+            found.append(jnp.asarray(numbers, jnp.int32))
+        return tuple(found)
 
     def _decoder(self, key: jax.Array) -> layers.Decoder:
         return layers.Decoder(self.arch, self.attention, self.layout, self.lora, nnx.Rngs(params=key))

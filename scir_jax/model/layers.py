@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import nnx
 
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import attention
-from scir_jax.model.cached import BLOCK, over_cache
+from scir_jax.model.cached import BLOCK, Cache, layer_places, over_cache
 from scir_jax.model.lora import Lora
 from scir_jax.model.segments import spans
 from scir_jax.model.sharding import Layout
@@ -33,13 +33,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-
-
-class Cache(NamedTuple):
-    """Keys (rotated) and values of every layer: [L, B, S, K, d] each, compute dtype."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 def normal(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
@@ -157,18 +150,16 @@ class Attention(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         kind: jax.Array,
-        positions_B: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Mixes the values that each query sees, [B, T, H, d].
 
         One of the different kinds of layers is chosen at run time, so that all are one scanned program.
         """
-        places = k.shape[1]
-        windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
+        tokens = k.shape[1]
+        windows = [None if w is not None and w >= tokens else w for w in (layer.window for layer in self.arch.kinds)]
         attend = functools.partial(
             attention,
-            positions_B=positions_B,
             segments_BT=segments_BT,
             scale=self.arch.query_scale,
             cap=self.arch.attention_cap,
@@ -180,20 +171,36 @@ class Attention(nnx.Module):
         return jax.lax.switch(kind, [functools.partial(attend, window=w) for w in windows], q, k, v)
 
     def look_back(
-        self, q_B1Hd: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array, positions_B: jax.Array
+        self,
+        q_B1Hd: jax.Array,
+        caches: tuple[Cache, ...],
+        numbers: Sequence[jax.Array],
+        kind: jax.Array,
+        positions_B: jax.Array,
     ) -> jax.Array:
-        """Mixes the values of a layer's cache that the query of each row sees, [B, 1, H, d]."""
-        places = cache.k.shape[2]
-        if places <= BLOCK:
-            return self.mix(q_B1Hd, cache.k[layer], cache.v[layer], kind, positions_B)
+        """Mixes the values of a layer's cache that the query of each row sees, [B, 1, H, d].
+
+        Args:
+          numbers: the layer's number in each stack; only that in its own is looked at.
+        """
         scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
-        attend = functools.partial(over_cache, scale=scale, cap=self.arch.attention_cap, layout=self.layout)
-        windows = [None if w is not None and w >= places else w for w in (layer.window for layer in self.arch.kinds)]
-        operands = (q_B1Hd[:, 0], *cache, layer, positions_B)
-        if len(set(windows)) == 1:
-            return attend(*operands, window=windows[0])[:, None]
-        branches = [functools.partial(attend, window=window) for window in windows]
-        return jax.lax.switch(kind, branches, *operands)[:, None]
+        settings: dict[str, Any] = dict(scale=scale, cap=self.arch.attention_cap, layout=self.layout)
+
+        def attend(stack: int, window: int | None, caches: tuple[Cache, ...], numbers: Sequence[jax.Array]):
+            (k, v), number = caches[stack], numbers[stack]
+            if k.shape[2] > BLOCK:
+                return over_cache(q_B1Hd[:, 0], k, v, number, positions_B, window=window, **settings)[:, None]
+            return attention(q_B1Hd, k[number], v[number], positions_B=positions_B, window=window, **settings)
+
+        held, ways = [cache.k.shape[2] for cache in caches], []
+        for layer in self.arch.kinds:
+            places = layer_places(layer, held[0])
+            # A ring of the window's own size holds nothing that is out of sight.
+            window = None if layer.window is not None and layer.window >= places else layer.window
+            ways.append((held.index(places), window))
+        if len(set(ways)) == 1:
+            return attend(*ways[0], caches, numbers)
+        return jax.lax.switch(kind, [functools.partial(attend, *way) for way in ways], caches, numbers)
 
 
 class FeedForward(nnx.Module):
@@ -253,17 +260,32 @@ class Block(nnx.Module):
         return self._finish(x_PND, mixed, kept), (k, v)
 
     def decode(
-        self, x_B1D: jax.Array, positions_B: jax.Array, cache: Cache, layer: jax.Array, kind: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Computes a block at one position per row, whose key and value go into the cache of all layers."""
+        self,
+        x_B1D: jax.Array,
+        positions_B: jax.Array,
+        caches: tuple[Cache, ...],
+        numbers: Sequence[jax.Array],
+        kind: jax.Array,
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Computes a block at one position per row, whose key and value go into the cache of all layers.
+
+        Args:
+          numbers: the layer's number in each stack; past the end of those that it is not in.
+        """
         kept = [None] * 7
         q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, kept)
         rows_B = jnp.arange(positions_B.shape[0])
-        cache = Cache(
-            cache.k.at[layer, rows_B, positions_B].set(k[:, 0]),
-            cache.v.at[layer, rows_B, positions_B].set(v[:, 0]),
+
+        def write(all_LBSKd: jax.Array, number: jax.Array, new_B1Kd: jax.Array) -> jax.Array:
+            # Past the end nothing is written: no branch is needed, which might copy the stack.
+            at = all_LBSKd.at[number, rows_B, positions_B % all_LBSKd.shape[2]]
+            return at.set(new_B1Kd[:, 0], mode="drop")
+
+        caches = tuple(
+            Cache(write(cache.k, number, k), write(cache.v, number, v))
+            for cache, number in zip(caches, numbers, strict=True)
         )
-        return self._finish(x_B1D, self.attention.look_back(q, cache, layer, kind, positions_B), kept), cache
+        return self._finish(x_B1D, self.attention.look_back(q, caches, numbers, kind, positions_B), kept), caches
 
     def _finish(self, x_BTD: jax.Array, mixed_BTHd: jax.Array, kept: Sequence[Kept | None]) -> jax.Array:
         update = self.attention.o(mixed_BTHd, kept[3])

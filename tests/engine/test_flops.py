@@ -213,10 +213,11 @@ def test_decoding_multiplies_every_weight_once_a_token():
     found = flops.decoding(MISTRAL, 8, 10, seen=20, places=26)
     assert found.hardware == 80 * (2 * weights + 4 * 32 * 32 * 128 * 26)
     assert found.model == 80 * (2 * weights + 4 * 32 * 32 * 128 * 20)
-    # Of a large cache those blocks that are seen; a window bounds what the mathematics asks for.
-    blocks = flops.decoding(MISTRAL, 1, 1, seen=5000, places=8192)
-    assert blocks.hardware - 2 * weights == 4 * 32 * 32 * 128 * 5120
-    assert blocks.model - 2 * weights == 4 * 32 * 32 * 128 * 4096
+    # Of a large cache those blocks that are seen; of a layer with a window no more than it holds.
+    some = dataclasses.replace(MISTRAL, layers=(Layer(), *(Layer(window=4000),) * 31))
+    blocks = flops.decoding(some, 1, 1, seen=5000, places=8192)
+    assert blocks.hardware - 2 * weights == 4 * 32 * 128 * (5120 + 31 * 4096)
+    assert blocks.model - 2 * weights == 4 * 32 * 128 * (5000 + 31 * 4000)
 
 
 @pytest.mark.parametrize("lora", [None, ADAPTERS["some"]], ids=["full", "adapters"])

@@ -19,7 +19,7 @@ from tests.processes import quick_jit
 
 pytestmark = pytest.mark.usefixtures("few_functions", "cheap_compilation")
 
-ARCH = Architecture("mistral", 23, 32, 48, 4, 2, 8, layers=(Layer(window=9),) * 2, max_positions=64)
+ARCH = Architecture("mistral", 23, 32, 48, 4, 2, 8, layers=(Layer(window=9), Layer()), max_positions=64)
 STOPS, PAD = (2, 5), 7
 PROMPT, RESPONSE, N = 10, 12, 3
 LENGTHS = (1, 4, PROMPT, 7)
@@ -130,6 +130,23 @@ def test_a_row_is_the_same_in_batches_of_other_shapes(small):
     np.testing.assert_array_equal(other[0], tokens[1:3])
     np.testing.assert_array_equal(other[1], counts[1:3])
     np.testing.assert_allclose(other[2], logps[1:3], rtol=0, atol=1e-5)
+
+
+def test_a_slot_that_is_taken_again_is_as_a_fresh_one(small):
+    sampler, spec = small.sampler()
+    key, until = stream_key(0, "responses", 1), np.int32(spec.slots)
+
+    def sampled(slots, lengths, index):
+        prompts = [(i, ids[:length]) for i, ids, length in zip(index, small.ids, lengths, strict=True)]
+        answers = {N * i + n: (i, n) for i in range(len(index)) for n in range(N)}
+        slots = sampler.admit(small.params, slots, spec.arrays(PROMPT, prompts, answers, PAD))
+        return sampler.decode(small.params, slots, key, ONE, until)[0]
+
+    read = lambda slots: jax.tree.map(np.asarray, sampler.read(slots))  # noqa: E731
+    fresh = read(sampled(sampler.empty(), (2, 1, 5, 3), range(4)))
+    before = sampled(sampler.empty(), LENGTHS[::-1], range(10, 14))
+    for here, there in zip(read(sampled(before, (2, 1, 5, 3), range(4))), fresh, strict=True):
+        np.testing.assert_array_equal(here, there)
 
 
 def test_sample_prompt_iteration_stream_and_seed_give_other_noise(small):

@@ -237,7 +237,7 @@ def test_the_kernel_belongs_to_no_trace():
     params, ids = random_params(MISTRAL), random_ids(1)
     model = decoder.define(MISTRAL, attention="splash")
     first = quick_jit(model.hidden)(params, ids)
-    again = quick_jit(lambda params, ids: model.prefill(params, ids, 160)[0])(params, ids)
+    again = quick_jit(lambda params, ids: model.prefill(params, ids)[0])(params, ids)
     close(again, first, 1e-6)
     q, k, v, _ = random_inputs(1, 150, 4, 2, 8)
     attention(q, k, v, window=40, implementation="splash")

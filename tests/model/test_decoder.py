@@ -1,5 +1,6 @@
 """The decoder against transformers, and against itself: padding, cache, precision, rematerialisation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from scir_jax.model.architecture import Architecture, Layer, Rope
 from scir_jax.model.attention import attention
 from scir_jax.model.families import read
 from scir_jax.model.hf import weights
+from tests.caches import prefilled
 
 SMALL = dict(
     vocab_size=61,
@@ -116,17 +118,25 @@ def test_padding_at_the_right_changes_nothing(arch):
         assert np.isfinite(padded).all()
 
 
-@pytest.mark.parametrize("arch", [ARCH, WINDOWED], ids=["full", "window"])
-def test_decoding_with_a_cache_equals_the_full_row(arch, few_functions):
+@pytest.mark.parametrize(
+    ("arch", "stacks"),
+    [
+        (ARCH, [(2, 15)]),
+        (WINDOWED, [(2, 4)]),
+        (dataclasses.replace(ARCH, layers=tuple(map(Layer, (4, None, 6, 4)))), [(1, 15), (1, 6), (2, 4)]),
+    ],
+    ids=["full", "window", "mixed"],
+)
+def test_decoding_with_a_cache_equals_the_full_row(arch, stacks, few_functions):
     model = decoder.define(arch)
     params, ids = random_params(arch), random_ids(3, 14)
     full = jax.jit(model.hidden)(params, ids)
     lengths = np.array([2, 7, 5])  # of the prompts, padded to 7 with an id that is not there
     prompts = np.where(np.arange(7) < lengths[:, None], ids[:, :7], 60)
-    prefilled, cache = jax.jit(model.prefill, static_argnums=2)(params, prompts, 15)
-    assert cache.k.shape == cache.v.shape == (2, 3, 15, 2, 8)
+    first, cache = jax.jit(lambda params: prefilled(model, params, prompts, lengths, 15))(params)
+    assert [(k.shape, v.shape) for k, v in cache] == [((layers, 3, n, 2, 8),) * 2 for layers, n in stacks]
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(prefilled[row, :length], full[row, :length], atol=2e-5)
+        np.testing.assert_allclose(first[row, :length], full[row, :length], atol=2e-5)
     step = jax.jit(model.decode, donate_argnums=3)
     rows = np.arange(3)
     for offset in range(7):
@@ -139,7 +149,9 @@ def test_decoding_with_a_cache_equals_the_full_row(arch, few_functions):
 def test_a_cache_too_short_for_the_prompts_is_refused():
     model = decoder.define(ARCH)
     with pytest.raises(ValueError, match="cache of 4 places"):
-        model.prefill(model.abstract(), np.zeros((1, 5), np.int32), 4)
+        jax.eval_shape(
+            lambda params: prefilled(model, params, np.zeros((1, 5), np.int32), np.array([5]), 4), model.abstract()
+        )
 
 
 def test_bfloat16_compute_is_close_and_leaves_the_parameters_in_float32():

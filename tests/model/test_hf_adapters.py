@@ -14,6 +14,7 @@ from scir_jax.engine import forward
 from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS
 from scir_jax.model.hf import adapters, weights
+from tests.caches import prefilled
 from tests.model.small_adapters import (
     ADAPTERS,
     ALL,
@@ -44,7 +45,7 @@ def test_logits_are_those_of_peft(family, adapted):
     # Prompts of 3 and 6 tokens, the rest a token at a time.
     lengths = np.array([3, 6])
     prompts = np.where(np.arange(6) < lengths[:, None], ids[:, :6], 60)
-    hidden, cache = quick_jit(lambda p: model.prefill(p, prompts, 12))(params)
+    hidden, cache = quick_jit(lambda p: prefilled(model, p, prompts, lengths, 12))(params)
     step = quick_jit(model.decode)
     for row, length in enumerate(lengths):
         logits = model.logits(params, hidden[row, :length])

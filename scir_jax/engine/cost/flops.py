@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from scir_jax.data.batches import RowGroup
 from scir_jax.model import logprobs
 from scir_jax.model.architecture import Architecture
-from scir_jax.model.cached import BLOCK
+from scir_jax.model.cached import BLOCK, layer_places
 from scir_jax.model.lora import Lora
 
 Flash = Callable[[int], bool]
@@ -160,8 +160,9 @@ def decoding(arch: Architecture, rows: int, steps: int, seen: int, places: int, 
     pair = 4 * arch.num_heads * arch.head_dim
     visible = sum(min(seen, layer.window or seen) for layer in arch.layers)
     # A small cache is multiplied whole; of a large one those blocks that some row sees.
-    multiplied = places if places <= BLOCK else min(-(-seen // BLOCK) * BLOCK, places)
-    return Flops(a_row + pair * visible, a_row + pair * multiplied * arch.num_layers) * (rows * steps)
+    held = [layer_places(layer, places) for layer in arch.layers]
+    multiplied = sum(n if n <= BLOCK else min(-(-seen // BLOCK) * BLOCK, n) for n in held)
+    return Flops(a_row + pair * visible, a_row + pair * multiplied) * (rows * steps)
 
 
 def decode_bytes(
@@ -195,9 +196,10 @@ def decode_bytes(
 def cache_bytes(
     arch: Architecture, rows: int, places: int, itemsize: int, *, tensor: int = 1, batch_shards: int = 1
 ) -> int:
-    """Counts the bytes of one device's share of the keys and values of `rows` with `places` each."""
+    """Counts the bytes of one device's share of the keys and values of `rows` with `places` each, windows' with fewer."""
     heads = arch.num_kv_heads // tensor if arch.num_kv_heads % tensor == 0 else arch.num_kv_heads
-    return 2 * arch.num_layers * math.ceil(rows / batch_shards) * places * heads * arch.head_dim * itemsize
+    held = sum(layer_places(layer, places) for layer in arch.layers)
+    return 2 * math.ceil(rows / batch_shards) * held * heads * arch.head_dim * itemsize
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
