@@ -28,6 +28,14 @@ from scir_jax.model.sharding import Layout
 
 Kept = Callable[[float, tuple[int, ...]], jax.Array]  # Groups.kept with its key: (share, input axes) -> mask
 _INIT_SCALE = 0.02
+# Of [B, K, d] into [L, B, S, K, d] at a layer and a place of each row: devices that share rows exchange nothing.
+_ROW_BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -274,12 +282,12 @@ class Block(nnx.Module):
         """
         kept = [None] * 7
         q, k, v = self.attention.project(self.attention_norm(x_B1D), positions_B[:, None], kind, kept)
-        rows_B = jnp.arange(positions_B.shape[0])
 
         def write(all_LBSKd: jax.Array, number: jax.Array, new_B1Kd: jax.Array) -> jax.Array:
+            places_B = positions_B % all_LBSKd.shape[2]
+            at_B2 = jnp.stack([jnp.broadcast_to(number, places_B.shape), places_B], axis=1)
             # Past the end nothing is written: no branch is needed, which might copy the stack.
-            at = all_LBSKd.at[number, rows_B, positions_B % all_LBSKd.shape[2]]
-            return at.set(new_B1Kd[:, 0], mode="drop")
+            return jax.lax.scatter(all_LBSKd, at_B2, new_B1Kd[:, 0], _ROW_BY_ROW, mode="drop", unique_indices=True)
 
         caches = tuple(
             Cache(write(cache.k, number, k), write(cache.v, number, v))

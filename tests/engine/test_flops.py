@@ -242,6 +242,11 @@ def test_bytes_of_a_decoding_step():
     assert flops.decode_bytes(MISTRAL, 64, 1024, 2, tensor=16) == 2 * (math.ceil(weights / 16) + cache)
     tied = dataclasses.replace(MISTRAL, tie_embeddings=True)
     assert flops.decode_bytes(tied, 64, 1024, 2) == 2 * (weights + cache)
+    # Layers with a window hold no more than that.
+    gemma = families.read(architectures.known("gemma-3-1b-it"), "Gemma")
+    held = jax.eval_shape(lambda: decoder.define(gemma).empty_cache(64, 8192))
+    cache = 2 * 64 * (4 * 8192 + 22 * 512) * 256
+    assert flops.cache_bytes(gemma, 64, 8192, 4) == sum(x.size * 4 for x in jax.tree.leaves(held)) == 4 * cache
     model = decoder.define(ARCH, lora=ADAPTERS["some"])
     everything = memory.device_bytes(model.abstract()) - 4 * ARCH.vocab_size * ARCH.hidden_size
     assert flops.decode_bytes(ARCH, 0, 0, 4, lora=ADAPTERS["some"]) == everything
