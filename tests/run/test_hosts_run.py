@@ -243,7 +243,6 @@ def test_two_hosts_are_as_one_process(uninterrupted, start, tmp_path):
 
 # In order: every one comes later in the run than the one before it; with the newest result that is there then.
 LOSSES = [
-    ("M0", 1, Strike(STEP, 4)),  # SFT, after a checkpoint
     ("M0", 1, Strike(STORE, (1,))),
     ("evaluation of M1", 0, Strike(BATCH, 2)),  # the second look
     ("pairs 1", 0, Strike(COMMIT)),  # the first checkpoint is not committed
