@@ -30,6 +30,7 @@ from scir_jax.model.hf import weights
 from scir_jax.report import page
 from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
+from tests import documents
 from tests.fake_cluster import Cluster
 from tests.processes import quick_jit, shared_directory
 
@@ -188,6 +189,15 @@ def command(capsys):
         return Done(stop.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def documented(request, command):
+    """The documents' commands that the test's marks `documented` name, in order; it has to use each of them."""
+    marks = reversed(list(request.node.iter_markers("documented")))
+    found = [documents.Documented(documents.find(words), command) for mark in marks for words in mark.args]
+    yield found
+    assert [str(one.command) for one in found if not one.used] == []
 
 
 @pytest.fixture
