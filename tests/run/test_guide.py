@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file
@@ -14,11 +15,12 @@ from safetensors.numpy import load_file
 from scir_jax.config import cli
 from scir_jax.run import answers, health, hub
 from scir_jax.text.chat import load_tokenizer
-from tests.forks import Fork, environment
+from tests.forks import Fork, environment, quick
 from tests.run import engines, hub_cache
 from tests.run.runs import ITERATIONS, content, lines, refused
 from tests.small_model import main as small_model
 from tests.small_model import write_data, write_model
+from tests.strikes import Strike
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
@@ -205,3 +207,30 @@ def test_the_papers_configuration_with_prompts_alone(documented, reader, tmp_pat
     assert done.code == 0, done.err
     trained(reader / "runs" / "vllm")
     assert {len(row["response_ids"]) for row in lines(reader / "runs" / "vllm" / answers_of)} == {2}
+
+
+@pytest.mark.documented("tests.small_model", "train simulated")
+def test_eight_simulated_chips(documented, compiled_directory, tmp_path, monkeypatch):
+    """The small model of the guide under the paper's configuration, in a process of its own, split over eight devices."""
+    make, simulated = documented
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["small_model", *make.words()])
+    small_model()
+    out, err = tmp_path / "out", tmp_path / "err"
+    # Beside the document's flag, those of tests.processes.QUICK and tests.conftest.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    flags = flags if jax.__version_info__ < (0, 11) else flags.split()[0]
+    (devices,) = simulated.command.variables
+    env = quick(XLA_FLAGS=f"{devices.removeprefix('XLA_FLAGS=')} {flags}", JAX_COMPILATION_CACHE_DIR=str(compiled_directory))
+    del env["JAX_NUM_CPU_DEVICES"]
+    until = ("--run.until", "sft", "--sft.epochs", 1, "--text.packing", "off", "--run.tensorboard", "false")
+    process = Fork(
+        [*Strike(ahead=False).command, *simulated.words(), *until], env=environment(**env), cwd=tmp_path, out=out, err=err
+    )
+    try:
+        assert process.wait(300) == 0, err.read_text()
+    finally:
+        process.kill()
+    assert "bfloat16, 8 cpu device(s)" in err.read_text() and "stopped after sft" in err.read_text()
+    rows = lines(tmp_path / "runs" / "simulated" / "metrics.jsonl")
+    assert rows and all(0 < row["loss"] < 20 for row in rows)
