@@ -103,7 +103,8 @@ class Documented:
 
     def __call__(self, *small, instead: Mapping[str, object] | None = None):
         """Runs it with settings of the small model beside its own words -> how it ends."""
-        assert not {str(word) for word in small if str(word).startswith("--")} & set(self.command.arguments)
+        options = {str(word).partition("=")[0] for word in small if str(word).startswith("--")}
+        assert not options & set(self.command.arguments), "the document's words are to win"
         module, _ = COMMANDS[self.command.program.removeprefix("scir_jax.")]
         return self._run(importlib.import_module(f"scir_jax.{module}").main, *self.words(instead), *small)
 
