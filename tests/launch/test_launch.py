@@ -1,7 +1,6 @@
 """The launchers: what they print, what they refuse, and what they do with stand-ins for gcloud, Slurm and GPUs."""
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
