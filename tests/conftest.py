@@ -1,6 +1,7 @@
 """Shared fixtures: a small embedded world with a random model, and configurations for it."""
 
 import dataclasses
+import importlib.util
 import os
 
 import jax
@@ -35,8 +36,8 @@ from tests.fake_cluster import Cluster
 from tests.processes import quick_jit, shared_directory
 
 # A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled, and ends at one that
-# it does not know: later versions than these may not.
-if jax.__version_info__ < (0, 11):
+# it does not know: later versions than these may not, and libtpu's does not.
+if jax.__version_info__ < (0, 11) and not ("TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu")):
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 

@@ -104,7 +104,7 @@ class Documented:
     def __call__(self, *small, instead: Mapping[str, object] | None = None):
         """Runs it with settings of the small model beside its own words -> how it ends."""
         options = {str(word).partition("=")[0] for word in small if str(word).startswith("--")}
-        assert not options & set(self.command.arguments), "the document's words are to win"
+        assert not options & set(self.command.arguments) - {"--config"}, "the document's words are to win"
         module, _ = COMMANDS[self.command.program.removeprefix("scir_jax.")]
         return self._run(importlib.import_module(f"scir_jax.{module}").main, *self.words(instead), *small)
 

@@ -71,7 +71,9 @@ def read(monkeypatch):
 
 def test_every_command_of_the_documents_is_run_by_a_test():
     """Or has its reason; and every reason is needed."""
-    assert len(COMMANDS) >= 30 and {c.program for c in ALL} >= {f"launch/{name}.sh" for name in ("gpu", "slurm", "tpu_vm")}
+    assert len(COMMANDS) >= 30 and {c.program for c in ALL} >= {
+        f"launch/{name}.sh" for name in ("gpu", "slurm", "tpu_vm")
+    }
     left = set(ALL) - run_by_tests()
     reasons = {c: [name for name in NOT_RUN if f"{c} ".startswith(f"{name} ")] for c in left}
     assert sorted(str(c) for c in left if not reasons[c]) == []

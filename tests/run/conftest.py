@@ -120,7 +120,11 @@ def small_quickstart(tiny_config, world_dir, whole, no_page, tmp_path, monkeypat
     config = to_dict(tiny_config(world_dir, **like_whole(dict(data=dict(heldout_prompts=None)))))
     same = ("model", "data", "text", "sft", "sample", "optimise", "checkpoint", "evaluate")
     small = {name: config[name] for name in same} | {"run": dict(iterations=1, tensorboard=False)}
-    small |= {"world.directory": None, "replay.eft_batch_size": 8, "generative.templates": config["generative"]["templates"]}
+    small |= {
+        "world.directory": None,
+        "replay.eft_batch_size": 8,
+        "generative.templates": config["generative"]["templates"],
+    }
 
     def run(documented, *more):
         given = documented.command.arguments

@@ -221,11 +221,17 @@ def test_eight_simulated_chips(documented, compiled_directory, tmp_path, monkeyp
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     flags = flags if jax.__version_info__ < (0, 11) else flags.split()[0]
     (devices,) = simulated.command.variables
-    env = quick(XLA_FLAGS=f"{devices.removeprefix('XLA_FLAGS=')} {flags}", JAX_COMPILATION_CACHE_DIR=str(compiled_directory))
+    env = quick(
+        XLA_FLAGS=f"{devices.removeprefix('XLA_FLAGS=')} {flags}", JAX_COMPILATION_CACHE_DIR=str(compiled_directory)
+    )
     del env["JAX_NUM_CPU_DEVICES"]
     until = ("--run.until", "sft", "--sft.epochs", 1, "--text.packing", "off", "--run.tensorboard", "false")
     process = Fork(
-        [*Strike(ahead=False).command, *simulated.words(), *until], env=environment(**env), cwd=tmp_path, out=out, err=err
+        [*Strike(ahead=False).command, *simulated.words(), *until],
+        env=environment(**env),
+        cwd=tmp_path,
+        out=out,
+        err=err,
     )
     try:
         assert process.wait(300) == 0, err.read_text()

@@ -318,7 +318,11 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
     done = guides()
     assert done.code == 0, done.err
     result = json.loads(Path("runs/compare/study.json").read_text())
-    assert result["missing"] == [] and [row["method"] for row in result["tables"]["2"]][1:] == ["srlm", "scir", "consensus"]
+    assert result["missing"] == [] and [row["method"] for row in result["tables"]["2"]][1:] == [
+        "srlm",
+        "scir",
+        "consensus",
+    ]
 
     for one, names, seeds, iterations in (
         (some, ["srlm", "scir", "consensus", "oracle"], 8, 4),
