@@ -57,12 +57,12 @@ def run(configured, bucket, tmp_path_factory):
 
     def start(directory: str | Path | Documented, *instead: str) -> tuple[int, str]:
         out, err = folder / "out", folder / "err"
-        words = ["--run.directory", directory]
+        training = (*Strike(ahead=False).command, "--config", file)
+        command = instead or (*training, "--run.directory", directory)
         if isinstance(directory, Documented):
-            words = directory.words({"BUCKET": bucket.name})
-        command = instead or [*Strike(ahead=False).command, "--config", file, *words]
-        if command[-1:] == ["scir_jax.doctor"]:
-            command = [*command, "--config", file, *words]
+            program = directory.command.program
+            begin = training if program == "scir_jax.train" else ("-m", program, "--config", file)
+            command = (*begin, *directory.words({"BUCKET": bucket.name}))
         process = Fork(command, env=environment(**quick(), **bucket.environment), cwd=ROOT, out=out, err=err)
         try:
             return process.wait(300), err.read_text(errors="replace")
@@ -121,7 +121,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(documented, run, bucket, on_disk, w
     url, out = f"gs://{bucket.name}/runs/mine", f"gs://{bucket.name}/out"
     assert results(bucket.copy("runs/mine", tmp_path)) == on_disk
     assert "scir_jax-" not in err and f"report: {url}/report.html" in err
-    code, err = run(doctor, "-m", "scir_jax.doctor")
+    code, err = run(doctor)
     assert code == 0, err
 
     # Other commands read it there, and write there.
