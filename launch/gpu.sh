@@ -25,8 +25,8 @@ The run is in the foreground: Ctrl-C or SIGTERM lets it save and exit, and the s
 the run's: 0 done, 2 bad input, 3 disk full, 130 or 143 stopped; after any other it is started again.
 
 examples
-  launch/gpu.sh -- --model models/mine --prompts prompts.jsonl --run mine
-  launch/gpu.sh --gpus 0,1 --deterministic --retries 10 -- --model models/mine --prompts prompts.jsonl --run two
+  launch/gpu.sh -- --model models/NAME --prompts prompts.jsonl --run mine
+  launch/gpu.sh --gpus 0,1 --deterministic --retries 10 -- --model models/NAME --prompts prompts.jsonl --run mine
 HELP
 }
 

@@ -1,6 +1,7 @@
 """Shared fixtures: a small embedded world with a random model, and configurations for it."""
 
 import dataclasses
+import importlib.util
 import os
 
 import jax
@@ -30,12 +31,13 @@ from scir_jax.model.hf import weights
 from scir_jax.report import page
 from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
+from tests import documents
 from tests.fake_cluster import Cluster
 from tests.processes import quick_jit, shared_directory
 
 # A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled, and ends at one that
-# it does not know: later versions than these may not.
-if jax.__version_info__ < (0, 11):
+# it does not know: later versions than these may not, and libtpu's does not.
+if jax.__version_info__ < (0, 11) and not ("TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu")):
     flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
@@ -188,6 +190,15 @@ def command(capsys):
         return Done(stop.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def documented(request, command):
+    """The documents' commands that the test's marks `documented` name, in order; it has to use each of them."""
+    marks = reversed(list(request.node.iter_markers("documented")))
+    found = [documents.Documented(documents.find(words), command) for mark in marks for words in mark.args]
+    yield found
+    assert [str(one.command) for one in found if not one.used] == []
 
 
 @pytest.fixture

@@ -79,6 +79,8 @@ class Plan:
         self._records: dict[Path, dict[str, Any]] = {}
         self._compared: set[Path] = set()
         self._configs: dict[tuple[str, Point], tuple[Config, Config, tuple[str, str]]] = {}
+        # Every look at what comes next asks for all jobs.
+        self._jobs: dict[tuple[str, str, Point, int, int], Job] = {}
 
     # --- the runs ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +113,13 @@ class Plan:
         return list(found.values())
 
     def job(self, kind: str, method: Method, point: Point, seed: int, iterations: int) -> Job:
-        """Makes a method's run at a point of its grid."""
+        """Returns a method's run at a point of its grid."""
+        key = (kind, method.name, point, seed, iterations)
+        if key not in self._jobs:
+            self._jobs[key] = self._job(kind, method, point, seed, iterations)
+        return self._jobs[key]
+
+    def _job(self, kind: str, method: Method, point: Point, seed: int, iterations: int) -> Job:
         config, base, names = self._configuration(method, point)
         start = self._start(base, names, seed)
         place = ",".join(f"{key}={_plain(value)}" for key, value in point) or "as_it_is"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 
 import jax
@@ -17,6 +18,8 @@ from scir_jax.planning import batches, iteration, limits, machine, stages, topol
 from scir_jax.planning.limits import planned
 from scir_jax.run.preflight import check_memory
 from scir_jax.run.setup import prepare
+from tests.run.reward_models import write_reward_model
+from tests.small_model import write_model
 from tests.training import ANSWERS_ALONE
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -230,6 +233,29 @@ def test_a_plan_for_a_slice(command, write_config):
     assert done.code == 0, done.err
     for text in ("v5e:2x2: 4 chip(s)", "15.75", "197 TFLOP/s", "chip-hours", "all-gather", "fits"):
         assert text in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+@pytest.mark.documented("plan --config mistral-7b --config tpu/v5e-16 --topology v5e:4x4", "plan --lengths")
+@pytest.mark.documented("plan v6e:2x4", "plan v5p:2x2x4", "plan v6e:8x8")
+def test_the_documents_plans(documented, tmp_path):
+    """Of a small model and one program; at last with a reward model, whose program is the run's too."""
+    write_model("qwen3", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"num_key_value_heads": 4}  # as many as the widest mesh has parts; no weights are read
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    small = ("--model.path", tmp_path / "model", "--text.max_prompt_tokens", 200, "--text.max_response_tokens", 8)
+    for one in documented:
+        done = one(*small, "--programs", "score")
+        assert done.code == 0, done.err
+        chips = one.command.arguments[one.command.arguments.index("--topology") + 1]
+        assert f"{chips}: " in done.out and "score, " in done.out and "chip-hours" in done.out
+        assert done.out.rstrip().splitlines()[-1].startswith("fits")
+    reward = write_reward_model("qwen3", tmp_path / "reward")
+    external = ("--config", "methods/external", "--pairs.scorer", reward, "--replay.weight", 0)
+    done = documented[0](*small, *external, "--programs", "reward")
+    assert done.code == 0 and "reward, 256 tokens" in done.out, done
 
 
 @pytest.mark.slow

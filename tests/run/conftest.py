@@ -10,7 +10,7 @@ import pytest
 
 from scir_jax import train
 from scir_jax.config import cli
-from scir_jax.config.files import to_yaml
+from scir_jax.config.files import to_dict, to_yaml
 from scir_jax.errors import InputError
 from scir_jax.report import page as report
 from scir_jax.run import preflight, setup
@@ -104,6 +104,35 @@ def from_m1(configure, whole, no_page, tmp_path):
         file = configure(tmp_path / "run", **settings)
         assert train.main(["--config", str(file), *map(str, arguments)]) == 0
         return tmp_path / "run"
+
+    return run
+
+
+@pytest.fixture
+def small_quickstart(tiny_config, world_dir, whole, no_page, tmp_path, monkeypatch):
+    """small_quickstart(documented) -> the finished directory of a document's training from the quickstart's settings.
+
+    Everything but the method is as in a run of from_m1. The whole run is that of the quickstart.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(whole.path)
+    config = to_dict(tiny_config(world_dir, **like_whole(dict(data=dict(heldout_prompts=None)))))
+    same = ("model", "data", "text", "sft", "sample", "optimise", "checkpoint", "evaluate")
+    small = {name: config[name] for name in same} | {"run": dict(iterations=1, tensorboard=False)}
+    small |= {
+        "world.directory": None,
+        "replay.eft_batch_size": 8,
+        "generative.templates": config["generative"]["templates"],
+    }
+
+    def run(documented, *more):
+        given = documented.command.arguments
+        own = {"run.start_from": "runs/quickstart", "run.directory": "runs/again"}
+        own = {key: value for key, value in own.items() if f"--{key}" not in given}
+        done = documented(*cli.arguments(small | own), *more)
+        assert done.code == 0, done.err
+        return tmp_path / (own.get("run.directory") or given[given.index("--run.directory") + 1])
 
     return run
 

@@ -25,17 +25,22 @@ def other(world_dir, tmp_path):
     return directory
 
 
-def test_rewards_and_scores_of_several_answers(world_dir, other, judging, command, tmp_path):
+@pytest.mark.documented("evaluate rewardbench")
+def test_rewards_and_scores_of_several_answers(documented, world_dir, other, judging, command, tmp_path, monkeypatch):
+    (evaluate_rewards,) = documented
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "my-model").symlink_to(world_dir / "model")
+    (tmp_path / "models" / "base").symlink_to(other)
     given = lines(world_dir / "heldout_pairs.jsonl")
     rows = [
         {"id": str(i), "prompt": row["prompt"], "chosen": [row["chosen"]], "subset": "Math",
          "rejected": [row["rejected"], given[i + 1]["chosen"]][: 1 + i % 2]}
         for i, row in enumerate(given[:3])
     ]  # fmt: skip
-    source = write_lines(tmp_path / "rows.jsonl", rows)
+    write_lines(tmp_path / "filtered.jsonl", rows)
     output, rewards = tmp_path / "rewardbench.json", tmp_path / "rewards.jsonl"
-    options = ("--benchmark", "rewardbench", "--input", source, "--output", output, "--rewards", rewards)
-    done = command(evaluate.main, *judging, *options, "--reference", other, "--implicit.beta", 0.5)
+    done = evaluate_rewards(*judging[2:], "--output", output, "--rewards", rewards, "--implicit.beta", 0.5)
     assert done.code == 0, done.err
     asked, numbers = [], []
     for number, row in enumerate(rows):

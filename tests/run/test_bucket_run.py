@@ -8,6 +8,7 @@ import pytest
 from scir_jax.config.files import to_yaml
 from scir_jax.errors import UNAVAILABLE
 from scir_jax.run.training import TIMINGS
+from tests.documents import Documented
 from tests.forks import ROOT, Fork, environment, quick
 from tests.gcs import Bucket
 from tests.hosts import run_hosts
@@ -48,12 +49,20 @@ def configured(tiny_config, world_dir, compiled_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(configured, bucket, tmp_path_factory):
-    """run(directory, *instead) -> (exit code, stderr) of the training command, or of what is run instead of it."""
+    """run(directory, *instead) -> (exit code, stderr) of the training command, or of what is run instead of it.
+
+    A document's command is run with the configuration of a tiny run, over which its words win.
+    """
     folder, file = tmp_path_factory.mktemp("runs"), configured()
 
-    def start(directory: str | Path, *instead: str) -> tuple[int, str]:
+    def start(directory: str | Path | Documented, *instead: str) -> tuple[int, str]:
         out, err = folder / "out", folder / "err"
-        command = instead or [*Strike(ahead=False).command, "--config", file, "--run.directory", directory]
+        training = (*Strike(ahead=False).command, "--config", file)
+        command = instead or (*training, "--run.directory", directory)
+        if isinstance(directory, Documented):
+            program = directory.command.program
+            begin = training if program == "scir_jax.train" else ("-m", program, "--config", file)
+            command = (*begin, *directory.words({"BUCKET": bucket.name}))
         process = Fork(command, env=environment(**quick(), **bucket.environment), cwd=ROOT, out=out, err=err)
         try:
             return process.wait(300), err.read_text(errors="replace")
@@ -100,21 +109,29 @@ def on_disk(run, tmp_path_factory):
     return results(directory)
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk(run, bucket, on_disk, tmp_path):
-    code, err = run(f"gs://{bucket.name}/whole")
+@pytest.mark.documented("train gs://BUCKET/models/NAME", "doctor gs://BUCKET/runs/mine")
+def test_a_run_in_a_bucket_is_that_on_a_disk(documented, run, bucket, on_disk, world_dir, tmp_path):
+    """With its model and prompts there too."""
+    train, doctor = documented
+    for file in (world_dir / "model").iterdir():
+        bucket.put(f"models/NAME/{file.name}", file.read_bytes())
+    bucket.put("prompts.jsonl", (world_dir / "prompts.jsonl").read_bytes())
+    code, err = run(train)
     assert code == 0, err
-    assert results(bucket.copy("whole", tmp_path)) == on_disk
-    assert "scir_jax-" not in err and f"report: gs://{bucket.name}/whole/report.html" in err
+    url, out = f"gs://{bucket.name}/runs/mine", f"gs://{bucket.name}/out"
+    assert results(bucket.copy("runs/mine", tmp_path)) == on_disk
+    assert "scir_jax-" not in err and f"report: {url}/report.html" in err
+    code, err = run(doctor)
+    assert code == 0, err
 
     # Other commands read it there, and write there.
-    url, out = f"gs://{bucket.name}/whole", f"gs://{bucket.name}/out"
     code, err = run(url, "-m", "scir_jax.export", url, f"{out}/M2")
     assert code == 0 and f"M2 of {url}: {out}/M2" in err, err
     objects = bucket.objects()
-    assert objects["out/M2/model.safetensors"] == objects["whole/export/model.safetensors"]
+    assert objects["out/M2/model.safetensors"] == objects["runs/mine/export/model.safetensors"]
     model = ["--model.path", f"{out}/M2", "--text.max_prompt_tokens", "32", "--text.max_response_tokens", "12"]
-    bucket.put("prompts.jsonl", b'{"prompt": "ab"}\n')
-    sample = ["--data.prompts", f"gs://{bucket.name}/prompts.jsonl", "--output", f"{out}/answers.jsonl"]
+    bucket.put("one.jsonl", b'{"prompt": "ab"}\n')
+    sample = ["--data.prompts", f"gs://{bucket.name}/one.jsonl", "--output", f"{out}/answers.jsonl"]
     code, err = run(url, "-m", "scir_jax.sample", *model, *sample, "--sample.responses", "2")
     assert code == 0 and len(bucket.objects()["out/answers.jsonl"].splitlines()) == 2, err
 

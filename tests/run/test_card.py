@@ -118,23 +118,28 @@ class Api:
 
 
 @pytest.mark.slow
-def test_push_sends_the_model_and_its_card_and_nothing_else(whole, command, tmp_path, monkeypatch):
+@pytest.mark.documented("export --push")
+def test_push_sends_the_model_and_its_card_and_nothing_else(documented, whole, command, tmp_path, monkeypatch):
+    (push,) = documented
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    output = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(whole.path)
+    output = tmp_path / "exported"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     for name in ("nobody", "a/b/c", "a b/c"):
         refused(command(export.main, whole.path, output, "--push", name), f"--push {name}", "OWNER/NAME")
         assert not (output / "config.json").exists()
-    done = command(export.main, whole.path, output, "--push", "me/better", "--private")
-    assert done.code == 0 and "hub/me/better/commit" in done.err
+    done = push("--private")
+    assert done.code == 0 and "hub/OWNER/NAME/commit" in done.err
     assert Api.sent["private"] and Api.sent["exist_ok"]
     files = Api.sent["files"]
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", CARD} <= files.keys()
     assert files["model.safetensors"] == (whole.path / "export" / "model.safetensors").read_bytes()
     assert "notes.txt" not in files and (output / "notes.txt").read_text() == "mine"
     card = ModelCard(files[CARD].decode())
-    assert 'from_pretrained("me/better")' in card.text and f"This is M{ITERATIONS + 1}" in card.text
+    assert 'from_pretrained("OWNER/NAME")' in card.text and f"This is M{ITERATIONS + 1}" in card.text
     # The run's own export has a card too, with the figures of its table.
     own = ModelCard.load(whole.path / "export" / CARD)
     for row in content(whole.path / "summary.json")["rows"]:

@@ -1,6 +1,7 @@
 """compare: preferences of a judge, of a grader and of a file; answers in the formats that it reads."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -114,15 +115,19 @@ def test_later_turns_stand_behind_the_answers_before_them():
 
 
 @pytest.mark.slow
-def test_answers_as_mt_bench_has_them(sampling, world_dir, command, tmp_path):
+@pytest.mark.documented("sample mt_bench", "compare question.jsonl")
+def test_answers_as_mt_bench_has_them(documented, sampling, judging, world_dir, command, tmp_path, monkeypatch):
+    answer, compare_answers = documented
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("my-model", "judge"):
+        (tmp_path / "models" / name).symlink_to(world_dir / "model")
     texts = [row["prompt"] for row in lines(world_dir / "heldout_prompts.jsonl")[:2]]
     questions = write_lines(
         tmp_path / "question.jsonl", [{"question_id": 81, "turns": texts}, {"question_id": 82, "turns": texts[:1]}]
     )
-    output = tmp_path / "answers.jsonl"
-    reading = sampling[:2] + sampling[4:-2]
-    options = (*reading, "--format", "mt_bench", "--data.prompts", questions, "--output", output)
-    done = command(sample.main, *options, "--sample.temperature", 0, "--generator", "mine")
+    output = tmp_path / "my-model.jsonl"
+    done = answer(*sampling[4:-2], "--sample.temperature", 0, "--generator", "mine")
     assert done.code == 0, done.err
     first, second = lines(output)[0]["choices"][0]["turns"]
     conversation = [
@@ -133,6 +138,9 @@ def test_answers_as_mt_bench_has_them(sampling, world_dir, command, tmp_path):
     model = scir_jax.load(world_dir / "model", text=dict(max_prompt_tokens=80, max_response_tokens=12))
     told = model.sample([texts[0], conversation], responses=1, temperature=0)
     assert [row["response"] for row in told] == [first, second]
+    shutil.copy(output, tmp_path / "other.jsonl")
+    done = compare_answers(*judging[2:], "--text.max_prompt_tokens", 80)
+    assert done.code == 0 and "50.00" in done.out
     files = ("--outputs", output, "--baseline", output, "--questions", questions)
     done = command(compare.main, *files, "--judge", f"{__name__}:longer")
     assert done.code == 0 and "50.00" in done.out

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from scir_jax import judge, sample, train
+from scir_jax import judge, sample
 from scir_jax.model import decoder
 from scir_jax.model.hf import weights
 from tests import small_model
@@ -23,29 +23,31 @@ CASES = {
     "gemma3": ("gemma-3-1b", None),
 }
 ANSWERS = ["--sample.responses", "2"]
-FILES = ("prompts", "ift", "eft", "heldout_prompts", "heldout_pairs")
+FILES = ("ift", "eft", "heldout_prompts", "heldout_pairs")
 # Small batches, and as many answers for evaluation as for training, so that one sampler is enough.
 SMALL = ["--run.iterations", "1", "--run.tensorboard", "false", "--sft.epochs", "1", "--training.accumulate", "2"]
 SMALL += ["--sft.ift_batch_size", "8", "--sft.eft_batch_size", "8", "--replay.eft_batch_size", "4"]
 SMALL += ["--optimise.batch_size", "8", *ANSWERS, "--evaluate.samples", "2", "--evaluate.greedy", "false"]
 
 
+@pytest.mark.documented("train one-gpu")
 @pytest.mark.parametrize("family", CASES)
-def test_a_run_under_the_familys_configuration(family, command, tmp_path):
+def test_a_run_under_the_familys_configuration(family, documented, command, tmp_path, monkeypatch):
+    (train,) = documented
+    monkeypatch.chdir(tmp_path)
     small_model.write_model(family, tmp_path / "model")
     small_model.write_data(tmp_path, rows=8)
     for key, rows in (("eft", 4), ("heldout_pairs", 8)):
         write_lines(tmp_path / f"{key}.jsonl", lines(tmp_path / f"{key}.jsonl")[:rows])
     name, template = CASES[family]
-    ready = ["--config", "configs/mistral-7b.yaml", "--config", f"configs/models/{name}.yaml"]
-    ready += ["--config", "configs/one-gpu.yaml", "--model.path", tmp_path / "model", "--model.dtype", "float32"]
+    ready = ["--model.path", tmp_path / "model", "--model.dtype", "float32"]
     shared = ["--text.max_prompt_tokens", "200", "--text.max_response_tokens", "24"]
     judging = ["--generative.templates", f"[{template}]"] if template else []
     if family != "llama":  # fewer shapes to compile
         shared += ["--text.packing", "off"]
     files = [part for key in FILES for part in (f"--data.{key}", tmp_path / f"{key}.jsonl")]
-    run = tmp_path / "run"
-    done = command(train.main, *ready, *shared, *judging, *files, *SMALL, "--run.directory", run)
+    run = tmp_path / "runs" / "mine"
+    done = train(*ready, *shared, *judging, *files, *SMALL, instead={"models/qwen3-8b": f"models/{name}"})
     assert done.code == 0, done.err
     rows = content(run / "summary.json")["rows"]
     assert [row["model"] for row in rows] == ["M1", "M2"]
@@ -73,7 +75,7 @@ def test_a_run_under_the_familys_configuration(family, command, tmp_path):
     np.testing.assert_array_equal(params["embed"], base["embed"])
 
     # Base model with adapter and merged export answer and judge alike.
-    reading = ["--config", f"configs/models/{name}.yaml", "--model.remat", "full", *shared]
+    reading = ["--config", f"models/{name}", "--model.remat", "full", *shared]
     merged = ["--model.path", run / "export"]
     adapted = ["--model.path", tmp_path / "model", "--lora.adapter", run / "adapter"]
     texts, judged = [], []

@@ -60,9 +60,19 @@ def test_every_method_is_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", LABELS)
-def test_methods(method, from_m1, whole):
-    run = from_m1("--config", METHODS / f"{method}.yaml", **BENEATH.get(method, {}))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("scir", marks=pytest.mark.documented("train")),
+        pytest.param("srlm", marks=pytest.mark.documented("train methods/srlm")),
+        *(method for method in LABELS if method not in ("scir", "srlm")),
+    ],
+)
+def test_methods(method, documented, small_quickstart, from_m1, whole):
+    if documented:
+        run = small_quickstart(*documented)
+    else:
+        run = from_m1("--config", METHODS / f"{method}.yaml", **BENEATH.get(method, {}))
     recorded = yaml.safe_load((run / "config.yaml").read_text())
     for section, values in yaml.safe_load((METHODS / f"{method}.yaml").read_text()).items():
         assert {key: recorded[section][key] for key in values} == values
@@ -173,9 +183,10 @@ def test_cream_ranks_responses_with_two_models(from_m1):
 
 
 @pytest.mark.slow
-def test_dice_mixes_labelled_pairs_in(from_m1, world_dir):
+@pytest.mark.documented("train methods/dice")
+def test_dice_mixes_labelled_pairs_in(documented, small_quickstart, world_dir):
     """Half of the pairs are those of data.eft with their own labels, of other prompts; the others are chosen by DICE."""
-    run = from_m1("--config", METHODS / "dice.yaml")
+    run = small_quickstart(*documented)
     rows = check_iterations(run)
     check_judge("dice", run, rows)
     sampled = {row["prompt"] for row in lines(rows.folder / "responses.jsonl")}

@@ -4,15 +4,16 @@ import re
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from scir_jax import doctor, plan, train
 from scir_jax.errors import InputError
 from scir_jax.planning.limits import reward_programs
-from scir_jax.run import health, scorer
+from scir_jax.run import health, hub, scorer
 from scir_jax.text.chat import load_tokenizer
+from tests.run import hub_cache
 from tests.run.reward_models import transformers_scores, write_reward_model
 from tests.run.runs import check_iterations, lines, model, refused, same
-from tests.run.test_methods import METHODS
 from tests.training import heldout_items
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -126,10 +127,14 @@ def test_labels_are_probabilities_of_the_rewards():
 
 
 @pytest.mark.slow
-def test_the_external_baseline_is_one_command(from_m1, reward_model):
-    """The best answer against the worst by the reward model, which labels the pair."""
-    arguments = ("--config", METHODS / "external.yaml", "--pairs.scorer", reward_model, "--pairs.kind", "best_worst")
-    run = from_m1(*arguments, pairs=dict(per_prompt=1), replay=dict(weight=0.0))
+@pytest.mark.documented("train methods/external")
+def test_the_external_baseline_is_one_command(documented, small_quickstart, reward_model, tmp_path, monkeypatch):
+    """The best answer against the worst by the reward model of the hub, which labels the pair."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_found", {})
+    hub_cache.add(tmp_path / "cache", "OWNER/REWARD-MODEL", reward_model, "a" * 40)
+    run = small_quickstart(*documented)
     rows = check_iterations(run)
     answers = {}
     for row in lines(rows.folder / "responses.jsonl"):

@@ -15,7 +15,10 @@ import yaml
 from filelock import FileLock
 
 from scir_jax import ablate
+from scir_jax.config import cli
+from scir_jax.config.files import to_yaml
 from scir_jax.study import plots, running
+from tests.documents import BLOCK, ROOT
 from tests.study.program import PEAK, quality
 
 PROGRAM = ("-S", str(Path(__file__).with_name("program.py")))
@@ -288,3 +291,48 @@ def test_cores_are_divided(monkeypatch):
     assert running._shares(2) == [{0, 5}, {3}] and running._shares(1) == [{0, 3, 5}]
     assert running._shares(4) == [set()] * 4
     assert math.isclose(PEAK, 4e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.documented("ablate studies/quick", "ablate --from", "ablate compare.yaml")
+@pytest.mark.documented("ablate --methods oracle", "ablate --methods selection_only")
+def test_the_documents_studies(documented, tmp_path, monkeypatch):
+    """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
+    quick, again, guides, some, all_parts = documented
+    monkeypatch.setattr(running, "PROGRAM", PROGRAM)
+    monkeypatch.setattr(running, "PAUSE", 0.005)
+    monkeypatch.setattr(plots, "write_plots", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    done = quick()
+    assert done.code == 0 and "| scir |" in done.out, done.err
+    tables = Path("runs/quick/study.md")
+    before = tables.read_text()
+    tables.unlink()
+    assert again().code == 0 and tables.read_text() == before
+
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (file,) = [block for language, block in BLOCK.findall(guide) if language == "yaml"]
+    Path("compare.yaml").write_text(file)
+    Path("runs/mine").mkdir()
+    Path("runs/mine/config.yaml").write_text(to_yaml(cli.parse("train", "", ["--model", "a", "--prompts", "b"])[0]))
+    done = guides()
+    assert done.code == 0, done.err
+    result = json.loads(Path("runs/compare/study.json").read_text())
+    assert result["missing"] == [] and [row["method"] for row in result["tables"]["2"]][1:] == [
+        "srlm",
+        "scir",
+        "consensus",
+    ]
+
+    for one, names, seeds, iterations in (
+        (some, ["srlm", "scir", "consensus", "oracle"], 8, 4),
+        (all_parts, ["scir", "srlm", "implicit", "selection_only", "consistency_only", "consensus"], 5, 3),
+    ):
+        done = one()
+        assert done.code == 0, done.err
+        result = json.loads(Path("runs/methods/study.json").read_text())
+        rows = {row["method"]: row for row in result["tables"][str(iterations)]}
+        assert result["missing"] == [] and {"sft", *names} == rows.keys()
+        assert {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()} == {PEAK}
+        runs = [run for run in result["runs"] if run["method"] == "scir" and run["kind"] == "table"]
+        assert len(runs) == seeds
