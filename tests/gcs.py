@@ -5,7 +5,7 @@ uploads, copies, deletions alone and in batches. Faults are ordered by PUT /faul
 
   stop_at:     refuse every write from the number stop_at on, counted from the order (a process that was killed then)
   lose_at:     carry out the write number lose_at and answer 503
-  deny:        answer 403 to every write
+  deny_at:     answer 403 to every write from the number deny_at on, and then to those of leases too
 
 GET /writes gives the names that were written or deleted, in order. Started as `python -m tests.gcs PORT_FILE BUCKET`.
 """
@@ -80,11 +80,12 @@ class Objects:
 
     def fault(self, name: str) -> int | None:
         """Counts a write; returns the status with which it is refused."""
-        if self.faults.get("deny"):
+        lease = name.endswith(".lease")  # when it is renewed depends on the time
+        self.counted += not lease
+        if self.faults.get("deny_at") and self.counted + lease >= self.faults["deny_at"]:
             return 403
-        if name.endswith(".lease"):  # when it is renewed depends on the time
+        if lease:
             return None
-        self.counted += 1
         if self.faults.get("stop_at") and self.counted >= self.faults["stop_at"]:
             return 400
         self.writes.append(name)

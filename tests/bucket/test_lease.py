@@ -111,7 +111,7 @@ def test_who_lost_the_lease_ends_before_it_writes_more(folder, hold):
 
 def test_who_cannot_renew_it_ends_before_others_may_take_it(folder, hold, bucket):
     process = hold(6.0)
-    bucket.faults(deny=1)
+    bucket.faults(deny_at=1)
     started = time.monotonic()
     assert process.wait(20) == UNAVAILABLE and time.monotonic() - started < 6.0
     assert "the lease on it is lost (it could not be renewed in time)" in process.stderr.read()

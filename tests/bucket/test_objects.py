@@ -61,7 +61,7 @@ def test_a_write_whose_answer_is_lost_has_happened(folder, bucket):
 
 
 def test_what_a_store_refuses_is_one_sentence(folder, bucket):
-    bucket.faults(deny=1)
+    bucket.faults(deny_at=1)
     with pytest.raises(InputError, match=f"^{folder.url}: may not be read and written by this account; give it roles/"):
         folder.write("a", b"1")
     with pytest.raises(InputError, match="^gs://another/a: there is no bucket another"):

@@ -137,15 +137,17 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(documented, run, bucket, on_disk, w
 
 
 def test_a_run_that_is_stopped_at_writes_goes_on(run, bucket, on_disk, tmp_path):
-    """The store takes so many writes more, and then none: as if the process had been killed there."""
+    """The store takes so many writes more, and then none, or the account may not write any more: as if it were killed."""
     url = f"gs://{bucket.name}/stopped"
     for number in range(200):
-        bucket.faults(stop_at=(3, 17, 29, 41, 53, 64)[number % 6] + number)
+        denied = number % 3 == 1
+        bucket.faults(**{"deny_at" if denied else "stop_at": (3, 17, 29, 41, 53, 64)[number % 6] + number})
         code, err = run(url)
         if code == 0:
             break
         # TensorStore tells of what it could not write to a save that had ended; the command says one sentence.
-        assert code == UNAVAILABLE and "\nerror: " in err, err
+        assert code == (2 if denied else UNAVAILABLE) and "\nerror: " in err, err
+        assert "may not be read and written by this account" in err or not denied, err
     assert number > 5
     bucket.faults()
     assert results(bucket.copy("stopped", tmp_path)) == on_disk
