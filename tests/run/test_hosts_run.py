@@ -65,7 +65,7 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
     """start(directory, world, hosts, mesh, ...) runs or resumes a run -> how its processes ended.
 
     Args:
-      strike: of one host alone, and that host.
+      strike: of one host alone, and that host; without one nothing is compiled ahead.
       alone: no other process uses the programs of `compiled` meanwhile: what one host compiles the other takes.
       compiled: directory of compiled programs.
     """
@@ -74,7 +74,7 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
     def run(
         directory, world, hosts=2, mesh=(2, 2, 2), strike=None, alone=False, compiled=shared / "compiled", **overrides
     ):
-        host_struck, strike = strike or (0, Strike())
+        host_struck, strike = strike or (0, Strike(ahead=False))
         lost = strike.place and strike.signal == signal.SIGKILL
         sections = SETTINGS | overrides
         config = tiny_config(
@@ -133,7 +133,7 @@ def uninterrupted(shared, start):
             run, world = directory / "run", directory / "world"
             one_lost(start(run, world, **TWO, strike=(1, Strike(WORLD_STEP, 2, ahead=False)), alone=True), 1)
             assert not (world / "model").exists() and not (run / "checkpoints").exists()
-            ended_well(start(run, world, **TWO, alone=True))
+            ended_well(start(run, world, **TWO, strike=(0, Strike()), alone=True))
     return directory
 
 
@@ -309,6 +309,7 @@ def test_adapters_on_two_hosts(uninterrupted, start, tmp_path):
             mesh=(1, 2, 1),
             alone=True,
             compiled=tmp_path / "compiled",
+            text=SETTINGS["text"] | dict(packing="off"),
             sft=dict(epochs=2.0, learning_rate=0.03),
             sample=SETTINGS["sample"] | dict(command=call),
             **settings,
