@@ -154,9 +154,10 @@ def test_a_run_that_is_stopped_at_writes_goes_on(run, bucket, on_disk, tmp_path)
 
 
 def test_two_hosts_without_a_common_disk(hosts, bucket, tmp_path):
-    """One is killed in training; both go on to what hosts of one disk make."""
+    """One is killed while it samples, and one in training; both go on to what hosts of one disk make."""
     hosts(tmp_path / "run")
     url = f"gs://{bucket.name}/two"
+    hosts(url, lost=(1, Strike("scir_jax.run.sampling:_keep", 1, "after", ahead=False)))
     hosts(url, lost=(0, Strike("scir_jax.run.metrics:Metrics.write", ("optimise", 1, 1), "after", ahead=False)))
     hosts(url)
     assert results(bucket.copy("two", tmp_path)) == results(tmp_path / "run")
