@@ -33,6 +33,7 @@ from scir_jax.run import command as commands
 from scir_jax.world.files import WorldSpec, write_world
 from tests import documents
 from tests.fake_cluster import Cluster
+from tests.forks import look_seldom_for_garbage
 from tests.processes import quick_jit, shared_directory
 
 # A third of the time to compile for a CPU. XLA reads its flags when the first program is compiled, and ends at one that
@@ -47,6 +48,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 PANEL = page.panel
 page.panel = lambda title, draw, size=None: Markup("<svg></svg>")
+
+
+def pytest_collection_finish():
+    look_seldom_for_garbage()
 
 
 @pytest.fixture
