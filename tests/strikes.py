@@ -18,6 +18,7 @@ from tests.forks import share_programs
 WRITE, SAVE = "scir_jax.run.metrics:Metrics.write", "scir_jax.engine.checkpoint:StageCheckpoints.save"
 STORE = "scir_jax.engine.checkpoint:ModelStore.save"
 COMMIT = "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize"
+COMMIT_IN_BUCKET = "orbax.checkpoint._src.path.atomicity:CommitFileTemporaryPath.finalize"
 
 
 @dataclasses.dataclass(frozen=True)

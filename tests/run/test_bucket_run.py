@@ -1,4 +1,4 @@
-"""A whole run in a bucket: equal to a run on a disk, stopped at any write, on hosts without a common disk."""
+"""A whole run in a bucket: equal to a run on a disk, and stopped at any write."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,6 @@ from scir_jax.run.training import TIMINGS
 from tests.documents import Documented
 from tests.forks import ROOT, Fork, environment, quick
 from tests.gcs import Bucket
-from tests.hosts import run_hosts
 from tests.run.runs import lines
 from tests.strikes import Strike
 
@@ -68,23 +67,6 @@ def run(configured, bucket, tmp_path_factory):
             return process.wait(300), err.read_text(errors="replace")
         finally:
             process.kill()
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def hosts(configured, bucket):
-    """hosts(directory, lost) runs or resumes a run on two hosts, one of which may be killed."""
-    file = configured(run=dict(distributed=True, host_timeout=8.0), mesh=dict(data=2, fsdp=1, tensor=1))
-
-    def start(directory, lost=None) -> None:
-        def command(host):
-            strike = lost[1] if lost and lost[0] == host else Strike(ahead=False)
-            return [*strike.command, "--config", file, "--run.directory", directory]
-
-        done = run_hosts(command, 2, env=quick(**bucket.environment), seconds=240, forked=True)
-        expected = {lost[0]: -9, 1 - lost[0]: 4} if lost else {0: 0, 1: 0}
-        assert {host: one.code for host, one in enumerate(done)} == expected, done
 
     return start
 
@@ -151,14 +133,3 @@ def test_a_run_that_is_stopped_at_writes_goes_on(run, bucket, on_disk, tmp_path)
     assert number > 5
     bucket.faults()
     assert results(bucket.copy("stopped", tmp_path)) == on_disk
-
-
-def test_two_hosts_without_a_common_disk(hosts, bucket, tmp_path):
-    """One is killed while it samples, and one in training; both go on to what hosts of one disk make."""
-    hosts(tmp_path / "run")
-    url = f"gs://{bucket.name}/two"
-    hosts(url, lost=(1, Strike("scir_jax.run.sampling:_keep", 1, "after", ahead=False)))
-    hosts(url, lost=(0, Strike("scir_jax.run.metrics:Metrics.write", ("optimise", 1, 1), "after", ahead=False)))
-    hosts(url)
-    assert results(bucket.copy("two", tmp_path)) == results(tmp_path / "run")
-    assert not [name for name in bucket.objects() if "partial" in name or "lease" in name]

@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 from scir_jax.config.files import to_yaml
 from scir_jax.text.chat import load_tokenizer
 from tests.forks import quick
+from tests.gcs import Bucket
 from tests.hosts import run_hosts
 from tests.processes import shared_directory
 from tests.run import engines
 from tests.run.runs import content, lines
 from tests.run.test_resume import newest, without_times
-from tests.strikes import COMMIT, STORE, Strike
+from tests.strikes import COMMIT_IN_BUCKET, STORE, Strike
 
 LOSS = {"loss", "sft", "sft/ift", "sft/eft", "preference", "consistency"}
 COUNTED = {"tokens", "tokens/policy", "tokens/judge", "filled", "flops", "trained_policy", "trained_judge"}
@@ -68,11 +69,20 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
       strike: of one host alone, and that host; without one nothing is compiled ahead.
       alone: no other process uses the programs of `compiled` meanwhile: what one host compiles the other takes.
       compiled: directory of compiled programs.
+      variables: of the environment.
     """
     files = (tmp_path_factory.mktemp("configurations") / f"{number}.yaml" for number in itertools.count())
 
     def run(
-        directory, world, hosts=2, mesh=(2, 2, 2), strike=None, alone=False, compiled=shared / "compiled", **overrides
+        directory,
+        world,
+        hosts=2,
+        mesh=(2, 2, 2),
+        strike=None,
+        alone=False,
+        compiled=shared / "compiled",
+        variables=(),
+        **overrides,
     ):
         host_struck, strike = strike or (0, Strike(ahead=False))
         lost = strike.place and strike.signal == signal.SIGKILL
@@ -99,7 +109,8 @@ def start(shared, world_dir, tiny_config, tmp_path_factory):
             own = strike if host == host_struck else Strike(ahead=strike.ahead)
             return [*dataclasses.replace(own, world=WORLD).command, "--config", file]
 
-        env = quick(int(np.prod(mesh)) // hosts, JAX_SHARE_BINARY_BETWEEN_HOSTS=str(int(alone)))
+        share = dict(JAX_SHARE_BINARY_BETWEEN_HOSTS=str(int(alone)))
+        env = quick(int(np.prod(mesh)) // hosts, **share, **dict(variables))
         return run_hosts(command, hosts, env=env, seconds=240, forked=True)
 
     return run
@@ -138,10 +149,10 @@ def uninterrupted(shared, start):
 
 
 def names(run: Path) -> set[str]:
-    """Its files, but for those within checkpoints, which depend on the processes, and names of models there."""
+    """Its files, but for the lock and those within checkpoints, which depend on processes, and names of models there."""
     files = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     models = {str(p.relative_to(run)) for p in (run / "checkpoints").iterdir()}
-    return {name for name in files if not name.startswith("checkpoints/")} | models
+    return {name for name in files if not name.startswith(("checkpoints/", ".lock"))} | models
 
 
 def rows_once(run: Path) -> None:
@@ -249,19 +260,28 @@ def test_two_hosts_are_as_one_process(uninterrupted, start, tmp_path):
 LOSSES = [
     ("M0", 1, Strike(STORE, (1,))),
     ("evaluation of M1", 0, Strike(BATCH, 2)),  # the second look
-    ("pairs 1", 0, Strike(COMMIT)),  # the first checkpoint is not committed
+    ("pairs 1", 0, Strike(COMMIT_IN_BUCKET)),  # the first checkpoint is not committed
     ("pairs 1", 1, Strike(STEP, 6, "after")),  # after checkpoints
 ]
 
 
 @pytest.mark.slow
 def test_a_host_is_killed_again_and_again(uninterrupted, start, tmp_path):
-    """The other one ends by itself with one sentence; in the end the run is that of hosts that were left alone."""
-    run, world = tmp_path / "run", uninterrupted / "world"
-    for there, host, strike in LOSSES:
-        one_lost(start(run, world, **TWO, strike=(host, dataclasses.replace(strike, ahead=False))), host)
-        assert newest(run) == there
-    ended_well(start(run, world, **TWO))
+    """The other one ends by itself with one sentence; in the end the run is that of hosts that were left alone.
+
+    The hosts have a bucket in common, where those that were left alone had a disk.
+    """
+    world, bucket = uninterrupted / "world", Bucket(tmp_path)
+    url, settings = f"gs://{bucket.name}/run", dict(**TWO, variables=bucket.environment)
+    try:
+        for number, (there, host, strike) in enumerate(LOSSES):
+            one_lost(start(url, world, **settings, strike=(host, dataclasses.replace(strike, ahead=False))), host)
+            assert newest(bucket.copy("run", tmp_path / str(number))) == there
+        ended_well(start(url, world, **settings))
+        run = bucket.copy("run", tmp_path / "end")
+        assert not [name for name in bucket.objects() if "partial" in name or "lease" in name]
+    finally:
+        bucket.close()
     same_bytes(run, uninterrupted / "run")
 
 
