@@ -23,8 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+from markupsafe import Markup
 
 OUTCOMES = ("refused", "named and taken", "harmless", "refused without name", "traceback", "silent")
 BAD = OUTCOMES[-2:]
@@ -90,12 +92,18 @@ def quiet(log: Path) -> Iterator[None]:
 
 
 def resume(argv: list[str], log: Path) -> tuple[str, str]:
-    """Runs the command in this process -> "done", "refused" or "traceback", and what it said."""
+    """Runs the command in this process -> "done", "refused" or "traceback", and what it said.
+
+    Nothing is compiled before the first stage, and no figure is drawn: most trials end before that.
+    """
     from scir_jax import train
     from scir_jax.errors import InputError
+    from scir_jax.report import page
+    from scir_jax.run import preflight
 
     said, end = "", "done"
-    with quiet(log):
+    no_table = mock.patch.object(preflight, "check_memory", lambda *_: [])
+    with quiet(log), no_table, mock.patch.object(page, "panel", lambda *_, **__: Markup("")):
         try:
             train.main(argv)
         except InputError as error:
