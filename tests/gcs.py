@@ -6,6 +6,7 @@ uploads, copies, deletions alone and in batches. Faults are ordered by PUT /faul
   stop_at:     refuse every write from the number stop_at on, counted from the order (a process that was killed then)
   lose_at:     carry out the write number lose_at and answer 503
   deny_at:     answer 403 to every write from the number deny_at on, and then to those of leases too
+  stop_from, deny_from: the same from the first name on that matches this regular expression as a whole
 
 GET /writes gives the names that were written or deleted, in order. Started as `python -m tests.gcs PORT_FILE BUCKET`.
 """
@@ -46,7 +47,7 @@ class Objects:
         self.generations = itertools.count(1_000)
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self.writes: list[str] = []
-        self.faults: dict[str, int] = {}
+        self.faults: dict[str, int | str] = {}
         self.counted = 0
 
     def resource(self, name: str) -> dict:
@@ -82,6 +83,9 @@ class Objects:
         """Counts a write; returns the status with which it is refused."""
         lease = name.endswith(".lease")  # when it is renewed depends on the time
         self.counted += not lease
+        for order in ("stop", "deny"):
+            if re.fullmatch(self.faults.get(f"{order}_from", "(?!)"), name):
+                self.faults.setdefault(f"{order}_at", self.counted)
         if self.faults.get("deny_at") and self.counted + lease >= self.faults["deny_at"]:
             return 403
         if lease:
@@ -139,13 +143,18 @@ class Handler(BaseHTTPRequestHandler):
         body = self.body()
         if parts[0] == "faults":
             with self.objects.lock:
-                self.objects.faults, self.objects.counted = json.loads(body), 0
-            return self.answer(200)
+                if body:
+                    self.objects.faults, self.objects.counted = json.loads(body), 0
+            return self.answer(200, json.dumps(self.objects.faults).encode())
         if parts[0] == "writes":
             return self.answer(200, json.dumps(self.objects.writes).encode())
         if parts[0] == "put":
             with self.objects.lock:
                 self.objects.data["/".join(parts[1:])] = (next(self.objects.generations), body)
+            return self.answer(200)
+        if parts[0] == "clear":
+            with self.objects.lock:
+                self.objects.data.clear()
             return self.answer(200)
         if parts[0] == "objects":
             content = {name: base64.b64encode(data).decode() for name, (_, data) in self.objects.data.items()}
@@ -336,9 +345,17 @@ class Bucket:
             "FSSPEC_GCS": '{"use_listings_cache": false}',
         }
 
-    def faults(self, **faults: int) -> None:
+    def faults(self, **faults: int | str) -> None:
         """Orders faults in the place of those that were ordered before."""
         self._ask("/faults", json.dumps(faults).encode())
+
+    def met(self) -> bool:
+        """Says whether the faults of an order that names objects have begun."""
+        return not {"stop_at", "deny_at"}.isdisjoint(json.loads(self._ask("/faults")))
+
+    def clear(self) -> None:
+        """Removes all objects."""
+        self._ask("/clear", b"{}")
 
     def writes(self) -> list[str]:
         """Lists the names that were written or deleted, in order."""

@@ -61,6 +61,7 @@ def imports(tree: ast.Module, known: set[str]) -> set[str]:
     return found
 
 
+CLOCKS = {"time", "datetime", "date", "datetime.datetime", "datetime.date"}
 MODULES = modules()
 ARROWS = {name: imports(tree, set(MODULES)) for name, tree in MODULES.items()}
 
@@ -103,3 +104,22 @@ def test_no_import_goes_in_a_circle():
 def test_files_are_of_a_size_to_read():
     sizes = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {str(path): lines for path, lines in sizes.items() if lines > 420} == {}
+
+
+def test_nothing_depends_on_the_time_of_day():
+    """Clocks jump, and differ from host to host: durations and leases are measured by monotonic ones."""
+    of_day = {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "now", "utcnow", "today"}
+    found = {
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in of_day and ast.unparse(node.value) in CLOCKS
+    }
+    found |= {
+        f"{name}: {node.module}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "time"
+    }
+    # An answer of MT-Bench says when it was written.
+    assert found == {"run.mt_bench: time.time"}

@@ -15,6 +15,12 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
+def short(value: Any) -> str:
+    """Writes a value of a file for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
 def prompt_text(messages: Messages) -> str:
     """Writes a prompt as one text for a judge's question: the user's words, or the turns with their roles."""
     if len(messages) == 1:
@@ -109,7 +115,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise InputError(f"{where}: expected an object with the texts 'role' and 'content'")
     if role not in ROLES:
         advice = "; call it system" if role == "developer" else ""
-        raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}{advice}")
+        raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, not {short(role)}{advice}")
     return {"role": role, "content": _text(content, f"{where}.content")}
 
 

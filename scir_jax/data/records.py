@@ -9,7 +9,7 @@ from typing import Any
 
 from scir_jax.config.schema import ColumnsConfig
 from scir_jax.data import sources
-from scir_jax.data.messages import Messages, answer_text, check_messages, hh_messages, prompt_messages
+from scir_jax.data.messages import Messages, answer_text, check_messages, hh_messages, prompt_messages, short
 from scir_jax.data.tally import Tally
 from scir_jax.errors import InputError
 
@@ -293,7 +293,7 @@ def external_label(row: dict, names: Sequence[str], where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InputError(f"{where}: {key}: must be a number from 0 to 1, not {value!r}")
+        raise InputError(f"{where}: {key}: must be a number from 0 to 1, not {short(value)}")
     return float(value)
 
 
@@ -309,5 +309,5 @@ def need(row: dict, key: str, where: str) -> Any:
 
 
 def _keys(row: Sequence[str] | dict) -> str:
-    names = [repr(name) for name in row]
+    names = [short(name) for name in row]
     return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"

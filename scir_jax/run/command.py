@@ -20,6 +20,7 @@ from scir_jax.run import host_memory
 GOOGLE = "0x1ae0"
 """vendor of TPUs on the PCI bus"""
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+DISK_AWAY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
 def join(config: Config) -> None:
@@ -55,7 +56,7 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 def main(run: Callable[[], int | None]) -> None:
     """Runs a command: a mistake of the user's becomes one sentence on stderr and exit code 2.
 
-    3 is the code of a full disk, 5 of a run that diverged, 6 of a bucket that does not answer.
+    3 is the code of a disk that is full or fails, 5 of a run that diverged, 6 of a bucket that does not answer.
 
     Of several hosts all end when one does; 4 is the code of those that lost another one.
     """
@@ -74,15 +75,13 @@ def main(run: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as stop:
         reason, code, message = stop, 130, "stopped"
     except Exception as error:
-        # Orbax and TensorStore wrap the operating system's error in their own.
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        full = full or "No space left" in str(error) or "File too large" in str(error)
+        disk = _of_disk(error)
         away = str(error) if isinstance(error, Unavailable) else refusal(error)
-        if not full and not away:
+        if not disk and not away:
             _leave(error)
             raise
         reason = error
-        code, message = (3, f"error: {_disk_full(error)}") if full else (UNAVAILABLE, f"error: {away}")
+        code, message = (3, f"error: {disk}") if disk else (UNAVAILABLE, f"error: {away}")
     print(shown(message), file=sys.stderr, flush=True)
     _leave(reason)
     sys.exit(code)
@@ -98,9 +97,20 @@ def _leave(error: BaseException | None) -> None:
         hosts.finish(error)
 
 
-def _disk_full(error: Exception) -> str:
+def _of_disk(error: Exception) -> str | None:
+    """Says what a disk refused; None where the error is another one."""
     where = getattr(error, "filename", None)
+    number = error.errno if isinstance(error, OSError) else None
+    # Orbax and TensorStore wrap the operating system's error in their own.
+    if number in DISK_FULL or "No space left" in str(error) or "File too large" in str(error):
+        return (
+            f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
+            "free some space and run the same command again"
+        )
+    said = next((os.strerror(one) for one in DISK_AWAY if number == one or f"{os.strerror(one)}" in str(error)), None)
+    if said is None:
+        return None
     return (
-        f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
-        "free some space and run the same command again"
+        f"{where or 'a file'}: {said.lower()}; what was saved before is intact: mend the directory and run the same "
+        "command again"
     )

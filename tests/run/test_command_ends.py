@@ -18,6 +18,12 @@ from scir_jax.run.command import main
             "error: no space left to write f; what was saved before is intact",
         ),
         (ValueError("RESOURCE: No space left on device"), 3, "error: no space left to write; "),
+        (
+            OSError(30, "Read-only file system", "f"),
+            3,
+            "error: f: read-only file system; what was saved before is intact: mend the directory and run the same",
+        ),
+        (ValueError("INTERNAL: Input/output error"), 3, "error: a file: input/output error; what was saved before"),
     ],
 )
 def test_ends_of_a_command(capsys, error, code, message):
