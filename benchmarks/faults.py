@@ -82,6 +82,28 @@ class Disk:
         """Removes the run."""
         shutil.rmtree(self.directory)
 
+    def run(self, argv: list[str], log: Path) -> tuple[int, str]:
+        """Runs the training command in this process -> its exit code, and what it wrote; a traceback is 1."""
+        from unittest import mock
+
+        from markupsafe import Markup
+
+        from scir_jax import train
+        from scir_jax.report import page
+        from scir_jax.run import command, preflight
+
+        code = 0
+        no_table = mock.patch.object(preflight, "check_memory", lambda *_: [])
+        with quiet(log), no_table, mock.patch.object(page, "panel", lambda *_, **__: Markup("")):
+            try:
+                command.main(lambda: train.main(argv))
+            except SystemExit as stop:
+                code = stop.code or 0
+            except Exception as error:
+                code = 1
+                print(repr(error), file=sys.stderr)
+        return code, log.read_text(errors="replace")
+
 
 class InBucket:
     """The same of a run in the stand-in for a bucket."""
@@ -92,7 +114,6 @@ class InBucket:
 
         self.folder, self.bucket = folder, Bucket(folder)
         self.url = f"gs://{self.bucket.name}/run"
-        os.environ.update(self.bucket.environment)
 
     @property
     def met(self) -> bool:
@@ -120,34 +141,20 @@ class InBucket:
         """Removes the run."""
         self.bucket.clear()
 
+    def run(self, argv: list[str], log: Path) -> tuple[int, str]:
+        """Runs the training command in a process of its own -> its exit code, and what it wrote."""
+        from tests.forks import ROOT, Fork, environment, quick
+        from tests.strikes import Strike
+
+        env = environment(**quick(), **self.bucket.environment)
+        process = Fork([*Strike(ahead=False).command, *argv], env=env, cwd=ROOT, out=self.folder / "out", err=log)
+        return process.wait(), log.read_text(errors="replace")
+
 
 def kind_of(name: str) -> str:
     """Names the kind of a file: its path without what differs between files of one kind."""
     name = re.sub(r"[0-9a-f]{8,}|(?<=-)\d+", "#", name)
     return re.sub(r"\d+", "#", name)
-
-
-def run(argv: list[str], log: Path) -> tuple[int, str]:
-    """Runs the training command in this process -> its exit code, and what it wrote; a traceback is 1."""
-    from unittest import mock
-
-    from markupsafe import Markup
-
-    from scir_jax import train
-    from scir_jax.report import page
-    from scir_jax.run import command, preflight
-
-    code = 0
-    no_table = mock.patch.object(preflight, "check_memory", lambda *_: [])
-    with quiet(log), no_table, mock.patch.object(page, "panel", lambda *_, **__: Markup("")):
-        try:
-            command.main(lambda: train.main(argv))
-        except SystemExit as stop:
-            code = stop.code or 0
-        except Exception as error:
-            code = 1
-            print(repr(error), file=sys.stderr)
-    return code, log.read_text(errors="replace")
 
 
 def outcome_of(code: int, said: str) -> str:
@@ -170,7 +177,7 @@ def chain(place: Disk | InBucket, argv: list[str], log: Path, kinds: list[str], 
     for at, kind in enumerate(kinds):
         for _ in range(2):  # once more from the start where what comes before it is there already
             place.breaks(kind, error)
-            code, said = run(argv, log)
+            code, said = place.run(argv, log)
             met = place.met
             place.breaks(None)
             if met:
@@ -186,7 +193,7 @@ def chain(place: Disk | InBucket, argv: list[str], log: Path, kinds: list[str], 
         else:
             print(f"\n{kind}: was not written again", file=sys.stderr)
         print(f"\r{at + 1}/{len(kinds)}", end="", file=sys.stderr)
-    if run(argv, log)[0] == 0:
+    if place.run(argv, log)[0] == 0:
         end()
     else:
         counts["ended"] += 1
@@ -208,7 +215,7 @@ def main() -> int:
         place: Disk | InBucket = InBucket(directory) if arguments.bucket else Disk(directory / "run")
         if isinstance(place, InBucket):
             argv += ["--run.directory", place.url]
-        if run(argv, log)[0]:
+        if place.run(argv, log)[0]:
             raise SystemExit(log.read_text())
         expected, kinds = place.results(), place.kinds()
         place.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,11 +102,18 @@ def templates_of(encoder: Encoder) -> dict[str, dict[str, Any]]:
 
 
 def stop_ids(directory: Path, hf_config: dict) -> tuple[int, ...]:
-    """Reads the end-of-sequence ids of generation_config.json and config.json."""
-    found: list[int] = []
+    """Reads the end-of-sequence ids of generation_config.json and config.json.
+
+    Raises:
+      InputError: generation_config.json is not readable, or one of them names no ids.
+    """
     path = directory / "generation_config.json"
-    configs = [json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    for content in (*configs, hf_config):
+    files = {path: weights.read_json(path)} if path.exists() else {}
+    found: list[int] = []
+    for file, content in (files | {directory / "config.json": hf_config}).items():
         value = content.get("eos_token_id")
-        found += [value] if isinstance(value, int) else value or []
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in ids):
+            raise InputError(f"{file}: eos_token_id must be a token's id or a list of them, not {value!r}")
+        found += ids
     return tuple(dict.fromkeys(found))

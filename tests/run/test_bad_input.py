@@ -166,6 +166,11 @@ def test_evaluate_refuses(arguments, words, command, judging, world_dir, tmp_pat
 BROKEN_MODELS = {
     "no directory": (shutil.rmtree, "no such model directory"),
     "no config": (lambda m: (m / "config.json").unlink(), "config.json is missing"),
+    "generation is not JSON": (lambda m: (m / "generation_config.json").write_text('{"a'), "not readable JSON"),
+    "stop is no id": (
+        lambda m: edit_json(m / "generation_config.json", eos_token_id="2"),
+        "generation_config.json: eos_token_id must be a token's id or a list of them, not '2'",
+    ),
     "config is not JSON": (lambda m: (m / "config.json").write_text("{"), "not readable JSON"),
     "unknown architecture": (
         lambda m: edit_json(m / "config.json", model_type="mamba", architectures=["MambaForCausalLM"]),

@@ -52,7 +52,7 @@ def hf_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{directory}: config.json is missing, so this is not a Hugging Face model directory.")
-    return _read_json(path)
+    return read_json(path)
 
 
 def load(directory: Path, abstract: Params | None = None, *, reward: bool = False) -> tuple[Architecture, Params]:
@@ -242,7 +242,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / _SINGLE]
     index = directory / _INDEX
     if index.is_file():
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise InputError(f"{index}: the key 'weight_map', from tensors to files, is missing or broken.")
         paths = [directory / name for name in sorted(set(shards.values()))]
@@ -336,7 +336,12 @@ def _list(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of a model directory.
+
+    Raises:
+      InputError: it is not readable, or holds no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
