@@ -93,7 +93,7 @@ class ModelStore:
             )
         if name := first_change(checksums(found), expected):
             raise InputError(
-                f"{self.path(number)}: was changed since it was saved ({name} is not what it was); restore it"
+                f"{self.path(number)}: was changed since it was saved ({name} is not what {ARRAYS} says); restore it"
             )
         return found
 

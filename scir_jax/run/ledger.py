@@ -102,8 +102,8 @@ class Ledger:
             elif not self._same(name, entry):
                 if name not in accepted and name not in editable:
                     raise InputError(
-                        f"{self.directory / name}: was changed since this run wrote it; restore it, or, if you changed "
-                        f"it on purpose, add --run.accept_replaced '[{name}]'"
+                        f"{self.directory / name}: is not what {self.path.name} says that this run wrote; restore it, "
+                        f"or, if you changed it on purpose, add --run.accept_replaced '[{name}]'"
                     )
                 said.append(f"{self.directory / name}: was replaced, and is taken as it is")
                 new.append(name)

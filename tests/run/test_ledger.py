@@ -50,7 +50,7 @@ def test_a_changed_file_is_named(run, name, kind):
     (run / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         Ledger(run).verify()
-    assert str(error.value).startswith(f"{run / name}: was changed") and f"--run.accept_replaced '[{name}]'" in str(
+    assert str(error.value).startswith(f"{run / name}: is not what files.json says") and f"--run.accept_replaced '[{name}]'" in str(
         error.value
     )
     # On purpose it is taken, once for all.
@@ -63,7 +63,7 @@ def test_files_of_two_iterations_are_not_exchanged_unseen(run):
     one.rename(run / "aside")
     two.rename(one)
     (run / "aside").rename(two)
-    with pytest.raises(InputError, match="iteration_01/responses.jsonl: was changed"):
+    with pytest.raises(InputError, match="iteration_01/responses.jsonl: is not what files.json says"):
         Ledger(run).verify()
 
 
