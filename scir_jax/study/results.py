@@ -7,7 +7,7 @@ runs       [{kind, method, settings, seed, iterations, diverged, rows: one per m
            processor_seconds}]
 missing    titles of runs that failed or were not made
 tables     iterations -> [{method, settings, seeds, columns: {name: [mean, error]}, differences: {name: {...}},
-           shares: {name: {...}}}]
+           gains: {name: {...}}, shares: {name: {...}}}]
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ def _table(found: dict[str, Any], kind: str, iterations: int) -> list[dict[str, 
             result.append(_row(SFT if start == "base" else f"{SFT} ({users[0]})", runs))
     for name, runs in by_method.items():
         row, start = _row(name, runs), runs[0]["start"]
+        m1 = [run for run in of(found, START) if run["start"] == start]
+        row["gains"] = _each(COMPARED, paired_difference, runs, m1)
         other = found["against"].get(name)
         if other in by_method and other != name:
             row["against"] = other
@@ -145,7 +147,6 @@ def _table(found: dict[str, Any], kind: str, iterations: int) -> list[dict[str, 
             by_method[goal] for goal in found["oracles"] if goal in by_method and by_method[goal][0]["start"] == start
         ]
         if name not in found["oracles"] and goals:
-            m1 = [run for run in of(found, START) if run["start"] == start]
             row["shares"] = _each(SHARED, share_of_the_way, runs, m1, goals[0])
         result.append(row)
     return result

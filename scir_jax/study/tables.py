@@ -77,6 +77,9 @@ def _tables(found: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     less = f"Less {others[0]}" if len(others) == 1 else "Differences"
     for title, names in ((f"{less}: answers", DIFFERENCES[:3]), (f"{less}: reward models", DIFFERENCES[3:])):
         add(title, compared, names, lambda row, name: _difference(row["differences"].get(name)))
+    gained = [row for row in rows if row.get("gains")]
+    for title, names in (("answers", DIFFERENCES[:3]), ("reward models", DIFFERENCES[3:])):
+        add(f"Less {SFT}, M1: {title}", gained, names, lambda row, name: _difference(row["gains"].get(name)))
     reached = [row for row in rows if row.get("shares")]
     goal = ", ".join(found["oracles"])
     add(f"Share of the way from sft to {goal}", reached, SHARED, lambda row, name: _share(row["shares"].get(name)))

@@ -50,9 +50,9 @@ def test_a_changed_file_is_named(run, name, kind):
     (run / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         Ledger(run).verify()
-    assert str(error.value).startswith(f"{run / name}: is not what files.json says") and f"--run.accept_replaced '[{name}]'" in str(
-        error.value
-    )
+    assert str(error.value).startswith(
+        f"{run / name}: is not what files.json says"
+    ) and f"--run.accept_replaced '[{name}]'" in str(error.value)
     # On purpose it is taken, once for all.
     assert Ledger(run).verify([name]) == [f"{run / name}: was replaced, and is taken as it is"]
     assert Ledger(run).verify() == []

@@ -92,6 +92,9 @@ def test_a_study_from_beginning_to_end(study, tmp_path):
     assert rows["scir"]["columns"]["quality"] == pytest.approx([mean, 0.0005])
     assert rows["sft"]["columns"]["quality"][0] == pytest.approx((quality(rate, 1, 0) + quality(rate, 2, 0)) / 2)
     assert rows["scir"]["differences"]["quality"]["mean"] == pytest.approx(0.0)
+    gain = mean - rows["sft"]["columns"]["quality"][0]
+    assert rows["scir"]["gains"]["quality"]["mean"] == pytest.approx(gain) and "gains" not in rows["sft"]
+    assert f"| scir | {gain:+.3f} [" in done.out.partition("### Less sft, M1: answers")[2]
     assert rows["scir"]["shares"]["quality"]["share"] == pytest.approx(1.0)
     assert rows["scir"]["columns"]["cost.generated"] == [30, 0] and rows["scir"]["columns"]["cost.memory"] == [7, 0]
     assert 0 < rows["scir"]["columns"]["processor_seconds"][0] < 10
