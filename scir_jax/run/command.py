@@ -53,6 +53,20 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
+def without_abandoned_saves() -> None:
+    """Keeps TensorStore from printing a traceback for each write of a save that Orbax has given up.
+
+    Orbax closes its event loop when a part of a save is refused; the other parts end later and find it closed.
+    """
+    before = sys.unraisablehook
+
+    def hook(met) -> None:
+        if not (isinstance(met.exc_value, RuntimeError) and str(met.exc_value) == "Event loop is closed"):
+            before(met)
+
+    sys.unraisablehook = hook
+
+
 def main(run: Callable[[], int | None]) -> None:
     """Runs a command: a mistake of the user's becomes one sentence on stderr and exit code 2.
 
@@ -62,6 +76,7 @@ def main(run: Callable[[], int | None]) -> None:
     """
     host_memory.keep()
     without_absent_tpu()
+    without_abandoned_saves()
     reason: BaseException
     try:
         code = run() or 0

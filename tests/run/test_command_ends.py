@@ -1,8 +1,12 @@
 """How a command ends: one sentence on stderr and an exit code, or the traceback of a bug."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from scir_jax.errors import Diverged, InputError, Interrupted
+from scir_jax.run import command
 from scir_jax.run.command import main
 
 
@@ -50,3 +54,12 @@ def test_exit_code(result, code):
     with pytest.raises(SystemExit) as end:
         main(lambda: result)
     assert end.value.code == code
+
+
+def test_what_an_abandoned_save_says_is_left_out(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    command.without_abandoned_saves()
+    for message in ("Event loop is closed", "of another kind"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert [str(met.exc_value) for met in said] == ["of another kind"]
