@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import pkgutil
 import sys
@@ -54,10 +55,12 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def without_abandoned_saves() -> None:
-    """Keeps TensorStore from printing a traceback for each write of a save that Orbax has given up.
+    """Keeps TensorStore and asyncio from printing a traceback for each write of a save that Orbax has given up.
 
-    Orbax closes its event loop when a part of a save is refused; the other parts end later and find it closed.
+    Orbax closes its event loop when a part of a save is refused; the other parts end later and find it closed, and
+    nobody asks how they ended.
     """
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(met) -> None:

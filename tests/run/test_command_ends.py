@@ -1,5 +1,6 @@
 """How a command ends: one sentence on stderr and an exit code, or the traceback of a bug."""
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -56,10 +57,14 @@ def test_exit_code(result, code):
     assert end.value.code == code
 
 
-def test_what_an_abandoned_save_says_is_left_out(monkeypatch):
+def test_what_an_abandoned_save_says_is_left_out(monkeypatch, caplog):
     said = []
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
     monkeypatch.setattr(sys, "unraisablehook", said.append)
     command.without_abandoned_saves()
     for message in ("Event loop is closed", "of another kind"):
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
     assert [str(met.exc_value) for met in said] == ["of another kind"]
+    for message in ("Task exception was never retrieved", "of another kind"):
+        logging.getLogger("asyncio").error(message)
+    assert caplog.messages == ["of another kind"]
