@@ -298,12 +298,16 @@ def test_cores_are_divided(monkeypatch):
     assert math.isclose(PEAK, 4e-4)
 
 
+JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
+
+
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate --methods dice", "ablate --methods scir_entropy", "ablate docs/results/methods.json")
+@pytest.mark.documented("ablate studies/judges_untuned")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables = documented
+    quick, again, guides, some, of_record, its_tables, of_judges = documented
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -332,23 +336,27 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
     six = ["scir", "scir_entropy", "srlm", "consistency_only", "consensus", "oracle"]
     for one, output, names, seeds, iterations in (
         (some, "some", ["srlm", "scir", "dice", "oracle"], 8, 4),
-        (of_record, "methods", six, 5, 3),
+        (of_record, "methods", six, 8, 3),
+        (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle"], 5, 3),
     ):
         done = one()
         assert done.code == 0, done.err
         result = json.loads(Path(f"runs/{output}/study.json").read_text())
         rows = {row["method"]: row for row in result["tables"][str(iterations)]}
         assert result["missing"] == [] and {"sft", *names} == rows.keys()
-        assert {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()} == {PEAK}
+        chosen = {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()}
+        assert chosen == (set() if one is of_judges else {PEAK})
         runs = [run for run in result["runs"] if run["method"] == "scir" and run["kind"] == "table"]
         assert len(runs) == seeds
 
-    # The results that the documents quote are this study's, and none of its runs is missing.
+    # The results that the documents quote are these studies', and none of their runs is missing.
     shutil.copytree(ROOT / "docs" / "results", "docs/results")
-    assert its_tables().code == 0
-    recorded = json.loads(Path("docs/results/methods.json").read_text())
-    assert recorded["command"].split() == of_record.command.line.split() and recorded["missing"] == []
-    table = Path("runs/record/study.md").read_text()
+    table = ""
+    for one, name in ((of_record, "methods"), (of_judges, "judges")):
+        assert its_tables(instead={"methods.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
+        recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
+        assert recorded["command"].split() == one.command.line.split() and recorded["missing"] == []
+        table += Path(f"runs/{name}_record/study.md").read_text()
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     figures = set(re.findall(r"\d\.\d\d\d ± 0\.\d\d\d|[+-]\d\.\d\d\d \[.*?\]", page))
     assert len(figures) > 40 and sorted(one for one in figures if one not in table) == []
