@@ -91,19 +91,24 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(kept)
 
 
-def resume(argv: list[str], log: Path) -> tuple[str, str]:
-    """Runs the command in this process -> "done", "refused" or "traceback", and what it said.
-
-    Nothing is compiled before the first stage, and no figure is drawn: most trials end before that.
-    """
-    from scir_jax import train
-    from scir_jax.errors import InputError
+@contextlib.contextmanager
+def lightly(log: Path) -> Iterator[None]:
+    """Runs of this process write into a file, compile nothing before the first stage and draw no figure."""
     from scir_jax.report import page
     from scir_jax.run import preflight
 
-    said, end = "", "done"
     no_table = mock.patch.object(preflight, "check_memory", lambda *_: [])
     with quiet(log), no_table, mock.patch.object(page, "panel", lambda *_, **__: Markup("")):
+        yield
+
+
+def resume(argv: list[str], log: Path) -> tuple[str, str]:
+    """Runs the command in this process -> "done", "refused" or "traceback", and what it said."""
+    from scir_jax import train
+    from scir_jax.errors import InputError
+
+    said, end = "", "done"
+    with lightly(log):
         try:
             train.main(argv)
         except InputError as error:

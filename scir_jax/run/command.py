@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import logging
 import os
@@ -54,11 +55,12 @@ def without_absent_tpu(pci: Path = Path("/sys/bus/pci/devices")) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
+@functools.cache
 def without_abandoned_saves() -> None:
     """Keeps TensorStore and asyncio from printing a traceback for each write of a save that Orbax has given up.
 
     Orbax closes its event loop when a part of a save is refused; the other parts end later and find it closed, and
-    nobody asks how they ended.
+    nobody asks how they ended. Once per process: a hook calls the one before it.
     """
     logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
     before = sys.unraisablehook
@@ -125,7 +127,7 @@ def _of_disk(error: Exception) -> str | None:
             f"no space left to write{f' {where}' if where else ''}; what was saved before is intact: "
             "free some space and run the same command again"
         )
-    said = next((os.strerror(one) for one in DISK_AWAY if number == one or f"{os.strerror(one)}" in str(error)), None)
+    said = next((os.strerror(one) for one in DISK_AWAY if number == one or os.strerror(one) in str(error)), None)
     if said is None:
         return None
     return (

@@ -67,8 +67,8 @@ def test_each_data_file_is_read_before_the_run_begins(key, kind, command, tiny_r
 def test_a_corrected_configuration_may_take_the_same_directory(command, tiny_run, tmp_path, no_stages):
     """A mistake that was found before anything was computed costs no directory."""
     config = tiny_run()
-    refused(command(train.main, "--config", config, "--data.prompts", tmp_path / "none.jsonl"), "no such file")
-    refused(command(train.main, "--config", config), "the stages begin")
+    assert "no such file" in refused(command(train.main, "--config", config, "--data.prompts", tmp_path / "none.jsonl"))
+    assert "the stages begin" in refused(command(train.main, "--config", config))
 
 
 def test_rows_of_comparisons(command, judging, tmp_path):
@@ -206,7 +206,8 @@ def test_a_tokenizer_larger_than_the_embedding(command, tiny_run, broken):
     edit_json(broken / "config.json", vocab_size=30)
     edit_tensors(broken, lambda t: t.update({k: t[k][:30].copy() for k in ("model.embed_tokens.weight", HEAD)}))
     config = tiny_run(model=dict(path=str(broken)))
-    refused(command(train.main, "--config", config), broken, "the tokenizer has", "the embedding 30 rows")
+    said = refused(command(train.main, "--config", config), broken, "the tokenizer has")
+    assert "the embedding 30 rows" in said
 
 
 def template(**changes) -> str:
@@ -286,7 +287,7 @@ def test_prompts_longer_than_the_limit_and_the_context(command, sampling, tmp_pa
     ],
 )
 def test_settings_that_mean_nothing(values, words, command, tiny_run):
-    refused(command(train.main, "--config", tiny_run(**values)), words)
+    assert words in refused(command(train.main, "--config", tiny_run(**values)))
 
 
 def test_a_bin_that_is_shorter_than_a_row(command, tiny_run, tmp_path, world_dir):
