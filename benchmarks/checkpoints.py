@@ -84,7 +84,9 @@ def main() -> int:
     for place, row in rows.items():
         print(f"{place[-width:]:<{width}}  {row['step waits']:12.3f}  {row['saved']:8.2f}  {row['resumed']:10.2f}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"size": arguments.size, "bytes": size, "seconds": rows}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({"size": arguments.size, "bytes": size, "seconds": rows}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -167,8 +167,8 @@ class TextConfig:
     bin_tokens: int = 0
     """of a bin at the most; 0: 4096 on accelerators or the longest row, no limit on a CPU"""
     share_prompts: Literal["auto", "always", "never"] = "auto"
-    """a pair's rows that begin alike, with its prompt, share what is computed of it; in bins with blocks or xla
-    attention; auto: where that makes a stage's steps shorter"""
+    """rows of a pair and answers to score that begin alike, with a prompt, share what is computed of it; in bins with
+    blocks or xla attention; auto: in training where that makes a stage's steps shorter"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What scorer, judge and sampler take: each batch is described once, and its arrays, shapes and costs follow from that.
+"""What judge and sampler take: each batch is described once, and its arrays, shapes and costs follow from that.
 
-A description makes the arrays of real rows (`arrays`), and the shapes of those arrays (`abstract`). A training step's
-batch is described in scir_jax.data.steps.
+A description makes the arrays of real rows (`arrays`), and the shapes of those arrays (`abstract`). The scorer's
+batch is described in scir_jax.data.bins, a training step's in scir_jax.data.steps.
 
 Axes: B rows, T tokens, P pairs, 2 the answers of a pair (or the orders in which a judge is shown them). Rows are
 right-padded, with explicit lengths: nothing is ever derived from a token being the pad token.
@@ -29,18 +29,14 @@ Share = Callable[[int], np.ndarray]
 
 
 class Rows(NamedTuple):
-    """Rows of token ids in which a span is scored, a verdict is read, or both. All int32.
+    """Rows of token ids in which a verdict is read, int32.
 
     Attributes:
       ids: [..., T].
-      start: [...] place of the first scored token.
-      length: [...] number of scored tokens; 0: none.
-      verdict: [...] place whose hidden state predicts the verdict; 0 where none is asked.
+      verdict: [...] place whose hidden state predicts the verdict.
     """
 
     ids: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
     verdict: np.ndarray
 
 
@@ -94,8 +90,6 @@ class RowGroup(NamedTuple):
         shape = (-1, *self.leading[1:])
         return Rows(
             ids=np.stack([pad(row.ids, self.tokens, pad_id) for row in rows]).reshape(*shape, self.tokens),
-            start=np.array([row.start for row in rows], np.int32).reshape(shape),
-            length=np.array([row.length for row in rows], np.int32).reshape(shape),
             verdict=np.array([len(row.ids) - 1 if row.judged else 0 for row in rows], np.int32).reshape(shape),
         )
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import SHORTEST, RowGroup, SlotSpec, row_lengths
+from scir_jax.data.bins import ScoreSpec
 from scir_jax.data.encode import Lengths, round_up
 from scir_jax.data.packing import Packing, Shape, deal
 from scir_jax.data.pipelines import Way
@@ -18,7 +19,7 @@ from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine import forward, sampler
 from scir_jax.engine import mesh as meshes
 from scir_jax.errors import InputError
-from scir_jax.method import objective, rewards
+from scir_jax.method import objective, pairing, rewards
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import backend_of, chosen
 from scir_jax.model.cached import cache_places
@@ -120,13 +121,25 @@ class Descriptions:
         return counts
 
     @property
-    def score_groups(self) -> tuple[RowGroup, ...]:
-        """The rows of one call of the scorer, for each compiled length from short to long."""
-        rows, answer = (2 * self.config.evaluate.batch_size,), self.facts.lengths.answer
+    def score_specs(self) -> tuple[ScoreSpec, ...]:
+        """Describes one call of the scorer, for each compiled length from short to long."""
+        lengths, together, devices = self.facts.lengths, self.scored_together, meshes.batch_shards(self.mesh)
+        # About as many answers in a call whether or not they lie together, as many bins for every device.
+        bins = max(2 * self.config.evaluate.batch_size // (together * devices), 1) * devices
+        longest = lengths.scored + (together - 1) * lengths.answer
         return tuple(
-            RowGroup(rows, tokens, min(answer, tokens), heads=len(self.spans))
-            for (tokens,) in row_lengths([self.facts.lengths.scored])
+            ScoreSpec(bins, tokens, together, lengths.answer, heads=len(self.spans))
+            for (tokens,) in row_lengths([longest])
         )
+
+    @property
+    def scored_together(self) -> int:
+        """How many answers to a prompt lie in one bin where they are scored, the prompt's tokens once; 1: each alone."""
+        if self.way.share == "never":
+            return 1
+        config, lengths = self.config, self.facts.lengths
+        wanted = max(2, pairing.scored(config) if config.run.iterations and not config.data.pairs else 0)
+        return max(min(wanted, 1 + (self.way.bin - lengths.scored) // lengths.answer), 1)
 
     @property
     def judge_groups(self) -> tuple[tuple[RowGroup, ...], ...]:

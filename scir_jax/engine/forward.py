@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from scir_jax.data.batches import Rows
+from scir_jax.data.bins import BinRows
 from scir_jax.data.steps import PairBatch, TrainBatch
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
@@ -55,7 +56,7 @@ def _entropy(model: Model, params: Params, hidden: Array, targets: Array) -> Arr
 
 
 SPANS = {"logps": (_logps, False), "entropy": (_entropy, True)}
-"""Readings of a row's scored span. What is read at each token: (model, params, hidden states [..., D] before the
+"""Readings of an answer's tokens. What is read at each token: (model, params, hidden states [..., D] before the
 tokens, the tokens [...] int32) -> [...] float32; and whether the span's is the mean of it, else it is the sum."""
 
 
@@ -65,45 +66,65 @@ def _of_span(name: str, values_MR: Array, scored_MR: Array) -> Array:
     return total_M / jnp.maximum(scored_MR.sum(axis=1), 1) if SPANS[name][1] else total_M
 
 
-def read_spans(
-    model: Model, params: Params, hidden_MTD: Array, rows: Rows, answer_tokens: int, wanted: Sequence[str]
-) -> dict[str, Array]:
-    """Reads values of each row's scored span.
-
-    The head is applied at answer positions only.
+def read_tokens(model: Model, params: Params, x_CND: Array, rows: BinRows, wanted: Sequence[str]) -> dict[str, Array]:
+    """Reads values of each scored token. The head is applied at their places only.
 
     Args:
-      hidden_MTD: hidden states of `rows`, whose leading axes are flattened to [M].
-      answer_tokens: bound of every span.
+      x_CND: hidden states of C cells.
       wanted: keys of SPANS.
 
     Returns:
-      [M] float32 by key.
+      [C, A] float32 by key.
     """
+    before_CAD = jnp.take_along_axis(x_CND, rows.places[..., None], axis=1)
+    return {name: SPANS[name][0](model, params, before_CAD, rows.targets) for name in wanted}
+
+
+def read_answers(read: dict[str, Array], rows: BinRows, answer_tokens: int) -> dict[str, Array]:
+    """Puts the values of each answer's tokens together.
+
+    Args:
+      read: of `read_tokens`.
+      answer_tokens: bound of every answer.
+
+    Returns:
+      [C K] float32 by key.
+    """
+    # The tokens of an answer lie behind one another among the scored places of its cell.
     offsets_R = jnp.arange(answer_tokens)
-    places_MR = jnp.minimum(rows.start[:, None] + offsets_R, rows.ids.shape[1] - 1)
-    scored_MR = offsets_R < rows.length[:, None]
-    targets_MR = jnp.take_along_axis(rows.ids, places_MR, axis=1)
-    # A token is predicted by the hidden state before it.
-    before_MRD = jnp.take_along_axis(hidden_MTD, jnp.maximum(places_MR - 1, 0)[..., None], axis=1)
-    return {name: _of_span(name, SPANS[name][0](model, params, before_MRD, targets_MR), scored_MR) for name in wanted}
+    at_CKR = jnp.minimum(rows.first[..., None] + offsets_R, rows.places.shape[1] - 1)
+    at_CN = at_CKR.reshape(len(at_CKR), -1)
+    scored_MR = (offsets_R < rows.length[..., None]).reshape(-1, answer_tokens)
+    return {
+        name: _of_span(name, jnp.take_along_axis(values_CA, at_CN, axis=1).reshape(scored_MR.shape), scored_MR)
+        for name, values_CA in read.items()
+    }
 
 
 def score(
-    model: Model, params: Params, rows: Rows, answer_tokens: int, wanted: Sequence[str] = ("logps",)
+    model: Model,
+    params: Params,
+    rows: BinRows,
+    answer_tokens: int,
+    wanted: Sequence[str] = ("logps",),
+    *,
+    segmented: bool = False,
 ) -> dict[str, Array]:
-    """Computes readings of each row's scored span; "logps" is log pi(y|x) summed over tokens.
+    """Computes readings of answers; "logps" is log pi(y|x) summed over tokens.
 
     Args:
-      answer_tokens: bound of every span.
+      rows: of C cells, each a bin, with K answers.
+      answer_tokens: bound of every answer.
       wanted: keys of SPANS.
+      segmented: a bin may hold several answers.
 
     Returns:
-      Float32 arrays by key, in the rows' leading shape.
+      [C, K] float32 by key.
     """
-    flat = _flat(rows)
-    read = read_spans(model, params, model.hidden(params, flat.ids), flat, answer_tokens, wanted)
-    return jax.tree.map(lambda x: x.reshape(rows.start.shape), read)
+    x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None)
+    x_CND = x_PND.reshape(rows.places.shape[0], -1, x_PND.shape[-1])
+    read = read_answers(read_tokens(model, params, x_CND, rows, wanted), rows, answer_tokens)
+    return jax.tree.map(lambda x_M: x_M.reshape(rows.first.shape), read)
 
 
 def judge(
@@ -123,7 +144,7 @@ def judge(
     flat = [_flat(rows) for rows in judges]
     hidden = model.hidden_of(params, [rows.ids for rows in flat], key)
     read = [_verdict(model, params, *one) for one in zip(hidden, flat, verdict_ids, strict=True)]
-    return _stack(read, judges[0].start.shape[0])
+    return _stack(read, judges[0].verdict.shape[0])
 
 
 def rate(model: Model, params: Params, rows: Rows, point_ids: Sequence[int]) -> Rated:
@@ -161,9 +182,8 @@ def outputs(
     cells = rows.places.shape[0]
     x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None, key)
     x_CND = x_PND.reshape(cells, -1, x_PND.shape[-1])
-    before_CAD = jnp.take_along_axis(x_CND, rows.places[..., None], axis=1)
     names = dict.fromkeys((*(("logps",) if rows.learned else ()), *wanted))
-    read = {name: SPANS[name][0](model, params, before_CAD, rows.targets) for name in names}
+    read = read_tokens(model, params, x_CND, rows, tuple(names))
     sft = {
         name: (-jnp.where(marked_CA, read["logps"], 0).sum(), marked_CA.sum().astype(jnp.float32))
         for name, marked_CA in rows.learned.items()
@@ -171,17 +191,9 @@ def outputs(
     if pairs is None:
         return Outputs({}, sft)
 
-    # The tokens of an answer lie behind one another among the scored places of its cell.
-    offsets_R = jnp.arange(answer_tokens)
-    at_CN = jnp.minimum(rows.first[..., None] + offsets_R, rows.places.shape[1] - 1).reshape(cells, -1)
-    scored_MR = (offsets_R < rows.length[..., None]).reshape(-1, answer_tokens)
-
-    def spans(name: str) -> Array:
-        values_MR = jnp.take_along_axis(read[name], at_CN, axis=1).reshape(-1, answer_tokens)
-        # An answer may lie on another device than its pair.
-        return _of_span(name, values_MR, scored_MR)[pairs.answer]
-
-    fresh = {name: spans(name) for name in wanted}
+    # An answer may lie on another device than its pair.
+    spans = read_answers({name: read[name] for name in wanted}, rows, answer_tokens)
+    fresh = {name: values_M[pairs.answer] for name, values_M in spans.items()}
     if verdict_ids:
         judged = _verdicts(model, params, x_CND, rows.verdict, pairs.verdict, verdict_ids)
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
@@ -203,7 +215,7 @@ def evidence(batch: PairBatch, fresh: dict[str, Array]) -> Evidence:
 
 
 def _flat(rows: Rows) -> Rows:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[rows.start.ndim :]), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[rows.verdict.ndim :]), rows)
 
 
 def _verdict(

@@ -89,11 +89,12 @@ class Programs(Descriptions):
 
     @cached_property
     def scorer(self):
-        """Jitted (params, Rows [B, ...]) -> readings [B] of each row's scored span by name."""
-        answer_tokens, spans = self.facts.lengths.answer, self.spans
+        """Jitted (params, BinRows of B bins) -> readings [B, K] of each bin's answers by name."""
+        answer_tokens, spans, segmented = self.facts.lengths.answer, self.spans, self.scored_together > 1
 
         def score(params, rows):
-            return forward.score(self.model, params, rows, min(answer_tokens, rows.ids.shape[-1]), spans)
+            most = min(answer_tokens, rows.places.shape[1])
+            return forward.score(self.model, params, rows, most, spans, segmented=segmented)
 
         return self._inference(score)
 
@@ -210,10 +211,10 @@ class Programs(Descriptions):
 
     @property
     def score_programs(self) -> list[Program]:
-        """The scorer as a program for each length of rows."""
+        """The scorer as a program for each length of bins."""
         return [
-            self._forward(f"score, {group.tokens} tokens", "score", self.scorer, (group.abstract(),), [group])
-            for group in self.score_groups
+            self._forward(f"score, {spec.tokens} tokens", "score", self.scorer, (spec.abstract(),), [spec.group])
+            for spec in self.score_specs
         ]
 
     @property

@@ -13,7 +13,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
 from scir_jax.method.objective import needs
-from scir_jax.method.pairing import PAIRING
+from scir_jax.method.pairing import PAIRING, scored
 from scir_jax.planning.stages import Stage
 from scir_jax.planning.workload import Workload
 from scir_jax.run import hub
@@ -74,13 +74,14 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
     numbers = roles(config, iteration=3)
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
-    answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
+    answers, each = prompts * scored(config), run.scored_together
+    bins = prompts * math.ceil(scored(config) / each) + offline * math.ceil(2 / each)
     answers, pairs = answers + 2 * offline, pairs + offline
     longest = math.ceil(prompts * responses / spec.slots) * math.ceil(spec.answer_tokens / SEGMENT)
     found = [
         ("sample", "prefill", math.ceil(prompts / spec.prompts)),
         ("sample", "decode", load.looks(prompts * responses, spec.slots) if load else longest),
-        ("score", "score", len(models) * math.ceil(answers / size)),
+        ("score", "score", len(models) * math.ceil(bins / run.score_specs[0].rows)),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
     wanted = needs(config)

@@ -16,6 +16,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.reward import compiled_length
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
+from scir_jax.method import pairing
 from scir_jax.planning.limits import assumed_judge
 from scir_jax.text.judge import Judge, load_template
 
@@ -123,12 +124,14 @@ def workload(run: Programs, lengths: Stated) -> Workload:
     judges = [assumed_judge(load_template(name)) for name in run.config.generative.templates]
     x = rng.choice(lengths.prompts, PAIRS)
     a, b = (rng.choice(lengths.answers, PAIRS) for _ in range(2))
-    scored = [group.tokens for group in run.score_groups]
+    scored = [spec.tokens for spec in run.score_specs]
+    together = min(run.scored_together, pairing.scored(run.config))
+    answers = a if together == 1 else rng.choice(lengths.answers, (PAIRS, together)).sum(axis=1)
     judged = [tuple(group.tokens for group in groups) for groups in run.judge_groups]
     rows = [tuple(_judge_row(judge, *row) for judge in judges) for row in zip(x, a, b, strict=True)]
     shares = {
         "prefill": _share([(n,) for n in x], [(n,) for n in run.slot_spec.tokens]),
-        "score": _share([(n,) for n in x + a], [(n,) for n in scored]),
+        "score": _share([(n,) for n in x + answers], [(n,) for n in scored]),
         "judge": _share([tuple(min(n, most) for n, most in zip(row, judged[-1])) for row in rows], judged),
     }
     limits = run.config.text

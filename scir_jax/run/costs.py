@@ -43,13 +43,14 @@ def sampled(programs: Programs, rows: Iterable[Mapping[str, Any]]) -> Counts:
     return total
 
 
-def scored(programs: Programs, items: Sequence[tuple[Prompt, Answer]]) -> Counts:
-    """Counts answers that a model gives log-probabilities."""
-    lengths = [len(prompt.ids) + len(answer.ids) for prompt, answer in items]
-    answers = sum(len(answer.ids) for _, answer in items)
-    work = flops.rows_work(programs.arch, lengths, scored=answers)
-    spent = flops.of_pass(programs.arch, work, lora=programs.model.lora, heads=len(programs.spans))
-    return Counts(scored=sum(lengths), flops=spent)
+def scored(programs: Programs, bins: Iterable[tuple[Prompt, Sequence[Answer]]]) -> Counts:
+    """Counts answers that a model gives log-probabilities, each prompt once for those that lie together with it."""
+    total = Counts()
+    for prompt, answers in bins:
+        work = flops.sampling_work(programs.arch, len(prompt.ids), [len(answer.ids) for answer in answers])
+        spent = flops.of_pass(programs.arch, work, lora=programs.model.lora, heads=len(programs.spans))
+        total += Counts(scored=work.tokens, flops=spent)
+    return total
 
 
 def rewarded(arch: Architecture, lengths: Sequence[int]) -> Counts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import RowGroup, by_length
+from scir_jax.data.bins import Laid, ScoreSpec
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import batched
 from scir_jax.data.pairs import Answer, Pair, Prompt
@@ -20,9 +21,11 @@ from scir_jax.errors import InputError
 from scir_jax.method.rewards import Evidence, expected_points, fit_length_penalty, judged
 from scir_jax.run import costs
 from scir_jax.run.costs import Spend
+from scir_jax.text.tokens import Ids
 
 Item = tuple[Prompt, Answer]
 Advance = Callable[[int], None]
+Group = TypeVar("Group", RowGroup, ScoreSpec)
 
 
 def nothing(*_) -> None:
@@ -49,19 +52,36 @@ def score_answers(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    tokens = [len(prompt.ids) + len(answer.ids) for prompt, answer in items]
+    together = by_prompt(items, programs.scored_together)
+    tokens = [len(items[one[0]][0].ids) + sum(len(items[i][1].ids) for i in one) for one in together]
     result: dict[str, np.ndarray] = {"logps": np.zeros(len(items), np.float32)}
-    for group, part in _parts(programs.score_groups, tokens):
-        rows = [encoder.scored_row(*items[i]) for i in taken(part, programs.local_rows(group.rows))]
-        read = programs.scorer(params, put_batch(group.arrays(rows, encoder.chat.pad_id), programs.mesh))
+    for spec, part in _parts(programs.score_specs, tokens):
+        mine = [together[bin] for bin in taken(part, programs.local_rows(spec.rows))]
+        laid = [Laid.of(0, [encoder.scored_row(*items[i]) for i in one]) for one in mine]
+        read = programs.scorer(params, put_batch(spec.arrays(laid, encoder.chat.pad_id), programs.mesh))
+        numbers = [together[bin] for bin in part]
         for name, values in read.items():
             values = np.asarray(values)[: len(part)]
             check_finite(values, "log-probabilities")
-            result.setdefault(name, np.zeros(len(items), np.float32))[part] = values
-        advance(len(part))
+            into = result.setdefault(name, np.zeros(len(items), np.float32))
+            for one, row in zip(numbers, values, strict=True):
+                into[one] = row[: len(one)]
+        advance(sum(map(len, numbers)))
     if spend is not nothing:
-        spend(costs.scored(programs, items))
+        spend(costs.scored(programs, [(items[one[0]][0], [items[i][1] for i in one]) for one in together]))
     return result
+
+
+def by_prompt(items: Sequence[Item], most: int) -> list[list[int]]:
+    """Returns the numbers of answers to one prompt that are scored together, at most so many, in order."""
+    parts: list[list[int]] = []
+    open_: dict[Ids, list[int]] = {}
+    for number, (prompt, _) in enumerate(items):
+        if len(part := open_.get(prompt.ids, [])) in (0, most):
+            part = open_[prompt.ids] = []
+            parts.append(part)
+        part.append(number)
+    return parts
 
 
 def judge_pairs(
@@ -147,7 +167,7 @@ def rate_answers(
     return result
 
 
-def _parts(groups: Sequence[RowGroup], tokens: Sequence[int]) -> Iterator[tuple[RowGroup, Sequence[int]]]:
+def _parts(groups: Sequence[Group], tokens: Sequence[int]) -> Iterator[tuple[Group, Sequence[int]]]:
     """Yields the numbers of rows of these lengths that are computed together, with the group that holds them."""
     by_group = by_length([(count,) for count in tokens], [(group.tokens,) for group in groups])
     for group, numbers in zip(groups, by_group, strict=True):

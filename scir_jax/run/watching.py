@@ -61,7 +61,7 @@ def pair_watch(
     if number != iteration + 1:
         scored = scoring.score_answers(encoder, programs, models.load(number), items, spend=asked.add)
         logps = scored["logps"].reshape(-1, 2)
-        each += costs.scored(programs, items)
+        each += asked.counts
     shardings = jax.tree.map(lambda s: s.sharding, programs.abstract_inference)
 
     def cast(params: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from scir_jax.data.batches import RowGroup
+from scir_jax.data.bins import ScoreSpec
 from scir_jax.engine import forward
 from scir_jax.engine.cost import flops, memory
 from scir_jax.engine.cost.flops import Flops
@@ -76,17 +77,20 @@ GROUP = RowGroup((4,), tokens=24, scored=7, verdict=True)
 
 
 def loss_and_arguments(arch, lora, remat):
-    """A loss with both kinds of read-outs, and its abstract arguments (trained, frozen, rows of GROUP)."""
+    """A loss with both kinds of read-outs, and its abstract arguments (trained, frozen, bins and rows of GROUP)."""
     model = decoder.define(arch, remat=remat, lora=lora)
 
     def loss(trained, frozen, batch):
-        params = join(trained, frozen)
-        hidden = model.hidden(params, batch.ids)
-        logps = forward.read_spans(model, params, hidden, batch, GROUP.scored, ("logps",))["logps"]
-        verdicts, mass = forward._verdict(model, params, hidden, batch, (3, 5))
+        params, (bins, rows) = join(trained, frozen), batch
+        hidden = model.hidden(params, rows.ids)
+        logps = forward.read_tokens(model, params, hidden, bins, ("logps",))["logps"]
+        verdicts, mass = forward._verdict(model, params, hidden, rows, (3, 5))
         return logps.sum() + jnp.square(verdicts).sum(), mass
 
-    return loss, (*split(model.abstract(), lora), GROUP.abstract())
+    return loss, (
+        *split(model.abstract(), lora),
+        (ScoreSpec(GROUP.rows, GROUP.tokens, 1, GROUP.scored).abstract(), GROUP.abstract()),
+    )
 
 
 @pytest.mark.parametrize(

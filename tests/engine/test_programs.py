@@ -76,7 +76,7 @@ def calls(setup, directory, monkeypatch):
             return read
 
     def judged(rows):
-        count, templates = rows[0].start.shape[0], len(rows)
+        count, templates = rows[0].verdict.shape[0], len(rows)
         return Judged(np.zeros((count, templates, 2, 2)), np.zeros((count, templates, 2)))
 
     def trained(config, trainer, stage, *_, iteration, dataset, peak, **__):
@@ -86,7 +86,7 @@ def calls(setup, directory, monkeypatch):
         ]
 
     programs.sampler = Recorded()
-    programs.scorer = recorded(programs.score_programs[0].name, lambda rows: {"logps": np.zeros(rows.start.shape)})
+    programs.scorer = recorded(programs.score_programs[0].name, lambda rows: {"logps": np.zeros(rows.first.shape)})
     programs.judge = recorded(programs.judge_programs[0].name, judged)
     monkeypatch.setattr(training, "train_stage", trained)
     params = parameters.configured()

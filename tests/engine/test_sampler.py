@@ -7,7 +7,9 @@ import torch
 import transformers
 
 from scir_jax.config.schema import MeshConfig
-from scir_jax.data.batches import Rows, SlotSpec
+from scir_jax.data.batches import SlotSpec
+from scir_jax.data.bins import Laid, ScoreSpec
+from scir_jax.data.encode import Row
 from scir_jax.engine import forward
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampler, Sampling, choose, limit, stream_key
@@ -87,14 +89,13 @@ def test_logprobs_are_the_scorers(small, settings):
     tokens, counts, logps = small(sampling=settings)
     stopped = np.isin(np.take_along_axis(tokens, counts[..., None] - 1, axis=2)[..., 0], STOPS)
     assert stopped.any() and not stopped.all()  # both kinds are there to be compared
-    rows = np.full((len(LENGTHS), N, PROMPT + RESPONSE), 17, np.int32)
-    for b, prompt in enumerate(LENGTHS):
-        for n in range(N):
-            count = counts[b, n]
-            rows[b, n, :prompt] = small.ids[b, :prompt]
-            rows[b, n, prompt : prompt + count] = tokens[b, n, :count]
-    start = np.repeat(small.lengths, N)
-    scored = small.scorer(small.params, Rows(rows.reshape(-1, PROMPT + RESPONSE), start, counts.reshape(-1), 0 * start))
+    rows = [
+        Row((*small.ids[b, :prompt].tolist(), *tokens[b, n, : counts[b, n]].tolist()), prompt, int(counts[b, n]))
+        for b, prompt in enumerate(LENGTHS)
+        for n in range(N)
+    ]
+    spec = ScoreSpec(len(rows), PROMPT + RESPONSE, 1, RESPONSE)
+    scored = small.scorer(small.params, spec.arrays([Laid.of(0, [row]) for row in rows], PAD))[:, 0]
     np.testing.assert_allclose(logps.reshape(-1), scored, rtol=0, atol=1e-4)
     response = tokens[1, 0, : counts[1, 0]]
     table = small.logprobs(small.ids[1, : LENGTHS[1]], response)

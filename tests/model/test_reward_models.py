@@ -45,7 +45,7 @@ def test_scores_are_those_of_transformers(case, tmp_path):
     arch, params = weights.load(tmp_path, reward=True)
     assert arch.parameter_count() == sum(p.numel() for p in reference.parameters())
     last = np.array(LENGTHS, np.int32) - 1
-    rows = Rows(ids_BT, np.zeros_like(last), np.zeros_like(last), last)
+    rows = Rows(ids_BT, last)
     ours = quick_jit(lambda params: rewards(decoder.define(arch), params, rows))(jax.device_put(params))
     assert ours.shape == (len(LENGTHS),) and ours.dtype == np.float32
     np.testing.assert_allclose(ours, found["right"], atol=TOLERANCE)

@@ -41,7 +41,7 @@ def test_results_do_not_depend_on_lengths_or_company(world_dir, tiny_config, mon
         judged = scoring.judge_pairs(setup.encoder, setup.programs, params, pairs, seen.append)
         assert sum(seen) == len(items) + len(pairs)
         found[shortest] = scores, *judged
-    assert len(setup.programs.score_groups) > 2 and len(setup.programs.judge_groups) > 3
+    assert len(setup.programs.score_specs) > 2 and len(setup.programs.judge_groups) > 3
     for many, one in zip(*found.values(), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
     # Another order and other neighbours change no bit.
@@ -50,6 +50,38 @@ def test_results_do_not_depend_on_lengths_or_company(world_dir, tiny_config, mon
     np.testing.assert_array_equal(again, scores[order])
     judged_again = scoring.judge_pairs(setup.encoder, setup.programs, params, pairs[:1:-1])
     np.testing.assert_array_equal(judged_again.verdicts, judged.verdicts[:1:-1])
+
+
+def test_answers_share_their_prompts_computation(world_dir, tiny_config):
+    """Each answer's values are those that it has alone, whatever else lies behind its prompt; the prompt counts once."""
+    sizes = dict(evaluate=dict(batch_size=8), sample=dict(responses=3), pairs=dict(kind="all"))
+    found, counted = {}, {}
+    for share in ("never", "always"):
+        # Entropy is read too, which is a mean and no sum.
+        text = dict(packing="bins", share_prompts=share)
+        setup = prepare(tiny_config(world_dir, text=text, rewards=dict(models=("generative", "entropy")), **sizes))
+        pairs = setup.inputs.heldout_pairs
+        items = heldout_items(setup)
+        # A third and a fourth answer to some prompts, the same answer once more, and one that is alone.
+        more = [(pairs[i].prompt, pairs[i + 1].answers[0]) for i in range(0, 6)] + [items[0], items[1]]
+        order = np.random.default_rng(1).permutation(len(items) + len(more))
+        items = [[*items, *more][i] for i in order[:-1]]
+        spent = []
+        together = setup.programs.scored_together
+        found[share] = scoring.score_answers(
+            setup.encoder, setup.programs, setup.parameters.configured(), items, spend=spent.append
+        )
+        bins = scoring.by_prompt(items, together)
+        assert sorted(number for one in bins for number in one) == list(range(len(items)))
+        assert {items[i][0].ids for one in bins for i in one[:1]} == {prompt.ids for prompt, _ in items}
+        assert max(map(len, bins)) == together == {"never": 1, "always": 3}[share]
+        tokens = [len(items[one[0]][0].ids) + sum(len(items[i][1].ids) for i in one) for one in bins]
+        assert [count.scored for count in spent] == [sum(tokens)]
+        counted[share] = spent[0]
+    assert set(found["never"]) == set(found["always"]) == {"logps", "entropy"}
+    for name, alone in found["never"].items():
+        np.testing.assert_allclose(found["always"][name], alone, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert counted["always"].scored < counted["never"].scored and counted["always"].flops < counted["never"].flops
 
 
 def test_answers_in_no_pair_are_not_scored(world_dir, tiny_config, monkeypatch):
