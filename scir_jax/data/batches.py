@@ -1,7 +1,7 @@
-"""What judge and sampler take: each batch is described once, and its arrays, shapes and costs follow from that.
+"""What sampler, reward model and pointwise judge take: a batch is described once; arrays, shapes and costs follow.
 
-A description makes the arrays of real rows (`arrays`), and the shapes of those arrays (`abstract`). The scorer's
-batch is described in scir_jax.data.bins, a training step's in scir_jax.data.steps.
+A description makes the arrays of real rows (`arrays`), and the shapes of those arrays (`abstract`). What
+scorer and judge take is described in scir_jax.data.reading, a training step's batch in scir_jax.data.steps.
 
 Axes: B rows, T tokens, P pairs, 2 the answers of a pair (or the orders in which a judge is shown them). Rows are
 right-padded, with explicit lengths: nothing is ever derived from a token being the pad token.
@@ -65,7 +65,7 @@ class RowGroup(NamedTuple):
       leading: shape of the rows' axes, [B] or [P, 2].
       tokens: T.
       scored: the most places of a row at which the vocabulary's logits are taken.
-      verdict: whether a verdict is read in every row.
+      verdict: verdicts that are read in every row.
       heads: how often the logits are taken at each of these places.
       verdicts: among how many tokens a verdict chooses.
     """
@@ -73,7 +73,7 @@ class RowGroup(NamedTuple):
     leading: tuple[int, ...]
     tokens: int
     scored: int = 0
-    verdict: bool = False
+    verdict: int = 0
     heads: int = 1
     verdicts: int = 2
 

@@ -6,15 +6,12 @@ cell. A place of a cell counts its bins' tokens, group by group.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from scir_jax.data.batches import RowGroup, abstract_of
 from scir_jax.data.encode import Row
 from scir_jax.data.packing import Packing, RowSize, Shape
 from scir_jax.model.segments import BRANCH
@@ -139,46 +136,3 @@ def fill(packing: Packing, shape: Shape, laid: Sequence[Laid], parts: Sequence[s
     return BinRows(
         tuple(ids), tuple(segments), at_A[None], tokens_A[None], marks, first_K[None], length_K[None], verdict_V[None]
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreSpec:
-    """Describes a call of the scorer: bins, each with a prompt and answers to it, or with one row.
-
-    Attributes:
-      rows: B, bins.
-      tokens: T of each.
-      answers: K, the most answers of a bin.
-      answer_tokens: the most tokens of an answer.
-      heads: how often the logits are taken at each token.
-    """
-
-    rows: int
-    tokens: int
-    answers: int
-    answer_tokens: int
-    heads: int = 1
-
-    @property
-    def shape(self) -> Shape:
-        """What each bin holds, which is a cell of its own."""
-        return Shape(((1, self.tokens),), min(self.answers * self.answer_tokens, self.tokens), self.answers)
-
-    @property
-    def group(self) -> RowGroup:
-        """The bins as rows that go through the model together."""
-        return RowGroup((self.rows,), self.tokens, self.shape.scored, heads=self.heads)
-
-    def arrays(self, laid: Sequence[Laid], pad_id: int) -> BinRows:
-        """Returns bins as arrays, C of them.
-
-        Raises:
-          ValueError: a bin holds more than `tokens` tokens.
-        """
-        packing = Packing("off", [self.shape])
-        cells = [fill(packing, self.shape, [one], (), pad_id) for one in laid]
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *cells)
-
-    def abstract(self) -> BinRows:
-        """Returns the shapes of `arrays` of a whole call."""
-        return abstract_of(fill(Packing("off", [self.shape]), self.shape, [], (), 0), self.rows)

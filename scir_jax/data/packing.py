@@ -147,8 +147,13 @@ def _exchange(parts: list[list[int]], load: list[int], sizes: Sequence[int]) -> 
         load[most], load[other] = load[most] - less, load[other] + less
 
 
-def best_fit(tokens: Sequence[int], size: int) -> list[tuple[int, int]]:
+def best_fit(tokens: Sequence[int], size: int, rows: Sequence[int] = (), most: int = 0) -> list[tuple[int, int]]:
     """Puts rows into bins: the longest first, each into the fullest bin that still holds it.
+
+    Args:
+      size: of a bin, tokens.
+      rows: how many rows each of them stands for.
+      most: rows of a bin; 0: any number.
 
     Returns:
       Bin and offset of each row.
@@ -156,20 +161,24 @@ def best_fit(tokens: Sequence[int], size: int) -> list[tuple[int, int]]:
     Raises:
       ValueError: a row is longer than a bin.
     """
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens, bin), rising
+    held: list[int] = []
     places: list[tuple[int, int]] = [(0, 0)] * len(tokens)
     for number in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
-        length = tokens[number]
+        length, count = tokens[number], rows[number] if rows else 1
         if length > size:
             raise ValueError(f"a row of {length} tokens does not fit into a bin of {size}")
-        fitting = [b for b, left in enumerate(room) if left >= length]
-        if fitting:
-            found = min(fitting, key=lambda b: room[b])
+        at = bisect.bisect_left(room, (length, 0))
+        while most and at < len(room) and held[room[at][1]] + count > most:
+            at += 1
+        if at < len(room):
+            left, found = room.pop(at)
         else:
-            found = len(room)
-            room.append(size)
-        places[number] = found, size - room[found]
-        room[found] -= length
+            left, found = size, len(held)
+            held.append(0)
+        places[number] = found, size - left
+        held[found] += count
+        bisect.insort(room, (left - length, found))
     return places
 
 

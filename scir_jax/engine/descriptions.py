@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import SHORTEST, RowGroup, SlotSpec, row_lengths
-from scir_jax.data.bins import ScoreSpec
 from scir_jax.data.encode import Lengths, round_up
 from scir_jax.data.packing import Packing, Shape, deal
 from scir_jax.data.pipelines import Way
+from scir_jax.data.reading import ReadSpec
 from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine import forward, sampler
 from scir_jax.engine import mesh as meshes
 from scir_jax.errors import InputError
-from scir_jax.method import objective, pairing, rewards
+from scir_jax.method import objective, rewards
 from scir_jax.model.architecture import Architecture
 from scir_jax.model.attention import backend_of, chosen
 from scir_jax.model.cached import cache_places
@@ -29,6 +29,10 @@ LONG_BIN = 4096
 """tokens of a bin on accelerators, unless a row is longer: their attention computes a bin's pairs in parallel, and what
 rows do not see of each other too where it is splash"""
 UNBOUNDED_BIN = 2**20
+CALL_BINS = 4
+"""of a device in a large call of the scorer or the judge"""
+SHORT_ROW = 32
+"""tokens; in a bin there is room for the readings of rows that are no shorter in the mean"""
 ADMISSIONS = 16
 """in which all slots are filled"""
 
@@ -121,34 +125,39 @@ class Descriptions:
         return counts
 
     @property
-    def score_specs(self) -> tuple[ScoreSpec, ...]:
-        """Describes one call of the scorer, for each compiled length from short to long."""
-        lengths, together, devices = self.facts.lengths, self.scored_together, meshes.batch_shards(self.mesh)
-        # About as many answers in a call whether or not they lie together, as many bins for every device.
-        bins = max(2 * self.config.evaluate.batch_size // (together * devices), 1) * devices
-        longest = lengths.scored + (together - 1) * lengths.answer
-        return tuple(
-            ScoreSpec(bins, tokens, together, lengths.answer, heads=len(self.spans))
-            for (tokens,) in row_lengths([longest])
-        )
+    def score_specs(self) -> tuple[ReadSpec, ...]:
+        """Describes the calls of the scorer, from the smallest to the largest."""
+        heads, answer = len(self.spans), self.facts.lengths.answer
+        if self.way.segmented:
+            bins, tokens = self._calls(self.facts.lengths.scored)
+            room = _readings(tokens)
+            return tuple(ReadSpec(number, tokens, tokens, room, heads=heads) for number in bins)
+        lengths = row_lengths([self.facts.lengths.scored])
+        rows = 2 * self.config.evaluate.batch_size
+        return tuple(ReadSpec(rows, tokens, min(answer, tokens), 1, heads=heads) for (tokens,) in lengths)
 
     @property
-    def scored_together(self) -> int:
-        """How many answers to a prompt lie in one bin where they are scored, the prompt's tokens once; 1: each alone."""
-        if self.way.share == "never":
-            return 1
-        config, lengths = self.config, self.facts.lengths
-        wanted = max(2, pairing.scored(config) if config.run.iterations and not config.data.pairs else 0)
-        return max(min(wanted, 1 + (self.way.bin - lengths.scored) // lengths.answer), 1)
+    def judge_specs(self) -> tuple[ReadSpec, ...]:
+        """Describes the calls of the judge likewise."""
+        longest, choices = max(self.facts.lengths.judges, default=0), 2 * len(self.facts.lengths.judges)
+        if not longest:
+            return ()
+        if self.way.segmented:
+            bins, tokens = self._calls(longest)
+            room = _readings(tokens)
+            return tuple(ReadSpec(number, tokens, verdicts=room, choices=choices) for number in bins)
+        rows = 2 * self.config.evaluate.batch_size
+        return tuple(ReadSpec(rows, tokens, verdicts=1, choices=choices) for (tokens,) in row_lengths([longest]))
 
-    @property
-    def judge_groups(self) -> tuple[tuple[RowGroup, ...], ...]:
-        """The rows of one call of the judge: for each compiled length those of every template."""
-        leading = (self.config.evaluate.batch_size, 2)
-        return tuple(
-            tuple(RowGroup(leading, tokens, verdict=True) for tokens in lengths)
-            for lengths in row_lengths(self.facts.lengths.judges)
-        )
+    def _calls(self, longest: int) -> tuple[list[int], int]:
+        """Returns the numbers of bins of a small and a large call, and the tokens of a bin.
+
+        A large call holds no more tokens than evaluate.batch_size pairs of the longest rows.
+        """
+        devices = meshes.batch_shards(self.mesh)
+        room = max(2 * self.config.evaluate.batch_size // devices, 1) * longest
+        tokens = max(longest, min(LONG_BIN, self.way.bin, room))
+        return sorted({devices, devices * max(min(room // tokens, CALL_BINS), 1)}), tokens
 
     @property
     def rate_groups(self) -> tuple[RowGroup, ...]:
@@ -287,3 +296,8 @@ class Descriptions:
         # text.bin_tokens need not hold the longest rows that the limits allow, but those that there are.
         most = max(self.way.bin, *(group.tokens for group in spec.groups))
         return Packing.of("bins", [sizes], spec.bound, most).shapes[-1]
+
+
+def _readings(tokens: int) -> int:
+    """Returns how many rows of a bin of so many tokens can be read."""
+    return max(tokens // SHORT_ROW, 2)

@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 class Judged(NamedTuple):
-    """verdicts [P, G, 2, 2] float32 logits of (A, B); mass [P, G, 2] P(A) + P(B)."""
+    """verdicts [P, G, 2, 2] float32 logits of (A, B); mass [P, G, 2] P(A) + P(B); P pairs in both orders."""
 
     verdicts: Array
     mass: Array
@@ -116,13 +116,12 @@ def score(
       rows: of C cells, each a bin, with K answers.
       answer_tokens: bound of every answer.
       wanted: keys of SPANS.
-      segmented: a bin may hold several answers.
+      segmented: a bin may hold several rows.
 
     Returns:
       [C, K] float32 by key.
     """
-    x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None)
-    x_CND = x_PND.reshape(rows.places.shape[0], -1, x_PND.shape[-1])
+    x_CND = _cells(model, params, rows, segmented)
     read = read_answers(read_tokens(model, params, x_CND, rows, wanted), rows, answer_tokens)
     return jax.tree.map(lambda x_M: x_M.reshape(rows.first.shape), read)
 
@@ -130,21 +129,29 @@ def score(
 def judge(
     model: Model,
     params: Params,
-    judges: Sequence[Rows],
+    rows: BinRows,
     verdict_ids: Sequence[Sequence[int]],
     key: Array | None = None,
+    *,
+    segmented: bool = False,
 ) -> Judged:
-    """Reads verdicts off judge rows.
+    """Reads verdicts off judge's questions.
 
     Args:
-      judges: rows [P, 2, T] of each template.
+      rows: of C cells, each a bin, with V questions.
       verdict_ids: ids of the two verdicts of each template.
       key: key of the adapters' dropout; None drops nothing.
+      segmented: a bin may hold several rows.
+
+    Returns:
+      Every question's verdict as each template's: [C, V, G, 2] and [C, V, G].
     """
-    flat = [_flat(rows) for rows in judges]
-    hidden = model.hidden_of(params, [rows.ids for rows in flat], key)
-    read = [_verdict(model, params, *one) for one in zip(hidden, flat, verdict_ids, strict=True)]
-    return _stack(read, judges[0].verdict.shape[0])
+    x_CND = _cells(model, params, rows, segmented, key)
+    read, shape = _read_verdicts(model, params, x_CND, rows.verdict, verdict_ids), rows.verdict.shape
+    return Judged(
+        verdicts=jnp.stack([logits_M2.reshape(*shape, 2) for logits_M2, _ in read], axis=2),
+        mass=jnp.stack([mass_M.reshape(shape) for _, mass_M in read], axis=2),
+    )
 
 
 def rate(model: Model, params: Params, rows: Rows, point_ids: Sequence[int]) -> Rated:
@@ -179,9 +186,7 @@ def outputs(
       key: key of the adapters' dropout; None drops nothing.
     """
     rows, pairs = batch.rows, batch.pairs
-    cells = rows.places.shape[0]
-    x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None, key)
-    x_CND = x_PND.reshape(cells, -1, x_PND.shape[-1])
+    x_CND = _cells(model, params, rows, segmented, key)
     names = dict.fromkeys((*(("logps",) if rows.learned else ()), *wanted))
     read = read_tokens(model, params, x_CND, rows, tuple(names))
     sft = {
@@ -214,8 +219,10 @@ def evidence(batch: PairBatch, fresh: dict[str, Array]) -> Evidence:
     )
 
 
-def _flat(rows: Rows) -> Rows:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[rows.verdict.ndim :]), rows)
+def _cells(model: Model, params: Params, rows: BinRows, segmented: bool, key: Array | None = None) -> Array:
+    """Computes the hidden states of cells, [C, N, D]."""
+    x_PND = model.hidden_of_bins(params, rows.ids, rows.segments if segmented else None, key)
+    return x_PND.reshape(rows.places.shape[0], -1, x_PND.shape[-1])
 
 
 def _verdict(
@@ -234,10 +241,8 @@ def _verdicts(
     numbers_PG2: Array,
     verdict_ids: Sequence[Sequence[int]],
 ) -> Judged:
-    """Reads the verdicts at places of cells."""
-    at_CVD = jnp.take_along_axis(x_CND, places_CV[..., None], axis=1)
-    # Every place is read as every template's, which costs two columns of the head more.
-    read = read_verdicts(at_CVD.reshape(-1, at_CVD.shape[-1]), model.head(params), verdict_ids, **_head(model))
+    """Puts the verdicts at places of cells together, those of each pair."""
+    read = _read_verdicts(model, params, x_CND, places_CV, verdict_ids)
     numbers = [numbers_PG2[:, i] for i in range(len(read))]
     return Judged(
         verdicts=jnp.stack([logits_M2[at] for (logits_M2, _), at in zip(read, numbers)], axis=1),
@@ -245,12 +250,14 @@ def _verdicts(
     )
 
 
+def _read_verdicts(
+    model: Model, params: Params, x_CND: Array, places_CV: Array, verdict_ids: Sequence[Sequence[int]]
+) -> list[tuple[Array, Array]]:
+    """Reads the verdicts at places of cells: of each template [C V, 2] and [C V]."""
+    at_CVD = jnp.take_along_axis(x_CND, places_CV[..., None], axis=1)
+    # Every place is read as every template's, which costs two columns of the head more.
+    return read_verdicts(at_CVD.reshape(-1, at_CVD.shape[-1]), model.head(params), verdict_ids, **_head(model))
+
+
 def _head(model: Model) -> dict[str, Any]:
     return {"cap": model.arch.final_cap, "layout": model.layout}
-
-
-def _stack(read: Sequence[tuple[Array, Array]], pairs: int) -> Judged:
-    return Judged(
-        verdicts=jnp.stack([logits.reshape(pairs, 2, 2) for logits, _ in read], axis=1),
-        mass=jnp.stack([mass.reshape(pairs, 2) for _, mass in read], axis=1),
-    )

@@ -19,6 +19,7 @@ from scir_jax.config.checks import DIVIDED
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import RowGroup
 from scir_jax.data.packing import Shape
+from scir_jax.data.reading import ReadSpec
 from scir_jax.data.steps import TrainSpec
 from scir_jax.engine import forward, losses, sampler
 from scir_jax.engine import mesh as meshes
@@ -90,7 +91,7 @@ class Programs(Descriptions):
     @cached_property
     def scorer(self):
         """Jitted (params, BinRows of B bins) -> readings [B, K] of each bin's answers by name."""
-        answer_tokens, spans, segmented = self.facts.lengths.answer, self.spans, self.scored_together > 1
+        answer_tokens, spans, segmented = self.facts.lengths.answer, self.spans, self.way.segmented
 
         def score(params, rows):
             most = min(answer_tokens, rows.places.shape[1])
@@ -100,12 +101,13 @@ class Programs(Descriptions):
 
     @cached_property
     def judge(self):
-        """Jitted (params, judge rows [P, 2, ...] of each template, key of the dropout or None) -> forward.Judged."""
-        verdict_ids = self.facts.verdict_ids
-        return self._inference(
-            lambda params, rows, key: forward.judge(self.model, params, rows, verdict_ids, key),
-            meshes.replicated(self.mesh),
-        )
+        """Jitted (params, BinRows of B bins, key of the dropout or None) -> what forward.judge reads."""
+        verdict_ids, segmented = self.facts.verdict_ids, self.way.segmented
+
+        def judge(params, rows, key):
+            return forward.judge(self.model, params, rows, verdict_ids, key, segmented=segmented)
+
+        return self._inference(judge, meshes.replicated(self.mesh))
 
     @cached_property
     def rater(self):
@@ -211,24 +213,18 @@ class Programs(Descriptions):
 
     @property
     def score_programs(self) -> list[Program]:
-        """The scorer as a program for each length of bins."""
+        """The scorer as a program for each of its calls."""
         return [
-            self._forward(f"score, {spec.tokens} tokens", "score", self.scorer, (spec.abstract(),), [spec.group])
+            self._forward(f"score, {_size(spec)}", "score", self.scorer, (spec.abstract(),), [spec.group])
             for spec in self.score_specs
         ]
 
     @property
     def judge_programs(self) -> list[Program]:
-        """The judge as a program for each length of rows."""
+        """The judge as a program for each of its calls."""
         return [
-            self._forward(
-                f"judge, {max(group.tokens for group in groups)} tokens",
-                "judge",
-                self.judge,
-                (tuple(group.abstract() for group in groups), None),
-                groups,
-            )
-            for groups in self.judge_groups
+            self._forward(f"judge, {_size(spec)}", "judge", self.judge, (spec.abstract(), None), [spec.group])
+            for spec in self.judge_specs
         ]
 
     @property
@@ -297,6 +293,11 @@ class Programs(Descriptions):
         )
         arguments = (state, frozen, spec.abstract(shape), np.float32(0), trainer.dropout_key(0, 0, 0))
         return Program(name, stage, trainer.step, arguments, count, known, spec.cells * shape.tokens)
+
+
+def _size(spec: ReadSpec) -> str:
+    """Names a call of the scorer or the judge by its rows' length, or by its bins."""
+    return f"{spec.tokens} tokens" if spec.readings == 1 else f"{spec.bins} x {spec.tokens} tokens"
 
 
 def batches(config: Config) -> dict[str, tuple[int, int]]:

@@ -199,9 +199,3 @@ PAIRING = {
     "cream": Way(lambda groups, rng, config: [], lambda n, config: min(n - 1, 1), cream, roles=("before",)),
 }
 """The ways of choosing pairs by name."""
-
-
-def scored(config: Config) -> int:
-    """Returns how many of a prompt's sampled answers are scored, at the most."""
-    answers, way = config.sample.responses, PAIRING[config.pairs.kind]
-    return answers if way.choose else min(answers, 2 * way.count(answers, config))

@@ -13,7 +13,7 @@ from scir_jax.engine.programs import Programs
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
 from scir_jax.method.objective import needs
-from scir_jax.method.pairing import PAIRING, scored
+from scir_jax.method.pairing import PAIRING
 from scir_jax.planning.stages import Stage
 from scir_jax.planning.workload import Workload
 from scir_jax.run import hub
@@ -65,7 +65,7 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
     Returns:
       (stage, stage of the program, calls) in order.
     """
-    config, spec = run.config, run.slot_spec
+    config, spec, lengths = run.config, run.slot_spec, run.facts.lengths
     responses, way = config.sample.responses, PAIRING[config.pairs.kind]
     pairs = prompts * way.count(responses, config)
     offline = int(pairs * config.pairs.offline / (1 - config.pairs.offline))
@@ -74,21 +74,23 @@ def calls(run: Programs, prompts: int, load: Workload | None = None) -> list[tup
     numbers = roles(config, iteration=3)
     models = {numbers[role] for role in ("start", "implicit", "preference", *way.roles)}
     size = 2 * config.evaluate.batch_size
-    answers, each = prompts * scored(config), run.scored_together
-    bins = prompts * math.ceil(scored(config) / each) + offline * math.ceil(2 / each)
+    answers = prompts * responses if way.choose else min(prompts * responses, 2 * pairs)
     answers, pairs = answers + 2 * offline, pairs + offline
     longest = math.ceil(prompts * responses / spec.slots) * math.ceil(spec.answer_tokens / SEGMENT)
     found = [
         ("sample", "prefill", math.ceil(prompts / spec.prompts)),
         ("sample", "decode", load.looks(prompts * responses, spec.slots) if load else longest),
-        ("score", "score", len(models) * math.ceil(bins / run.score_specs[0].rows)),
+        ("score", "score", len(models) * math.ceil(answers / run.score_specs[-1].holds(lengths.scored))),
         ("optimise", "optimise", math.ceil(pairs * config.optimise.epochs / config.optimise.batch_size)),
     ]
     wanted = needs(config)
     if wanted.judged:
         # Once by M_t, once by the judge before it, and once for each pass with dropout.
         times = 1 + ("generative_before" in wanted.frozen) + (run.judge_passes if wanted.verdicts else 0)
-        found.insert(3, ("score", "judge", times * math.ceil(candidates / config.evaluate.batch_size)))
+        questions = candidates * 2 * len(lengths.judges)
+        found.insert(
+            3, ("score", "judge", times * math.ceil(questions / run.judge_specs[-1].holds(max(lengths.judges))))
+        )
     scorer = config.pairs.scorer
     if scorer and not hub.is_function(scorer):
         found.insert(3, ("score", "reward", math.ceil(answers / size)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ import numpy as np
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import by_length
 from scir_jax.data.packing import Packing, RowSize, Shape, deal
+from scir_jax.data.reading import ReadSpec
 from scir_jax.engine.programs import Programs
 from scir_jax.engine.reward import compiled_length
 from scir_jax.engine.sampler import SEGMENT
 from scir_jax.errors import InputError
-from scir_jax.method import pairing
 from scir_jax.planning.limits import assumed_judge
 from scir_jax.text.judge import Judge, load_template
 
@@ -24,6 +25,8 @@ PAIRS = 4096
 STEPS = 24
 """that are drawn"""
 NORMAL_95 = 1.6449  # the normal distribution's 95th percentile
+FILLED = 0.97
+"""share of the places of bins that hold a token, where answers are scored and pairs judged"""
 WAITING = 0.9
 """share of the slots' tokens that are an answer's; the others pass while slots wait for prompts"""
 
@@ -124,16 +127,13 @@ def workload(run: Programs, lengths: Stated) -> Workload:
     judges = [assumed_judge(load_template(name)) for name in run.config.generative.templates]
     x = rng.choice(lengths.prompts, PAIRS)
     a, b = (rng.choice(lengths.answers, PAIRS) for _ in range(2))
-    scored = [spec.tokens for spec in run.score_specs]
-    together = min(run.scored_together, pairing.scored(run.config))
-    answers = a if together == 1 else rng.choice(lengths.answers, (PAIRS, together)).sum(axis=1)
-    judged = [tuple(group.tokens for group in groups) for groups in run.judge_groups]
-    rows = [tuple(_judge_row(judge, *row) for judge in judges) for row in zip(x, a, b, strict=True)]
+    questions = [_judge_row(judge, *row) for judge in judges for row in zip(x, a, b, strict=True)]
     shares = {
-        "prefill": _share([(n,) for n in x], [(n,) for n in run.slot_spec.tokens]),
-        "score": _share([(n,) for n in x + answers], [(n,) for n in scored]),
-        "judge": _share([tuple(min(n, most) for n, most in zip(row, judged[-1])) for row in rows], judged),
+        "prefill": _share(x, run.slot_spec.tokens),
+        "score": _read_share(run, run.score_specs, x + a, run.facts.lengths.scored),
     }
+    if questions:
+        shares["judge"] = _read_share(run, run.judge_specs, np.array(questions), max(run.facts.lengths.judges))
     limits = run.config.text
     shares["reward"] = float(np.mean([compiled_length(int(n)) for n in x + a]))
     shares["reward"] /= compiled_length(limits.max_prompt_tokens + limits.max_response_tokens)
@@ -143,11 +143,23 @@ def workload(run: Programs, lengths: Stated) -> Workload:
     return Workload(lengths.source, shares, seen, float(a.mean()), shape, real)
 
 
-def _share(rows: list[tuple[int, ...]], lengths: list[tuple[int, ...]]) -> float:
+def _share(rows: np.ndarray, lengths: Sequence[int]) -> float:
     """Returns the mean of the compiled lengths of rows, as a share of the longest."""
-    numbers = by_length(rows, lengths)
-    computed = sum(len(part) * sum(length) for part, length in zip(numbers, lengths, strict=True))
-    return computed / (len(rows) * sum(lengths[-1]))
+    numbers = by_length([(n,) for n in rows], [(n,) for n in lengths])
+    computed = sum(len(part) * length for part, length in zip(numbers, lengths, strict=True))
+    return computed / (len(rows) * lengths[-1])
+
+
+def _read_share(run: Programs, specs: Sequence[ReadSpec], rows: np.ndarray, longest: int) -> float:
+    """Returns what rows that are scored or judged need, as a share of what the longest need.
+
+    Beginnings that rows share are not taken into account.
+    """
+    rows = np.minimum(rows, longest)
+    if not run.way.segmented:
+        return _share(rows, [spec.tokens for spec in specs])
+    call = specs[-1]
+    return float(rows.mean()) * call.holds(longest) / (call.bins * call.tokens * FILLED)
 
 
 def _judge_row(judge: Judge, x: int, a: int, b: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scir_jax.data.pairs import Answer, Prompt
+from scir_jax.data.reading import Together
 from scir_jax.engine.cost import flops, memory
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.programs import Programs
@@ -38,19 +38,33 @@ def sampled(programs: Programs, rows: Iterable[Mapping[str, Any]]) -> Counts:
         answers[row["prompt_number"]].append(len(row["response_ids"]))
     total = Counts()
     for number, lengths in answers.items():
-        work = flops.sampling_work(programs.arch, prompts[number], lengths)
+        work = flops.branched_work(programs.arch, prompts[number], lengths)._replace(scored=sum(lengths))
         total += Counts(generated=sum(lengths), flops=flops.of_pass(programs.arch, work, lora=programs.model.lora))
     return total
 
 
-def scored(programs: Programs, bins: Iterable[tuple[Prompt, Sequence[Answer]]]) -> Counts:
-    """Counts answers that a model gives log-probabilities, each prompt once for those that lie together with it."""
-    total = Counts()
-    for prompt, answers in bins:
-        work = flops.sampling_work(programs.arch, len(prompt.ids), [len(answer.ids) for answer in answers])
-        spent = flops.of_pass(programs.arch, work, lora=programs.model.lora, heads=len(programs.spans))
-        total += Counts(scored=work.tokens, flops=spent)
-    return total
+def scored(programs: Programs, rows: Iterable[Together]) -> Counts:
+    """Counts answers that a model gives log-probabilities, what they have in common once."""
+    tokens, spent = _read(programs, rows)
+    return Counts(scored=tokens, flops=spent)
+
+
+def asked(programs: Programs, rows: Iterable[Together]) -> Counts:
+    """Counts judge's questions about pairs likewise."""
+    tokens, spent = _read(programs, rows)
+    return Counts(judged=tokens, flops=spent)
+
+
+def _read(programs: Programs, rows: Iterable[Together]) -> tuple[int, int]:
+    """Counts tokens and model FLOPs."""
+    tokens = spent = 0
+    for one in rows:
+        size = one.size
+        work = flops.branched_work(programs.arch, one.start, one.tails)
+        work = work._replace(scored=size.scored, verdicts=size.verdicts)
+        tokens += size.tokens
+        spent += flops.of_pass(programs.arch, work, lora=programs.model.lora, heads=len(programs.spans))
+    return tokens, spent
 
 
 def rewarded(arch: Architecture, lengths: Sequence[int]) -> Counts:
@@ -58,8 +72,8 @@ def rewarded(arch: Architecture, lengths: Sequence[int]) -> Counts:
     return Counts(scored=sum(lengths), flops=flops.of_pass(arch, flops.rows_work(arch, lengths)))
 
 
-def judged(programs: Programs, lengths: np.ndarray, choices: int = 2) -> Counts:
-    """Counts judge questions that one verdict is read off each.
+def rated(programs: Programs, lengths: np.ndarray, choices: int) -> Counts:
+    """Counts questions to the pointwise judge.
 
     Args:
       lengths: tokens of each question, int of any shape.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from scir_jax.config.schema import Config
 from scir_jax.data.batches import RowGroup, by_length
-from scir_jax.data.bins import Laid, ScoreSpec
-from scir_jax.data.encode import Encoder
+from scir_jax.data.encode import Encoder, Row
 from scir_jax.data.jsonl import batched
 from scir_jax.data.pairs import Answer, Pair, Prompt
+from scir_jax.data.reading import ReadSpec, Together, calls, together
 from scir_jax.engine.forward import Judged
 from scir_jax.engine.mesh import put_batch
 from scir_jax.engine.programs import Programs
@@ -21,11 +21,9 @@ from scir_jax.errors import InputError
 from scir_jax.method.rewards import Evidence, expected_points, fit_length_penalty, judged
 from scir_jax.run import costs
 from scir_jax.run.costs import Spend
-from scir_jax.text.tokens import Ids
 
 Item = tuple[Prompt, Answer]
 Advance = Callable[[int], None]
-Group = TypeVar("Group", RowGroup, ScoreSpec)
 
 
 def nothing(*_) -> None:
@@ -52,36 +50,28 @@ def score_answers(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    together = by_prompt(items, programs.scored_together)
-    tokens = [len(items[one[0]][0].ids) + sum(len(items[i][1].ids) for i in one) for one in together]
+    found = answers_together(programs, items)
     result: dict[str, np.ndarray] = {"logps": np.zeros(len(items), np.float32)}
-    for spec, part in _parts(programs.score_specs, tokens):
-        mine = [together[bin] for bin in taken(part, programs.local_rows(spec.rows))]
-        laid = [Laid.of(0, [encoder.scored_row(*items[i]) for i in one]) for one in mine]
-        read = programs.scorer(params, put_batch(spec.arrays(laid, encoder.chat.pad_id), programs.mesh))
-        numbers = [together[bin] for bin in part]
+    for spec, bins in calls(programs.score_specs, found, segmented=programs.way.segmented):
+        rows = _arrays(encoder, programs, spec, bins, lambda number: encoder.scored_row(*items[number]))
+        read = programs.scorer(params, rows)
+        numbers = [[number for one in bin for number in one.rows] for bin in bins]
         for name, values in read.items():
-            values = np.asarray(values)[: len(part)]
+            values = np.asarray(values)[: len(bins)]
             check_finite(values, "log-probabilities")
             into = result.setdefault(name, np.zeros(len(items), np.float32))
-            for one, row in zip(numbers, values, strict=True):
-                into[one] = row[: len(one)]
+            for answers, row in zip(numbers, values, strict=True):
+                into[answers] = row[: len(answers)]
         advance(sum(map(len, numbers)))
     if spend is not nothing:
-        spend(costs.scored(programs, [(items[one[0]][0], [items[i][1] for i in one]) for one in together]))
+        spend(costs.scored(programs, found))
     return result
 
 
-def by_prompt(items: Sequence[Item], most: int) -> list[list[int]]:
-    """Returns the numbers of answers to one prompt that are scored together, at most so many, in order."""
-    parts: list[list[int]] = []
-    open_: dict[Ids, list[int]] = {}
-    for number, (prompt, _) in enumerate(items):
-        if len(part := open_.get(prompt.ids, [])) in (0, most):
-            part = open_[prompt.ids] = []
-            parts.append(part)
-        part.append(number)
-    return parts
+def answers_together(programs: Programs, items: Sequence[Item]) -> list[Together]:
+    """Says which answers lie together where they are scored: those to one prompt, as the attention allows."""
+    rows = [(prompt.ids, len(prompt.ids), len(prompt.ids) + len(answer.ids)) for prompt, answer in items]
+    return together(0, rows, programs.score_specs[-1], share=programs.way.share != "never")
 
 
 def judge_pairs(
@@ -103,32 +93,55 @@ def judge_pairs(
     Raises:
       InputError: the model gives values that are not finite.
     """
-    lengths = [tuple(group.tokens for group in groups) for groups in programs.judge_groups]
-    # Rows are made again batch by batch: all of them at once could be more than a host holds.
-    sizes = question_sizes(encoder, pairs)
-    tokens = [tuple(row) for row in sizes.max(axis=2).tolist()]
-    verdicts = np.zeros((len(pairs), len(encoder.judges), 2, 2), np.float32)
-    mass = np.zeros((len(pairs), len(encoder.judges), 2), np.float32)
-    calls = 0
-    for groups, numbers in zip(programs.judge_groups, by_length(tokens, lengths), strict=True):
-        size = groups[0].leading[0]
-        for part in batched(numbers, size):
-            mine = [pairs[i] for i in taken(part, programs.local_rows(size))]
-            rows = tuple(
-                group.arrays([row for pair in mine for row in encoder.judge_rows(judge, pair)], encoder.chat.pad_id)
-                for judge, group in zip(encoder.judges, groups, strict=True)
-            )
-            batch_key = None if key is None else jax.random.fold_in(key, calls)
-            read = programs.judge(params, put_batch(rows, programs.mesh), batch_key)
-            verdicts[part] = np.asarray(read.verdicts)[: len(part)]
-            mass[part] = np.asarray(read.mass)[: len(part)]
-            check_finite(verdicts[part], "verdicts")
-            check_finite(mass[part], "verdicts")
-            advance(len(part))
-            calls += 1
+    found = questions_together(encoder, programs, pairs)
+    shape = len(pairs), len(encoder.judges), 2
+    verdicts, mass = np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
+
+    def question(number: int) -> Row:
+        # Rows are made again call by call: all of them at once could be more than a host holds.
+        pair, template, order = np.unravel_index(number, shape)
+        return encoder.judge_rows(encoder.judges[template], pairs[pair])[order]
+
+    done = 0
+    for number, (spec, bins) in enumerate(calls(programs.judge_specs, found, segmented=programs.way.segmented)):
+        rows = _arrays(encoder, programs, spec, bins, question)
+        read = programs.judge(params, rows, None if key is None else jax.random.fold_in(key, number))
+        read = Judged(*(np.asarray(values)[: len(bins)] for values in read))
+        for bin, verdicts_VG2, mass_VG in zip(bins, *read, strict=True):
+            asked = [number for one in bin for number in one.rows]
+            at, place = np.unravel_index(asked, shape), np.arange(len(asked))
+            verdicts[at], mass[at] = verdicts_VG2[place, at[1]], mass_VG[place, at[1]]
+            check_finite(verdicts[at], "verdicts")
+            check_finite(mass[at], "verdicts")
+            # A pair counts when the last of its questions is answered, as near as makes no difference.
+            before, done = done, done + len(asked)
+            advance(done // (2 * shape[1]) - before // (2 * shape[1]))
     if spend is not nothing:
-        spend(costs.judged(programs, sizes))
+        spend(costs.asked(programs, found))
     return Judged(verdicts, mass)
+
+
+def questions_together(encoder: Encoder, programs: Programs, pairs: Sequence[Pair]) -> list[Together]:
+    """Says which of the questions about pairs, numbered as their verdicts are, lie together where they are judged."""
+    rows = []
+    for pair in pairs:
+        for number, judge in enumerate(encoder.judges):
+            key = number, pair.prompt.ids, pair.prompt.quote
+            rows += [(key, row.start, len(row.ids)) for row in encoder.judge_rows(judge, pair)]
+    return together(1, rows, programs.judge_specs[-1], share=programs.way.share != "never") if rows else []
+
+
+def _arrays(
+    encoder: Encoder,
+    programs: Programs,
+    spec: ReadSpec,
+    bins: Sequence[Sequence[Together]],
+    row: Callable[[int], Row],
+) -> Any:
+    """Puts this host's bins of a call on the devices."""
+    mine = (bins[i] if i < len(bins) else () for i in programs.local_rows(spec.bins))
+    laid = [[one.laid(row) for one in bin] for bin in mine]
+    return put_batch(spec.arrays(laid, encoder.chat.pad_id), programs.mesh)
 
 
 def rate_answers(
@@ -163,11 +176,11 @@ def rate_answers(
         result["points"][part], result["points_mass"][part] = expected_points(logits, points), mass
         advance(len(part))
     if spend is not nothing:
-        spend(costs.judged(programs, sizes, len(points)))
+        spend(costs.rated(programs, sizes, len(points)))
     return result
 
 
-def _parts(groups: Sequence[Group], tokens: Sequence[int]) -> Iterator[tuple[Group, Sequence[int]]]:
+def _parts(groups: Sequence[RowGroup], tokens: Sequence[int]) -> Iterator[tuple[RowGroup, Sequence[int]]]:
     """Yields the numbers of rows of these lengths that are computed together, with the group that holds them."""
     by_group = by_length([(count,) for count in tokens], [(group.tokens,) for group in groups])
     for group, numbers in zip(groups, by_group, strict=True):
@@ -178,12 +191,6 @@ def _parts(groups: Sequence[Group], tokens: Sequence[int]) -> Iterator[tuple[Gro
 def rating_sizes(encoder: Encoder, items: Sequence[Item]) -> np.ndarray:
     """Counts the tokens of the pointwise question about each answer, [len(items)] int."""
     return np.array([len(encoder.pointwise_row(*item).ids) for item in items], int)
-
-
-def question_sizes(encoder: Encoder, pairs: Sequence[Pair]) -> np.ndarray:
-    """Counts the tokens of every template's question about pairs in both orders, [P, G, 2] int."""
-    sizes = [[[len(row.ids) for row in encoder.judge_rows(judge, pair)] for judge in encoder.judges] for pair in pairs]
-    return np.array(sizes, int).reshape(len(pairs), len(encoder.judges), 2)
 
 
 def single_verdicts(

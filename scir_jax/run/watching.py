@@ -54,10 +54,10 @@ def pair_watch(
     number = roles(config, iteration)["implicit"]
     items = [(pair.prompt, answer) for pair in pairs for answer in pair.answers]
     logps, asked = None, Account()
-    each = costs.judged(programs, scoring.question_sizes(encoder, pairs))
+    each = costs.asked(programs, scoring.questions_together(encoder, programs, pairs))
     if encoder.pointwise is not None:
         sizes = scoring.rating_sizes(encoder, items)
-        each += costs.judged(programs, sizes, len(encoder.pointwise.verdict_ids))
+        each += costs.rated(programs, sizes, len(encoder.pointwise.verdict_ids))
     if number != iteration + 1:
         scored = scoring.score_answers(encoder, programs, models.load(number), items, spend=asked.add)
         logps = scored["logps"].reshape(-1, 2)

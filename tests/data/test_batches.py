@@ -13,7 +13,6 @@ from tests.data.small_data import fits
 def test_padding():
     rows = RowGroup((3,), 4).arrays([Row((5, 6, 7), 1, 2), Row((0, 0), judged=True), Row((), 0, 0)], pad_id=9)
     assert rows.ids.tolist() == [[5, 6, 7, 9], [0, 0, 9, 9], [9, 9, 9, 9]]
-    assert rows.start.tolist() == [1, 0, 0] and rows.length.tolist() == [2, 0, 0]
     assert rows.verdict.tolist() == [0, 1, 0]
     assert all(part.dtype == np.int32 for part in rows)
     assert pad((1, 2), 2, 0).tolist() == [1, 2]
@@ -27,7 +26,7 @@ def test_rows_of_pairs_stand_side_by_side():
     group = RowGroup((2, 2), 3)
     rows = group.arrays([Row((i,) * n, i, 1, judged=i > 2) for i, n in ((1, 1), (2, 2), (3, 3), (4, 1))], 0)
     assert group.rows == 4 and rows.ids.shape == (2, 2, 3)
-    assert rows.ids[:, :, 0].tolist() == rows.start.tolist() == [[1, 2], [3, 4]]
+    assert rows.ids[:, :, 0].tolist() == [[1, 2], [3, 4]]
     assert rows.verdict.tolist() == [[0, 0], [2, 0]]
 
 

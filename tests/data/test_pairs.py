@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from scir_jax.config.schema import TextConfig
-from scir_jax.data.batches import RowGroup
 from scir_jax.data.encode import Encoder
 from scir_jax.data.jsonl import write_rows
 from scir_jax.data.pairs import IDS, Pair, answer_row, from_row, to_row
+from scir_jax.data.pipelines import Way
+from scir_jax.data.reading import ReadSpec
 from scir_jax.data.records import Comparison, read_comparisons
 from scir_jax.data.steps import PairSpec, TrainSpec
 from scir_jax.engine.forward import Judged
@@ -92,10 +93,11 @@ def same_everywhere(encoder, pairs, tmp_path, monkeypatch):
     def judge(_, rows, *key):
         assert key in ((), (None,)), "nothing is dropped"
         asked.append(rows)
-        return Judged(*(np.zeros((len(pairs), len(rows), 2, *more), np.float32) for more in ((2,), ())))
+        shape = (*rows.verdict.shape, len(encoder.judges))
+        return Judged(np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32))
 
-    groups = tuple(RowGroup((len(pairs), 2), tokens, verdict=True) for tokens in lengths.judges)
-    programs = SimpleNamespace(judge_groups=(groups,), judge=judge, local_rows=np.arange, mesh=None)
+    specs = (ReadSpec(2 * len(pairs) * len(encoder.judges), max(lengths.judges), verdicts=1),)
+    programs = SimpleNamespace(judge_specs=specs, way=Way(), judge=judge, local_rows=np.arange, mesh=None)
     monkeypatch.setattr(scoring, "put_batch", lambda rows, _: rows)
     scoring.judge_pairs(encoder, programs, None, pairs)
     spec = PairSpec.of(len(pairs), lengths, judged=True, continued=encoder.continued)
@@ -103,16 +105,16 @@ def same_everywhere(encoder, pairs, tmp_path, monkeypatch):
         batch = step_of(TrainSpec(spec), list(enumerate(source)), encoder)
         ((*found,),) = rows_of(batch)
         by_place = {int(place): ids for where, ids in found for place in where}
-        for number, rows in enumerate(asked[0]):
-            for i, side in np.ndindex(len(pairs), 2):
-                ids = tuple(rows.ids[i, side, : rows.verdict[i, side] + 1].tolist())
-                assert by_place[read_of(batch)[i][1][number][side][1]] == ids
+        (questions,) = asked
+        for row, (i, number, side) in enumerate(np.ndindex(len(pairs), len(encoder.judges), 2)):
+            ids = tuple(questions.ids[0][row, : questions.verdict[row, 0] + 1].tolist())
+            assert by_place[read_of(batch)[i][1][number][side][1]] == ids
         for pair in source:
             rows = spec.rows(pair, encoder)
             expected = [encoder.judge_rows(judge, pair) for judge in encoder.judges]
-            assert [tuple(both) for both in rows][-len(groups) :] == expected
+            assert [tuple(both) for both in rows][-len(expected) :] == expected
             assert encoder.continued or tuple(rows[0]) == encoder.answer_rows(pair)
-    assert all((rows.verdict > 0).all() for rows in asked[0])
+    assert (asked[0].verdict > 0).all()
 
 
 @pytest.mark.parametrize("quote_thinking", [False, True])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scir_jax.data.batches import RowGroup
-from scir_jax.data.bins import ScoreSpec
+from scir_jax.data.reading import ReadSpec
 from scir_jax.engine import forward
 from scir_jax.engine.cost import flops, memory
 from scir_jax.engine.cost.flops import Flops
@@ -89,7 +89,7 @@ def loss_and_arguments(arch, lora, remat):
 
     return loss, (
         *split(model.abstract(), lora),
-        (ScoreSpec(GROUP.rows, GROUP.tokens, 1, GROUP.scored).abstract(), GROUP.abstract()),
+        (ReadSpec(GROUP.rows, GROUP.tokens, GROUP.scored, 1).abstract(), GROUP.abstract()),
     )
 
 
@@ -275,4 +275,6 @@ def test_rows_that_only_go_forward(adapters):
     # The prompt is read once; an answer adds what its row has more than the prompt alone.
     answers = [1, 5, 5, 12]
     expected = of(10) + sum(of(10 + n, n) - of(10) for n in answers)
-    assert flops.of_pass(ARCH, flops.sampling_work(ARCH, 10, answers), lora=lora) == expected
+    assert (
+        flops.of_pass(ARCH, flops.branched_work(ARCH, 10, answers)._replace(scored=sum(answers)), lora=lora) == expected
+    )

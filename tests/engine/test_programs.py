@@ -76,8 +76,8 @@ def calls(setup, directory, monkeypatch):
             return read
 
     def judged(rows):
-        count, templates = rows[0].verdict.shape[0], len(rows)
-        return Judged(np.zeros((count, templates, 2, 2)), np.zeros((count, templates, 2)))
+        shape = (*rows.verdict.shape, len(encoder.judges))
+        return Judged(np.zeros((*shape, 2)), np.zeros(shape))
 
     def trained(config, trainer, stage, *_, iteration, dataset, peak, **__):
         key, rates = trainer.dropout_key(0, iteration, 1), training.learning_rates(config.training, peak, len(dataset))

@@ -8,8 +8,9 @@ import transformers
 
 from scir_jax.config.schema import MeshConfig
 from scir_jax.data.batches import SlotSpec
-from scir_jax.data.bins import Laid, ScoreSpec
+from scir_jax.data.bins import Laid
 from scir_jax.data.encode import Row
+from scir_jax.data.reading import ReadSpec
 from scir_jax.engine import forward
 from scir_jax.engine import mesh as meshes
 from scir_jax.engine.sampler import Sampler, Sampling, choose, limit, stream_key
@@ -94,8 +95,8 @@ def test_logprobs_are_the_scorers(small, settings):
         for b, prompt in enumerate(LENGTHS)
         for n in range(N)
     ]
-    spec = ScoreSpec(len(rows), PROMPT + RESPONSE, 1, RESPONSE)
-    scored = small.scorer(small.params, spec.arrays([Laid.of(0, [row]) for row in rows], PAD))[:, 0]
+    spec = ReadSpec(len(rows), PROMPT + RESPONSE, RESPONSE, 1)
+    scored = small.scorer(small.params, spec.arrays([[Laid.of(0, [row])] for row in rows], PAD))[:, 0]
     np.testing.assert_allclose(logps.reshape(-1), scored, rtol=0, atol=1e-4)
     response = tokens[1, 0, : counts[1, 0]]
     table = small.logprobs(small.ids[1, : LENGTHS[1]], response)

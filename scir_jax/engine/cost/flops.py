@@ -96,17 +96,17 @@ def rows_work(arch: Architecture, lengths: Iterable[int], *, scored: int = 0, ve
     return Work(tokens, _seen(arch, counts), 0, scored, verdicts)
 
 
-def sampling_work(arch: Architecture, prompt: int, answers: Iterable[int]) -> Work:
-    """Returns what sampling asks for: a prompt once, and each answer's tokens behind it, one by one.
+def branched_work(arch: Architecture, trunk: int, branches: Iterable[int]) -> Work:
+    """Returns what rows that begin alike ask for: their beginning once, and each row's own tokens behind it.
 
     Args:
-      prompt, answers: lengths in tokens.
+      trunk, branches: lengths in tokens.
     """
-    counts = Counter(answers)
-    before, number = _seen(arch, Counter([prompt])), counts.total()
-    sampled = sum(length * count for length, count in counts.items())
-    behind = _seen(arch, Counter({prompt + length: count for length, count in counts.items()})) - number * before
-    return Work(prompt + sampled, before + behind, 0, sampled, 0)
+    counts = Counter(branches)
+    before, number = _seen(arch, Counter([trunk])), counts.total()
+    own = sum(length * count for length, count in counts.items())
+    behind = _seen(arch, Counter({trunk + length: count for length, count in counts.items()})) - number * before
+    return Work(trunk + own, before + behind, 0, 0, 0)
 
 
 def inference(
