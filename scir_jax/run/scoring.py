@@ -99,8 +99,10 @@ def judge_pairs(
 
     def question(number: int) -> Row:
         # Rows are made again call by call: all of them at once could be more than a host holds.
-        pair, template, order = np.unravel_index(number, shape)
-        return encoder.judge_rows(encoder.judges[template], pairs[pair])[order]
+        at, template, order = np.unravel_index(number, shape)
+        pair = pairs[at]
+        shown = pair.answers[::-1] if order else pair.answers
+        return encoder.judge_row(encoder.judges[template], pair.prompt, *shown)
 
     done = 0
     for number, (spec, bins) in enumerate(calls(programs.judge_specs, found, segmented=programs.way.segmented)):
