@@ -119,6 +119,8 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
         generative=GenerativeConfig(
             templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))
         ),
+        # A thousand steps are worth a few more compilations.
+        text=dataclasses.replace(config.text, packing="lengths", share_prompts="auto"),
         sft=SFTConfig(ift_batch_size=world.documents, eft_batch_size=world.comparisons),
         training=TrainingConfig(warmup=0.05),
         lora=LoraConfig(),
