@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from scir_jax import plan
+from scir_jax.config import cli
+from scir_jax.config.checks import resolve
 from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.cost.flops import Flops
@@ -233,6 +235,17 @@ def test_a_plan_for_a_slice(command, write_config):
     assert done.code == 0, done.err
     for text in ("v5e:2x2: 4 chip(s)", "15.75", "197 TFLOP/s", "chip-hours", "all-gather", "fits"):
         assert text in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
+def test_decoding_on_a_tpu_copies_no_cache():
+    """The whole cache is there once, whatever writes the next token's place into it."""
+    config, *_ = cli.parse("plan", "", ["--config", "mistral-7b", "--config", "tpu/v5e-16"])
+    run = machine.plan(resolve(config), machine.describe("v5e:4x4"))
+    program = run.decode_program()
+    compiled = program.compile(run.mesh)
+    assert program.known.cache == 4 * 2**30 > 20 * compiled.memory_analysis().temp_size_in_bytes, "bytes per device"
 
 
 @pytest.mark.slow
