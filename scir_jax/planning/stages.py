@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -29,7 +31,7 @@ class Stage:
       memory: bytes per device; without what the compiler would add where `reason` says why there is no program.
       flops: of one call, over all devices.
       streamed: bytes that each device reads from its memory in one call at the least; counted for samplers only.
-      collectives: of one device in one call.
+      collectives: of one device in one call; None where the compiled program cannot be read.
       seconds: that compilation took.
       reason: why there is no program, or None; SKIPPED where it may fit all the same.
     """
@@ -40,7 +42,7 @@ class Stage:
     limit: int
     flops: Flops
     streamed: int = 0
-    collectives: tuple[Collective, ...] = ()
+    collectives: tuple[Collective, ...] | None = ()
     seconds: float = 0.0
     reason: str | None = None
 
@@ -51,13 +53,15 @@ class Stage:
     def least(self, chip: Chip, devices: int) -> dict[str, float]:
         """Computes the seconds of one call at the least, by what bounds it.
 
-        That is every FLOP at the peak, and every byte at full bandwidth.
+        That is every FLOP at the peak, and every byte at full bandwidth. Without collectives nothing is said of links.
         """
-        return {
+        bounds = {
             "arithmetic": self.flops.hardware / devices / chip.flops,
             "memory": self.streamed / chip.bandwidth,
-            "links": sum(c.received for c in self.collectives) / chip.interconnect,
         }
+        if self.collectives is not None:
+            bounds["links"] = sum(c.received for c in self.collectives) / chip.interconnect
+        return bounds
 
 
 def survey(
@@ -111,9 +115,35 @@ def _stage(run: Programs, program: Program, limit: int, hopeless: bool) -> Stage
     return dataclasses.replace(
         stage,
         memory=memory.whole(program.known, compiled, run.backend),
-        collectives=tuple(collectives(compiled.as_text())),
+        collectives=_collectives(compiled),
         seconds=time.monotonic() - started,
     )
+
+
+def _collectives(compiled: jax.stages.Compiled) -> tuple[Collective, ...] | None:
+    """Counts the collectives of a compiled program; None where it has instructions that this jaxlib cannot read."""
+    try:
+        with _silent():
+            text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # jaxlib may be older than the compiler in libtpu.
+        if "INTERNAL" not in str(error):
+            raise
+        return None
+    return tuple(collectives(text))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps from the terminal what compiled libraries write to stderr: pages for an error that is caught."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _short(error: str) -> str:

@@ -122,7 +122,7 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     """Shows FLOPs and communication of a call, and the least time that it takes."""
     devices = len(machine.devices)
     found = [stage for stage in found if stage.reason is None]
-    kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives))
+    kinds = list(dict.fromkeys(c.kind for stage in found for c in stage.collectives or ()))
     table = _table(
         "one call: PFLOP over all devices (of the mathematics, and as executed), seconds at the least by what bounds "
         "them, "
@@ -131,16 +131,24 @@ def show_times(run: Programs, found: Sequence[Stage], machine: Machine) -> None:
     )
     for stage in found:
         least = stage.least(machine.chip, devices)
-        sums = {kind: sum(c.bytes for c in stage.collectives if c.kind == kind) for kind in kinds}
-        unsure = {c.kind for c in stage.collectives if c.unknown}
+        known = stage.collectives or ()
+        sums = {kind: sum(c.bytes for c in known if c.kind == kind) for kind in kinds}
+        unsure = {c.kind for c in known if c.unknown}
         table.add_row(
             stage.name,
             _number(stage.flops.model / 1e15),
             _number(stage.flops.hardware / 1e15),
-            *(_number(least[bound]) for bound in ("arithmetic", "memory", "links")),
-            *(f"{_number(sums[kind] / GIB)}{'+' if kind in unsure else ''}" for kind in kinds),
+            *(_number(least[bound]) if bound in least else "?" for bound in ("arithmetic", "memory", "links")),
+            *(
+                "?" if stage.collectives is None else f"{_number(sums[kind] / GIB)}{'+' if kind in unsure else ''}"
+                for kind in kinds
+            ),
         )
     _print(table)
+    if any(stage.collectives is None for stage in found):
+        _print(
+            "?: the installed jaxlib cannot read this program of the TPU's compiler; what it exchanges is not counted."
+        )
     _print(
         "arithmetic: every executed FLOP at the chips' peak; memory: what decoding must read of weights and cache; "
         "links: what a device must receive. None of them can be beaten; how far they overlap is not known "

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from scir_jax.engine.cost import memory
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.cost.flops import Flops
 from scir_jax.engine.program import Program
-from scir_jax.planning import batches, iteration, limits, machine, stages, topology
+from scir_jax.planning import batches, iteration, limits, machine, stages, tables, topology
 from scir_jax.planning.limits import planned
 from scir_jax.run.preflight import check_memory
 from scir_jax.run.setup import prepare
@@ -217,6 +218,27 @@ def test_least_times_are_those_of_the_chip():
         "x", "sample", memory.Memory(), 1, Flops(1, int(chip.flops * 32)), streamed=int(chip.bandwidth * 3)
     )
     assert stage.least(chip, 16) == pytest.approx({"arithmetic": 2, "memory": 3, "links": 0})
+
+
+def test_a_program_that_cannot_be_read_has_a_question_mark(world_dir, tiny_config, monkeypatch, capfd):
+    """jaxlib may not know every instruction of a newer libtpu's compiler; its memory and its arithmetic are known."""
+    run = planned(*(getattr(prepare(tiny_config(world_dir, **SMALL)).programs, x) for x in ("config", "arch", "mesh")))
+
+    class Compiled:
+        def as_text(self):
+            os.write(2, b"*** Begin stack trace ***")
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update should have 1 operands")
+
+        def memory_analysis(self):
+            return None
+
+    monkeypatch.setattr(Program, "compile", lambda self, mesh: Compiled())
+    monkeypatch.setattr(memory, "whole", lambda known, compiled, backend: known)
+    (found,) = stages.survey(run, memory.limit(), lambda name: None, lambda program: program.stage == "optimise")
+    assert found.fits and found.collectives is None and set(found.least(CHIPS["v5e"], 1)) == {"arithmetic", "memory"}
+    tables.show_times(run, [found], machine.Machine("v5e", tuple(jax.devices()), CHIPS["v5e"], memory.limit()))
+    out, err = capfd.readouterr()
+    assert re.search(r"SCIR step .*[\d.]+ .* - .* \? ", out) and "cannot read this program" in out and not err
 
 
 def test_a_machine_that_is_here():
