@@ -9,7 +9,7 @@
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8p' "$0"; exit 2; }
 out=$1; shift
-parts=${*:-versions parity repeat step sample iteration}
+parts=${*:-versions parity repeat step score sample iteration}
 sizes=${SIZES:-60m 1b}; sampled=${SAMPLED:-1b}; steps=${STEPS:-6}; longest=${LONGEST:-2048}
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
@@ -43,6 +43,13 @@ step() { # pairs and tokens per second, MFU, the table of memory against the all
         echo "== $size"
         python "$here/step.py" --size "$size" --steps "$steps" --longest "$longest" --repeat 1 --dtype bfloat16 \
             --only "scir_jax dpo" "scir_jax scir" "scir_jax scir continued"
+    done
+}
+
+score() {
+    for size in $sampled; do
+        echo "== $size"
+        python "$here/score.py" --size "$size" --longest "$longest" --only alone --dtype bfloat16
     done
 }
 
