@@ -257,6 +257,10 @@ class Model:
         """Lays one token per row out like the weights: a few activations travel at each step, and no weights."""
         return self._lay(x_B1D, "replica", None, "embed")
 
+    def split_as_head(self, x_BD: jax.Array) -> jax.Array:
+        """Lays one hidden state per row out like the head's width: parts of logits travel, and not the head."""
+        return self._lay(x_BD, "replica", "table")
+
     def _lay_out(self, cache: Cache) -> Cache:
         return Cache(*(self._lay(x, None, "batch", None, "kv_heads", None) for x in cache))
 
