@@ -278,7 +278,7 @@ def test_decoding_on_a_tpu_holds_nothing_twice(slice_, configs):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")
-@pytest.mark.documented("plan --config mistral-7b --config tpu/v5e-16 --topology v5e:4x4", "plan --lengths")
+@pytest.mark.documented("plan --config mistral-7b --config tpu/v5e-16 --topology v5e:4x4", "plan v5e:4x4 --lengths")
 @pytest.mark.documented("plan v6e:2x4", "plan v5p:2x2x4", "plan v6e:8x8")
 def test_the_documents_plans(documented, tmp_path):
     """Of a small model and one program; at last with a reward model, whose program is the run's too."""
