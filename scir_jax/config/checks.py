@@ -268,11 +268,12 @@ def check_positive(config: Config, *sections: str) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Refuses settings of `sample` that are out of their range.
+    """Refuses settings of `sample` and `evaluate` that are out of their range.
 
     Raises:
       InputError: temperature or top_k is negative, or top_p is not in (0, 1].
     """
-    sample = config.sample
-    if sample.temperature < 0 or not 0 < sample.top_p <= 1 or sample.top_k < 0:
-        raise InputError("sample: temperature and top_k must not be negative, top_p must be in (0, 1]")
+    for section, asked in (("sample", config.sample), ("evaluate", config.evaluate)):
+        temperature, top_p, top_k = asked.temperature, asked.top_p, asked.top_k
+        if (temperature or 0) < 0 or not 0 < (1 if top_p is None else top_p) <= 1 or (top_k or 0) < 0:
+            raise InputError(f"{section}: temperature and top_k must not be negative, top_p must be in (0, 1]")

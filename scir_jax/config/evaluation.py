@@ -13,7 +13,13 @@ class EvaluateConfig:
     batch_size: int = 32
     """pairs scored at once"""
     samples: int = 2
-    """responses per held-out prompt, sampled as in `sample`"""
+    """responses per held-out prompt"""
+    temperature: float | None = None
+    """of these responses; null: as in `sample`, likewise the next two"""
+    top_p: float | None = None
+    """nucleus"""
+    top_k: int | None = None
+    """0 is no limit"""
     greedy: bool = True
     """one greedy response per prompt too"""
     divergence: bool = True

@@ -5,6 +5,7 @@ The grader is used here and nowhere else; training never sees it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections import defaultdict
@@ -142,7 +143,7 @@ def evaluate(
     prompts = inputs.heldout_prompts
     rated = encoder.pointwise is not None
     total = scoring.score_count(len(pairs), with_reference=reference is not None, rated=rated)
-    kinds = [(False, config.evaluate.samples, settings_of(config.sample))]
+    kinds = [(False, config.evaluate.samples, heldout_sampling(config))]
     if config.evaluate.greedy:
         kinds.append((True, 1, Sampling.of(0.0)))
     total += len(prompts) * sum(responses for _, responses, _ in kinds)
@@ -203,6 +204,13 @@ def divergence(
     return float(np.mean(np.array([row["logprob"] for row in sampled], np.float64) - theirs))
 
 
+def heldout_sampling(config: Config) -> Sampling:
+    """Returns how the answers to held-out prompts are sampled: as in `sample`, where `evaluate` says nothing else."""
+    names = ("temperature", "top_p", "top_k")
+    own = {name: value for name in names if (value := getattr(config.evaluate, name)) is not None}
+    return settings_of(dataclasses.replace(config.sample, **own))
+
+
 def sample_heldout(
     config: Config,
     encoder: Encoder,
@@ -227,7 +235,8 @@ def sample_heldout(
 def response_metrics(rows: Sequence[dict], grader: Grader | None, against: Sequence[dict] | None) -> dict[str, float]:
     """Measures length, entropy, ends and diversity of sampled responses; with a grader quality and the win rate.
 
-    The entropy is the mean of -log pi(token), nats: an estimate of the policy's entropy where sample.temperature is 1.
+    The entropy is the mean of -log pi(token), nats: an estimate of the policy's entropy where answers
+    are sampled at temperature 1.
 
     Args:
       against: M1's responses; the win rate is over all pairs of samples, ties count 1/2. There is none where the prompts

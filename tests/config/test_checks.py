@@ -68,6 +68,8 @@ DICE = dict(pairs=dict(kind="dice"), preference=dict(labels="dice"), consistency
         ),
         (dict(evaluate=dict(early_stop=True)), "evaluate.early_stop is true, which needs labelled pairs"),
         (dict(evaluate=dict(every=5)), "evaluate.every is 5, which needs labelled pairs"),
+        (dict(evaluate=dict(temperature=-1.0)), "evaluate: temperature and top_k must not be negative"),
+        (dict(sample=dict(top_p=0.0)), r"sample: .* top_p must be in \(0, 1\]"),
         (dict(evaluate=dict(every=-1)), "evaluate.every must not be negative, not -1"),
         (dict(evaluate=dict(select="win_rate")), "select is win_rate, which needs graded answers: set evaluate.grader"),
         (

@@ -1,16 +1,18 @@
 """The sampling stage: slots that refill, its file through interruptions, answers that depend on no slot."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from scir_jax.config.schema import EvaluateConfig
 from scir_jax.data.jsonl import AppendOnly
 from scir_jax.engine import sampler as engine_sampler
 from scir_jax.engine.sampler import Sampling, stream_key
 from scir_jax.errors import InputError, Interrupted
-from scir_jax.run import console, costs, sampling, scoring
+from scir_jax.run import console, costs, evaluation, sampling, scoring
 from scir_jax.run.costs import Account
 from scir_jax.run.setup import prepare
 
@@ -229,3 +231,19 @@ def test_without_memory_half_of_the_slots_go_on(world_dir, tiny_config, whole, m
     monkeypatch.setattr(made.programs.sampler, "decode", exhausted(made.programs.sampler.decode, 1))
     with pytest.raises(InputError, match=f"no memory for {slots // 2} answers at once; set sample.batch_size"):
         rows()
+
+
+def test_held_out_answers_are_sampled_as_evaluate_says(world_dir, tiny_config):
+    """At temperature 0 all answers to a prompt are the greedy one, whatever the answers are that a run trains on."""
+    wanted = dict(sample=dict(temperature=0.8, top_p=0.95), evaluate=dict(temperature=0.0, samples=2))
+    encoder, inputs, programs, parameters = prepare(tiny_config(world_dir, **wanted))
+    config = programs.config
+    assert evaluation.heldout_sampling(config) == Sampling.of(0.0, 0.95)
+    as_sampled = dataclasses.replace(config, evaluate=EvaluateConfig(top_k=5))
+    assert evaluation.heldout_sampling(as_sampled) == Sampling.of(0.8, 0.95, 5)
+    of = dict(model=parameters.configured, reference=None, grader=None, title="evaluate")
+    values, rows = evaluation.evaluate(config, encoder, inputs, programs, **of)
+    greedy = {row["prompt_number"]: row["response_ids"] for row in rows if row["greedy"]}
+    sampled = [row for row in rows if not row["greedy"]]
+    assert len(sampled) == 2 * len(greedy) == 2 * len(inputs.heldout_prompts) > 2
+    assert all(row["response_ids"] == greedy[row["prompt_number"]] for row in sampled) and values["distinct"] == 1
