@@ -303,7 +303,7 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
-@pytest.mark.documented("ablate --methods dice", "ablate --methods scir_entropy", "ablate docs/results/methods.json")
+@pytest.mark.documented("ablate runs/some", "ablate --methods cream", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
@@ -333,10 +333,11 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         "consensus",
     ]
 
-    six = ["scir", "scir_entropy", "srlm", "consistency_only", "consensus", "oracle"]
+    eleven = ["scir", "scir_entropy", "srlm", "consistency_only", "consensus", "oracle"]
+    eleven += ["selection_only", "implicit", "dice", "cream", "upo"]
     for one, output, names, seeds, iterations in (
         (some, "some", ["srlm", "scir", "dice", "oracle"], 8, 4),
-        (of_record, "methods", six, 8, 3),
+        (of_record, "methods", eleven, 8, 3),
         (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle"], 5, 3),
     ):
         done = one()
