@@ -160,7 +160,7 @@ class Sampler:
 
         def body(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
             step, s = carry
-            logits_MV = model.logits(params, model.split_as_head(s.hidden))
+            logits_MV = model.logits(params, s.hidden)
             token_M = choose(logits_MV, jax.vmap(noise_key)(s.prompt, s.sample, s.lengths), sampling)
             logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0] - jax.nn.logsumexp(
                 logits_MV, axis=1

@@ -58,10 +58,15 @@ class Model:
         return params["embed" if self.arch.tie_embeddings else "head"]
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Computes float32 logits [..., V] of hidden states [..., D]: at one position per row, never at all of them."""
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden, self.head(params).astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        """Computes float32 logits [..., V] of hidden states [..., D]: at one position per row, never at all of them.
+
+        On a mesh of several devices hidden states are [B, D].
+        """
+        head_VD = self.head(params).astype(hidden.dtype)
+        if self.layout is not None and self.layout.mesh.size > 1:
+            logits = self.layout.project(hidden, head_VD)
+        else:
+            logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.arch.final_cap)
 
     def hidden(self, params: Params, ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -256,10 +261,6 @@ class Model:
     def split_width(self, x_B1D: jax.Array) -> jax.Array:
         """Lays one token per row out like the weights: a few activations travel at each step, and no weights."""
         return self._lay(x_B1D, "replica", None, "embed")
-
-    def split_as_head(self, x_BD: jax.Array) -> jax.Array:
-        """Lays one hidden state per row out like the head's width: parts of logits travel, and not the head."""
-        return self._lay(x_BD, "replica", "table")
 
     def _lay_out(self, cache: Cache) -> Cache:
         return Cache(*(self._lay(x, None, "batch", None, "kv_heads", None) for x in cache))

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # An axis of an array -> the mesh axes that split it, the major one first. Others are whole on every device.
@@ -100,3 +101,31 @@ class Layout:
             # An all-gather's result is not known to be the same on all devices.
             check_vma=False,
         )(table_VD, ids_BT)
+
+    def project(self, x_BD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        """Multiplies rows with a table whose width is split ("table"): [B, V] float32, rows split ("batch").
+
+        Every device multiplies its part of the width for the rows of all. Parts of products travel, and not the table.
+        They are summed over one axis of the mesh after the other, so that the order of a sum does not depend on where
+        among its device's rows a row lies.
+        """
+        table_spec, rows_spec = self.spec((None, "table"), table_VD.shape), self.spec(("batch",), x_BD.shape[:1])
+        rows, width = rows_spec[0] or (), table_spec[1] or ()
+        scattered = "fsdp" in width and "fsdp" in rows
+        kept = tuple(name for name in rows if not (scattered and name == "fsdp"))
+
+        def project(x, table):
+            x_BV = jnp.einsum("bd,vd->bv", x, table, preferred_element_type=jnp.float32)
+            if scattered:
+                x_BV = jax.lax.psum_scatter(x_BV, "fsdp", scatter_dimension=0, tiled=True)
+            elif "fsdp" in width:
+                x_BV = jax.lax.psum(x_BV, "fsdp")
+            return jax.lax.psum(x_BV, "tensor") if "tensor" in width else x_BV
+
+        return jax.shard_map(
+            project,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(kept or None, width or None), table_spec),
+            out_specs=PartitionSpec(rows or None),
+            check_vma=False,
+        )(x_BD, table_VD)
