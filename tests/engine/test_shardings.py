@@ -12,6 +12,7 @@ from scir_jax.errors import InputError
 from scir_jax.model import decoder, families
 from scir_jax.model.architecture import LINEARS
 from scir_jax.model.hf import weights
+from scir_jax.model.sharding import Layout
 from scir_jax.run import sampling, scoring
 from tests.processes import on_eight_devices
 from tests.training import TRAINING, changed, dropping_config, heldout_items, host, make_dataset, on_mesh, whole
@@ -75,12 +76,27 @@ def train(setup):
     return result, specs
 
 
+def products():
+    """Rows times a table on two meshes, once more with each device's rows in another order, and the expected values."""
+    rng = np.random.default_rng(0)
+    x_BD, table_VD = (rng.standard_normal((rows, 48)).astype(np.float32) for rows in (32, 37))
+    found = {"expected": x_BD.astype(np.float64) @ table_VD.T}
+    for sizes in ((2, 2, 2), (1, 8, 1)):
+        layout = Layout(meshes.make_mesh(MeshConfig(*sizes)))
+        project = jax.jit(layout.project)
+        of_device = rng.permutation(4)
+        order = np.concatenate([4 * device + of_device for device in range(8)])
+        found[sizes] = np.asarray(project(x_BD, table_VD)), np.asarray(project(x_BD[order], table_VD)), order
+    return found
+
+
 def on_meshes(config, adapted):
     """In a process with 8 devices: `everything` by mesh, with adapters `train`, meshes' shapes, a refusal."""
     results = {mesh: everything(on_mesh(config, *mesh)) for mesh in MESHES}
     results["adapters"] = train(on_mesh(adapted, 2, 2, 2))
     for packing in PACKED:
         results[packing] = train(on_mesh(changed(config, text=dict(packing=packing)), 2, 2, 2))
+    results["products"] = products()
     results["shapes"] = [
         tuple(meshes.make_mesh(MeshConfig(*sizes)).shape.values()) for sizes in ((-1, 2, 2), (2, -1, 1), (1, 2, -1))
     ]
@@ -140,6 +156,14 @@ def test_packed_rows_on_a_mesh_give_the_result_of_padded_ones_on_a_device(sharde
         atol = 1e-4 if name.startswith("params") else 1e-5
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
     assert all(0.5 < found[f"{step}/filled"] < 1 for step in range(3))
+
+
+def test_where_a_row_lies_on_its_device_changes_no_bit_of_its_logits(sharded):
+    found = dict(sharded["products"])
+    expected = found.pop("expected")
+    for values, moved, order in found.values():
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(moved, values[order])
 
 
 def test_fsdp_splits_parameters_and_optimiser(sharded, alone):
