@@ -48,4 +48,6 @@ def test_prompts_come_into_slots():
 @pytest.mark.parametrize("group", [RowGroup((5,), 8, 3), RowGroup((5, 2), 8, verdict=True), RowGroup((1,), 1)])
 def test_shapes_of_rows(group):
     rows = [Row((1,), 0, 1)] * group.rows
-    fits(group.abstract(), group.arrays(rows, 0))
+    made = group.arrays(rows, 0)
+    fits(group.abstract(), made)
+    assert made.ids.shape == (*group.leading, group.tokens) and made.verdict.shape == group.leading
