@@ -68,13 +68,13 @@ class WorldConfig:
     """width of the model, a multiple of 32; heads and feed-forward width follow from it"""
     layers: int = 4
     """of the model"""
-    steps: int = 1000
+    steps: int = 450
     """training steps of the base model M0"""
     documents: int = 48
     """documents per step"""
     comparisons: int = 96
     """comparisons per step"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 7e-3
     """peak of the cosine schedule"""
 
 
@@ -175,14 +175,15 @@ class TextConfig:
 class TrainingConfig:
     """What SFT and SCIR training share: the optimiser, the schedule, micro-batches."""
 
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor: no first moment, a factored second one; its state is a few percent of AdamW's"""
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """adafactor: no first moment, a factored second one, a few percent of AdamW's state; muon: orthogonal updates of the
+    layers' matrices as large as AdamW's, AdamW for all else, half of its state"""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of AdamW's first moment"""
+    """dtype of the first moment"""
     b1: float = 0.9
-    """decay of the first moment"""
+    """decay of AdamW's first moment"""
     b2: float = 0.95
-    """decay of the second moment"""
+    """decay of AdamW's second moment"""
     weight_decay: float = 0.0
     """decoupled weight decay"""
     clip: float = 1.0

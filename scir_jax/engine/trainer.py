@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,6 +19,7 @@ from scir_jax.engine import mesh as meshes
 from scir_jax.engine.cost import flops
 from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.losses import Loss, sft_terms
+from scir_jax.engine.optimizer import make_optimizer, state_shardings
 from scir_jax.engine.sampler import stream_key
 from scir_jax.method.objective import Sums, divide
 from scir_jax.model import lora
@@ -51,42 +51,6 @@ class StepOutput(NamedTuple):
     work: Work
 
 
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Makes the clipping and the optimiser, without the learning rate.
-
-    The step takes the learning rate as an argument, so that another schedule compiles nothing. Norm scales and biases
-    are not decayed.
-    """
-
-    def matrices(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
-
-    if config.optimizer == "adamw":
-        scale = [optax.scale_by_adam(config.b1, config.b2, mu_dtype=config.moment_dtype)]
-    else:  # Adafactor (arXiv 1804.04235) without its own learning rate; an update's RMS over a parameter is at most 1
-        scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        *scale,
-        optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity(),
-    )
-
-
-def learning_rates(config: TrainingConfig, peak: float, steps: int) -> np.ndarray:
-    """Computes the learning rate of each step of a stage, [steps] float32."""
-    warmup = min(int(np.ceil(config.warmup * steps)), steps - 1)
-    rest = max(steps - warmup, 1)
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final),
-        "linear": lambda: optax.linear_schedule(peak, config.final * peak, rest),
-    }[config.schedule]()
-    # Warm-up ends at the peak, and its first step is not an idle one.
-    schedule = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
-
-
 class Trainer:
     """Makes states and steps for one model and one loss on one mesh."""
 
@@ -99,7 +63,8 @@ class Trainer:
         trained, frozen = lora.split(meshes.param_shardings(model, mesh), model.lora)
         self._abstract = lora.split(model.abstract(), model.lora)[0]
         self._replicated = meshes.replicated(mesh)
-        self.state_shardings = TrainState(trained, self._opt_shardings(trained), self._replicated)
+        moments = state_shardings(self.optimizer, self._abstract, trained, self._replicated)
+        self.state_shardings = TrainState(trained, moments, self._replicated)
         self._init = jax.jit(
             lambda params: TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32)),
             out_shardings=self.state_shardings,
@@ -242,16 +207,4 @@ class Trainer:
             jnp.zeros((), jnp.int32)
             if pairs is None
             else (pairs.index >= 0).sum() * math.prod(pairs.verdict.shape[1:]),
-        )
-
-    def _opt_shardings(self, params):
-        abstract = jax.eval_shape(self.optimizer.init, self._abstract)
-        return optax.tree_map_params(
-            self.optimizer,
-            # Factored moments have fewer axes than their parameter, and are small.
-            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else self._replicated,
-            abstract,
-            self._abstract,
-            params,
-            transform_non_params=lambda _: self._replicated,
         )

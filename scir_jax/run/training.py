@@ -23,8 +23,9 @@ from scir_jax.engine.cost.chips import Chip, of_device
 from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.hosts import hosts
 from scir_jax.engine.mesh import put_batch
+from scir_jax.engine.optimizer import learning_rates
 from scir_jax.engine.programs import Programs
-from scir_jax.engine.trainer import Trainer, learning_rates
+from scir_jax.engine.trainer import Trainer
 from scir_jax.errors import Diverged, InputError
 from scir_jax.run import console, costs
 from scir_jax.run.constructing import NAME, constructed_rows

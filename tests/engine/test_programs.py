@@ -11,6 +11,7 @@ import pytest
 from scir_jax.config.schema import ModelConfig
 from scir_jax.data.pairs import to_row
 from scir_jax.engine.forward import Judged
+from scir_jax.engine.optimizer import learning_rates
 from scir_jax.engine.sampler import Samples, stream_key
 from scir_jax.errors import InputError
 from scir_jax.run import sampling, scoring, training
@@ -80,7 +81,7 @@ def calls(setup, directory, monkeypatch):
         return Judged(np.zeros((*shape, 2)), np.zeros(shape))
 
     def trained(config, trainer, stage, *_, iteration, dataset, peak, **__):
-        key, rates = trainer.dropout_key(0, iteration, 1), training.learning_rates(config.training, peak, len(dataset))
+        key, rates = trainer.dropout_key(0, iteration, 1), learning_rates(config.training, peak, len(dataset))
         found[{"sft": "SFT step", "optimise": "SCIR step"}[stage]] += [
             (dataset[step], rates[step], key) for step in range(len(dataset))
         ]

@@ -12,7 +12,7 @@ from scir_jax.config.schema import TrainingConfig
 from scir_jax.data.pipelines import supervised_batches
 from scir_jax.engine.checkpoint import ModelStore, StageCheckpoints
 from scir_jax.engine.mesh import put_batch
-from scir_jax.engine.trainer import learning_rates, make_optimizer
+from scir_jax.engine.optimizer import learning_rates, make_optimizer
 from scir_jax.model import decoder, lora
 from scir_jax.model.architecture import LINEARS, Architecture, Layer
 from scir_jax.run.setup import prepare

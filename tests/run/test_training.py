@@ -9,7 +9,7 @@ from scir_jax.data.pipelines import Way
 from scir_jax.engine.cost.chips import CHIPS
 from scir_jax.engine.cost.flops import Work
 from scir_jax.engine.mesh import put_batch
-from scir_jax.engine.trainer import learning_rates
+from scir_jax.engine.optimizer import learning_rates
 from scir_jax.errors import InputError, Interrupted
 from scir_jax.run.setup import prepare
 from scir_jax.run.training import TIMINGS, Speed
