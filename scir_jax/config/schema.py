@@ -74,7 +74,7 @@ class WorldConfig:
     """documents per step"""
     comparisons: int = 96
     """comparisons per step"""
-    learning_rate: float = 7e-3
+    learning_rate: float = 8e-3
     """peak of the cosine schedule"""
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: models and states of a stage, to the bit, and what cannot be read."""
 
+import contextlib
 import shutil
 
 import jax
@@ -45,6 +46,20 @@ def test_a_saved_state_is_the_one_at_the_time_of_saving(tmp_path):
         assert found[0] == number and found[2] == {"data": {"next_index": number}}
         assert_same_bytes(found[1], before)
     assert len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2  # the newest two
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_the_state_of_each_optimiser_is_restored(world_dir, tiny_config, tmp_path, optimizer):
+    trainer = prepare(tiny_config(world_dir, training=dict(optimizer=optimizer))).programs.optimise
+    rng = np.random.default_rng(0)
+    abstract = trainer.abstract_state()
+    state = jax.tree.map(lambda s: jax.device_put((9 * rng.normal(size=s.shape)).astype(s.dtype), s.sharding), abstract)
+    with contextlib.closing(StageCheckpoints(tmp_path, 2)) as checkpoints:
+        checkpoints.save(3, state, {})
+    with contextlib.closing(StageCheckpoints(tmp_path, 2)) as checkpoints:
+        step, found, _ = checkpoints.restore(abstract)
+    assert step == 3 and jax.tree.structure(found) == jax.tree.structure(state)
+    assert_same_bytes(found, state)
 
 
 def test_a_stage_without_a_checkpoint(tmp_path):

@@ -198,6 +198,18 @@ def test_adapters_are_split_as_the_layers_that_they_adapt(sharded):
     assert split == 2 * len(LINEARS)
 
 
+@pytest.mark.slow
+def test_muon_on_a_mesh_is_muon(world_dir, tiny_config):
+    """A matrix that lies on several devices is made orthogonal as a whole, and its moment lies as it does."""
+    config = tiny_config(world_dir, training=dict(optimizer="muon", **TRAINING))
+    found, specs = on_eight_devices(train_sharded, config)
+    assert_same_result(found, train(on_mesh(config, 1, 1, 1))[0])
+    for place in ("['layers']['attention']['o']['weight']", "['layers']['mlp']['up']['weight']", "['embed']"):
+        _, param, *_ = specs[f"['state']['params']{place}"]
+        moments = [spec for key, (_, spec, *_) in specs.items() if "opt_state" in key and key.endswith(place)]
+        assert moments == [param] * (2 if place == "['embed']" else 1) and "fsdp" in str(param)
+
+
 def test_the_mesh_takes_what_is_left(sharded):
     assert sharded["shapes"] == [(2, 2, 2), (2, 4, 1), (1, 2, 4)]
 

@@ -1,5 +1,6 @@
 """The training step: its optimiser, what may not change its result, and steps that are not finite."""
 
+import functools
 import math
 
 import jax
@@ -175,6 +176,52 @@ def test_adafactor_is_that_of_optax():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, expected)
 
 
+def orthogonal(matrix):
+    """Newton-Schulz iteration of arXiv 2502.16982, equation 1, in float64: singular values come near to 1."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+@pytest.mark.parametrize("settings", [None, lora.Lora(4, 8.0, tuple(LINEARS))], ids=["all", "adapters"])
+def test_muon_makes_updates_of_layers_orthogonal(setup, settings):
+    """Each layer's matrix apart, with the axes that x @ W takes; the root mean square of a full matrix's is 0.2."""
+    params = lora.split(decoder.define(setup.programs.arch, lora=settings).abstract(), settings)[0]
+    optimizer = make_optimizer(TrainingConfig(optimizer="muon", clip=1e9, weight_decay=0.1))
+    rng = np.random.default_rng(0)
+    params, first, second = (jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in "pfs")
+    update, state = quick_jit(optimizer.update), optimizer.init(params)
+    _, state = update(first, state, params)
+    updates, _ = update(second, state, params)
+    matrices = 0
+    for path, found in jax.tree_util.tree_leaves_with_path(updates):
+        param, one, two = (functools.reduce(lambda t, part: t[part.key], path, t) for t in (params, first, second))
+        names = [part.key for part in path]
+        if names[0] != "layers" or names[-1] == "scale":
+            continue
+        found = found - 0.1 * param
+        # q, k, v: [H, K, D]; o: [D, H, K]; the others have two axes. Adapters: A is [r, *inputs], B is [*outputs, r].
+        if names[-1] == "lora_a":
+            rows = found.shape[1]
+        elif names[-1] == "lora_b":
+            rows = -1
+        else:
+            rows = found.shape[1] if names[-2] == "o" or found.ndim == 3 else found.shape[1] * found.shape[2]
+        for layer, update_of_it in enumerate(found):
+            held, now = 0.95 * 0.05 * one[layer] + 0.05 * two[layer], two[layer]
+            ahead = 0.95 * held / (1 - 0.95**3) + 0.05 * now / (1 - 0.95**2)
+            flat = ahead.reshape(rows, -1) if rows > 0 else ahead.reshape(-1, ahead.shape[-1])
+            wide = flat if flat.shape[0] <= flat.shape[1] else flat.T
+            expected = 0.2 * max(flat.shape) ** 0.5 * orthogonal(wide.astype(np.float64))
+            expected = expected if flat.shape[0] <= flat.shape[1] else expected.T
+            np.testing.assert_allclose(np.reshape(update_of_it, flat.shape), expected, atol=2e-3)
+            assert 0.1 < np.sqrt(np.mean(expected**2)) < 0.3
+            matrices += 1
+    assert matrices == len(LINEARS) * setup.programs.arch.num_layers * (1 if settings is None else 2)
+
+
 def test_optimiser_state_of_a_7b_model():
     params = decoder.define(MISTRAL_7B).abstract()
     assert nbytes(params) == 4 * MISTRAL_7B.parameter_count() > 28e9
@@ -186,6 +233,7 @@ def test_optimiser_state_of_a_7b_model():
     assert adamw == 2 * nbytes(params) + 4
     assert state(moment_dtype="bfloat16") == 1.5 * nbytes(params) + 4
     assert state(optimizer="adafactor") < 0.05 * adamw
+    assert 0.5 * adamw < state(optimizer="muon") < 0.53 * adamw  # two moments of the embeddings alone
     settings = lora.Lora(16, 16.0, tuple(LINEARS))
     trained = lora.split(decoder.define(MISTRAL_7B, lora=settings).abstract(), settings)[0]
     assert nbytes(trained) == 4 * 41_943_040  # as peft counts for this model

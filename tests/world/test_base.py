@@ -31,7 +31,7 @@ def test_the_package_has_the_base_model_of_the_default_world():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(seed=1), dict(steps=999), dict(learning_rate=1e-3), dict(hidden_size=96)], ids=str
+    "change", [dict(seed=1), dict(steps=449), dict(learning_rate=1e-3), dict(hidden_size=96)], ids=str
 )
 def test_another_world_has_another_base_model(change):
     world = dataclasses.replace(WORLD, **change)
