@@ -303,11 +303,11 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
-@pytest.mark.documented("ablate runs/some", "ablate --methods cream", "ablate docs/results/methods.json")
-@pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations")
+@pytest.mark.documented("ablate runs/some", "ablate studies/iterations", "ablate docs/results/iterations.json")
+@pytest.mark.documented("ablate --methods cream", "ablate studies/judges_untuned", "ablate studies/variations")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables, of_judges, of_variations = documented
+    quick, again, guides, some, of_record, its_tables, of_methods, of_judges, of_variations = documented
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -338,7 +338,8 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
     variations = list(yaml.safe_load((ROOT / "configs/studies/variations.yaml").read_text())["methods"])
     for one, output, names, seeds, iterations in (
         (some, "some", ["srlm", "scir", "dice", "oracle"], 8, 4),
-        (of_record, "methods", eleven, 8, 3),
+        (of_record, "iterations", [*eleven, "upo_dropout"], 8, 4),
+        (of_methods, "methods", eleven, 8, 3),
         (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle"], 5, 3),
         (of_variations, "variations", variations, 3, 2),
     ):
@@ -349,15 +350,20 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         # Methods whose M1 is another one have a row for it, "sft (method)".
         assert result["missing"] == [] and {"sft", *names} == {name for name in rows if "(" not in name}
         chosen = {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()}
-        assert chosen == (set() if one in (of_judges, of_variations) else {PEAK})
+        assert chosen == ({PEAK} if one in (some, of_methods) else set())
         runs = [run for run in result["runs"] if run["method"] == "scir" and run["kind"] == "table"]
         assert len(runs) == seeds
 
     # The results that the documents quote are these studies', and none of their runs is missing.
     shutil.copytree(ROOT / "docs" / "results", "docs/results")
     table = ""
-    for one, name in ((of_record, "methods"), (of_judges, "judges"), (of_variations, "variations")):
-        assert its_tables(instead={"methods.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
+    for one, name in (
+        (of_record, "iterations"),
+        (of_methods, "methods"),
+        (of_judges, "judges"),
+        (of_variations, "variations"),
+    ):
+        assert its_tables(instead={"iterations.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
         recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
         assert recorded["command"].split() == one.command.line.split() and recorded["missing"] == []
         table += Path(f"runs/{name}_record/study.md").read_text()
