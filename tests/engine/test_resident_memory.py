@@ -55,7 +55,7 @@ def train(config, directory):
 @pytest.mark.slow
 def test_the_table_is_what_training_holds(world_dir, tiny_config, tmp_path):
     """Steps do not overlap on a CPU, or two steps' buffers would be there at once."""
-    config = tiny_config(world_dir, optimise=dict(batch_size=160), checkpoint=dict(every=100))
+    config = tiny_config(world_dir, optimise=dict(batch_size=192), checkpoint=dict(every=100))
     grown, table = elsewhere(train, config, str(tmp_path))
     assert table > 2**28, "too small a step to be measured"
     # What is loaded on the way, checkpoints and data preparation among it, is no part of the table.
