@@ -17,7 +17,7 @@ from scir_jax.config.schema import TrainingConfig
 from scir_jax.model.decoder import Params
 
 MUON_RMS = 0.2
-"""root mean square of a matrix's update before the learning rate, about that of AdamW (arXiv 2502.16982, section 2.2)"""
+"""root mean square of a matrix's update before the learning rate, about that of AdamW (arXiv 2502.16982)"""
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -76,13 +76,15 @@ def state_shardings(
       replicated: the sharding of all that has no parameter's shape: counts, and factored moments, which are small.
     """
     leaves, _ = tree_flatten_with_path(params)
-    known = {tuple(part.key for part in path): leaf for path, leaf in leaves}
-    found = {path: sharding for path, sharding in zip(known, jax.tree.leaves(shardings), strict=True)}
+    known = {
+        (*(part.key for part in path), param.shape): sharding
+        for (path, param), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    }
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         last = itertools.takewhile(lambda part: isinstance(part, DictKey), reversed(path))
-        name = tuple(part.key for part in last)[::-1]
-        return found[name] if name in known and known[name].shape == leaf.shape else replicated
+        names = [part.key for part in last]
+        return known.get((*reversed(names), leaf.shape), replicated)
 
     return tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 

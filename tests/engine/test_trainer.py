@@ -177,7 +177,7 @@ def test_adafactor_is_that_of_optax():
 
 
 def orthogonal(matrix):
-    """Newton-Schulz iteration of arXiv 2502.16982, equation 1, in float64: singular values come near to 1."""
+    """The Newton-Schulz iteration of Muon (arXiv 2502.16982) in float64: singular values come near to 1."""
     x = matrix / np.linalg.norm(matrix)
     for _ in range(5):
         square = x @ x.T
