@@ -301,6 +301,10 @@ def ref_target(pairs, config):
         return (now + before) / 2, 1 - np.maximum(p - q, q - p)
     if kind == "transitive":
         return frozen["transitive"][:, 0], np.ones(len(columns))
+    if kind == "labels":
+        limits = np.exp(-16) / (1 + np.exp(-16)), 1 / (1 + np.exp(-16))
+        q = np.clip(pairs["label"], *limits)
+        return np.log(q / (1 - q)), np.where(pairs["label"] == 0.5, 0.0, 1.0)
     return ref_consensus(columns, names, config), np.ones(len(columns))
 
 

@@ -39,6 +39,8 @@ DIVIDED = (
 )
 """batch sizes that micro-batches divide"""
 
+GIVEN = ("external", "cream", "dice")
+"""preference.labels that the pairs have before a step"""
 STAGES = ("sample", "score", "optimise", "evaluate")
 """of an iteration"""
 REFERENCES = {"implicit.reference": ("previous", "sft", "base"), "preference.reference": ("start", "sft", "base")}
@@ -109,7 +111,8 @@ def check(config: Config) -> None:
         )
     if labels in ("cream", "dice") and config.data.pairs:
         raise InputError(f"preference.labels is {labels}, which ranks sampled responses; leave data.pairs out")
-    frozen_target = config.consistency.target != "mutual" and config.consistency.weight
+    target = config.consistency.target
+    frozen_target = target not in ("mutual", "labels") and config.consistency.weight
     if labels in ("cream", "dice") and (config.selection.rule in ("certainty", "sampled") or frozen_target):
         raise InputError(
             f"pairs.kind {labels} asks the judge nothing before training, but selection.rule certainty and sampled, and "
@@ -180,6 +183,11 @@ def check(config: Config) -> None:
 
 def _check_judge(config: Config) -> None:
     """Refuses settings of what the judge learns from, and what is asked of it, that contradict each other."""
+    if config.consistency.target == "labels" and config.preference.labels not in GIVEN:
+        raise InputError(
+            "consistency.target is labels, those that the pairs have from elsewhere, but preference.labels is "
+            f"{config.preference.labels}; set that to one of {', '.join(GIVEN)}"
+        )
     if config.consistency.target == "transitive" and config.consistency.weight:
         if config.pairs.kind not in ("all", "best_worst") or config.data.pairs:
             raise InputError(

@@ -308,10 +308,10 @@ class ConsistencyConfig:
     """0 leaves the penalty out"""
     stop_gradient: Literal["none", "generative", "implicit", "entropy"] = "none"
     """this reward model teaches and does not learn"""
-    target: Literal["mutual", "consensus", "lagged", "transitive"] = "mutual"
+    target: Literal["mutual", "consensus", "lagged", "transitive", "labels"] = "mutual"
     """whom the reward models are compared with: each other; or each with a target frozen at the start of the iteration:
     their consensus; lagged: the mean verdict of M_t and M_{t-1}, weighted by their agreement; transitive: the difference
-    of both answers' mean verdicts against all others, with pairs.kind all or best_worst"""
+    of both answers' mean verdicts against all others, with pairs.kind all or best_worst; labels: the given ones"""
     sharpen: float = 0.5
     """temperature of the pseudo-label"""
     entropy: float = 0.0

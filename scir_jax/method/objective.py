@@ -150,8 +150,8 @@ def objective(evidence: Evidence, config: Config) -> tuple[Sums, dict[str, Array
         target, logits_P, weight_P = TARGETS[config.consistency.target], None, 1.0
         if target is None or config.consistency.weight:
             if target is not None:
-                logits_P = target.logits(evidence.frozen, config)
-                weight_P = target.weight(evidence.frozen) if target.weight else 1.0
+                logits_P = target.logits(evidence, config)
+                weight_P = target.weight(evidence) if target.weight else 1.0
             penalties = consistency.penalty({name: logits[name] for name in models}, config.consistency, logits_P)
             sums["consistency"] = mean(penalties, evidence.weight * weight_P)
         sums["agreement"] = mean(_agreed(together, config), evidence.weight)

@@ -34,6 +34,7 @@ DICE = dict(pairs=dict(kind="dice"), preference=dict(labels="dice"), consistency
         (dict(pairs=dict(kind="dice")), "preference.labels dice and pairs.kind dice belong together"),
         (DICE | dict(selection=dict(rule="sampled")), "pairs.kind dice asks the judge nothing"),
         (DICE | dict(data=dict(pairs="pairs.jsonl")), "preference.labels is dice, which ranks sampled"),
+        (dict(consistency=dict(target="labels")), "but preference.labels is agreement; set that to one of external"),
         (dict(consistency=dict(target="transitive")), "set pairs.kind to all or best_worst"),
         (
             dict(consistency=dict(target="transitive"), pairs=dict(kind="all"), data=dict(pairs="pairs.jsonl")),

@@ -109,7 +109,7 @@ def test_what_is_not_needed_may_be_anything(name):
     wanted = objective.needs(config)
     kept = {*wanted.fresh, *wanted.cached, *(f"frozen {reward}" for reward in wanted.frozen)}
     kept |= {"weight", "lengths"}
-    if config.preference.labels in ("external", "cream", "dice"):
+    if config.preference.labels in ("external", "cream", "dice") or config.consistency.target == "labels":
         kept.add("label")
     if config.implicit.length == "penalty":
         kept.add("length_penalty")

@@ -1,6 +1,7 @@
 """Frozen targets of the consistency penalty by hand and by brute force."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,19 @@ def test_lagged_by_hand():
         "generative_before": jnp.array([[-three, -three], [three - 2, three + 2], [four, four]]),
     }
     target = TARGETS["lagged"]
-    np.testing.assert_allclose(target.logits(frozen, configured({})), [0, three, four / 2], atol=1e-6)
-    np.testing.assert_allclose(target.weight(frozen), [0.5, 1, 0.7], atol=1e-6)
+    evidence = SimpleNamespace(frozen=frozen)
+    np.testing.assert_allclose(target.logits(evidence, configured({})), [0, three, four / 2], atol=1e-6)
+    np.testing.assert_allclose(target.weight(evidence), [0.5, 1, 0.7], atol=1e-6)
     config = configured({"generative.templates": ("a", "b")})
     assert [columns(name, config) for name in target.frozen(config)] == [2, 2]
+
+
+def test_labels_by_hand():
+    """Certain labels have a finite logit, and a label that says nothing does not count."""
+    evidence = SimpleNamespace(label=jnp.array([1.0, 0.0, 0.5, 0.75]))
+    target = TARGETS["labels"]
+    np.testing.assert_allclose(target.logits(evidence, configured({})), [16, -16, 0, np.log(3)], atol=1e-6)
+    np.testing.assert_array_equal(target.weight(evidence), [1, 1, 0, 1])
 
 
 def test_transitive_by_hand():
