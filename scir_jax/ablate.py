@@ -20,6 +20,9 @@ from typing import Any
 from scir_jax.errors import InputError
 from scir_jax.run import command
 
+NARROWING = ("methods", "against", "seeds", "iterations")
+"""options that say what of a study is wanted"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -44,11 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     from scir_jax.data.jsonl import read_json
+    from scir_jax.study.results import narrowed
 
     if options.found:
         found = read_json(options.found) if options.found.is_file() else None
         if not found or "runs" not in found:
             raise InputError(f"--from {options.found}: is no study.json; give the file that a study wrote")
+        if options.study or options.jobs or options.dry_run:
+            raise InputError("--from makes no runs: leave the study, --jobs and --dry_run out")
+        found = narrowed(found, **{name: getattr(options, name) for name in NARROWING})
         print(_write(found, options.output or options.found.parent, figures=True))
         return 0
     if not options.study or not options.output:
@@ -63,7 +70,7 @@ def _run(options: argparse.Namespace, line: str) -> int:
     from scir_jax.study.plan import Plan
     from scir_jax.study.results import collect
 
-    instead = {name: getattr(options, name) for name in ("methods", "against", "seeds", "iterations", "jobs")}
+    instead = {name: getattr(options, name) for name in (*NARROWING, "jobs")}
     plan = Plan(read_study(options.study, **instead), options.output.absolute())
     plan.check()
     jobs = plan.jobs(all_of_them=True)

@@ -64,10 +64,10 @@ def _curves(found: dict[str, Any]) -> Figure | None:
         for place, (name, of) in enumerate(lines.items(), start=1):
             axes = figure.add_subplot(rows, min(3, len(lines)), place)
             for method, points in of.items():
-                mean = np.array([point[0] for point in points])
-                error = np.array([point[1] or 0 for point in points])
+                mean = np.array([mean for mean, _ in points.values()])
+                error = np.array([error or 0 for _, error in points.values()])
                 style = _style(found["methods"].index(method))
-                axes.errorbar(np.arange(len(mean)), mean, error, label=method, elinewidth=0.6, **style)
+                axes.errorbar(list(points), mean, error, label=method, elinewidth=0.6, **style)
             axes.set_title(TITLES[name])
             axes.set_xlabel("iterations")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from scir_jax.errors import InputError
 from scir_jax.evaluation.intervals import mean_and_error, paired_difference, share_of_the_way
 from scir_jax.run.columns import KEYS
 from scir_jax.study.plan import LONGER, START, TABLE, Job, Plan
@@ -101,6 +102,56 @@ def costs(found: Any, iterations: int) -> dict[str, float]:
                 old = result.get(name, 0)
                 result[name] = max(old, value) if name == "memory" else old + value
     return result
+
+
+def narrowed(
+    found: dict[str, Any],
+    *,
+    methods: Sequence[str] | None = None,
+    against: str | None = None,
+    seeds: Sequence[int] | None = None,
+    iterations: int | None = None,
+) -> dict[str, Any]:
+    """Restricts what a study found to some methods, seeds or first iterations, or compares with another method.
+
+    What a run cost is known of the whole run only, and left out where iterations are.
+
+    Args:
+      found: as `collect` makes it. None of the others leaves things as they are.
+
+    Raises:
+      InputError: the study has no such method or seed, or fewer iterations.
+    """
+    for option, asked, there in (
+        ("--methods", methods or (), found["methods"]),
+        ("--against", [against] if against else (), methods or found["methods"]),
+        ("--seeds", seeds or (), found["seeds"]),
+    ):
+        for one in asked:
+            if one not in there:
+                raise InputError(f"{option} {one}: the study has {', '.join(map(str, there))}")
+    if iterations is not None and not 1 <= iterations <= found["iterations"]:
+        raise InputError(f"--iterations {iterations}: the study has {found['iterations']}")
+    kept = [name for name in found["methods"] if name in (methods or found["methods"])]
+    others = {name: against for name in kept if name != against} if against else found["against"]
+    runs = []
+    for run in found["runs"]:
+        in_table = run["kind"] in (TABLE, LONGER)
+        if run["method"] not in (SFT, *kept) or (in_table and seeds and run["seed"] not in seeds):
+            continue
+        if run["kind"] == TABLE and iterations and iterations < run["iterations"]:
+            run = run | {"rows": run["rows"][: iterations + 1], "iterations": iterations, "costs": {}}
+            run |= dict.fromkeys(COSTS)
+        runs.append(run)
+    return found | {
+        "methods": kept,
+        "against": {name: other for name, other in others.items() if {name, other} <= {*kept}},
+        "oracles": [name for name in found["oracles"] if name in kept],
+        "seeds": list(seeds or found["seeds"]),
+        "iterations": iterations or found["iterations"],
+        "tuning": {name: tuning for name, tuning in found["tuning"].items() if name in kept},
+        "runs": runs,
+    }
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

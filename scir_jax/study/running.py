@@ -246,19 +246,6 @@ def _line(plan: Plan, one: _Running, failure: Failure | None) -> str:
     return f"{one.job.title}: {took}{found}"
 
 
-def _end(running: dict[int, _Running], patience: float | None = None) -> None:
-    """Asks the processes under way to end; those that have not after so many seconds are killed."""
-    processes = [one.process for one in running.values() if one.process is not None]
-    for process in processes:
-        process.signal(signal.SIGTERM)
-    until = time.monotonic() + (patience or 0)
-    while patience and (processes := [process for process in processes if not process.ended()]):
-        if time.monotonic() > until:
-            for process in processes:
-                process.signal(signal.SIGKILL)
-        time.sleep(PAUSE)
-
-
 def beside(directory: Path, suffix: str) -> Path:
     """Returns the file beside a run's directory."""
     return directory.with_name(f"{directory.name}.{suffix}")

@@ -15,6 +15,9 @@ from scir_jax.study.results import COSTS, SFT, SHARED, of
 ANSWERS = ("quality", "exact", "greedy_quality", "win_rate", "distinct", "length")
 REWARDS = ("generative_accuracy", "implicit_accuracy", "agreement", "selected", "label_accuracy")
 DIFFERENCES = ("quality", "greedy_quality", "win_rate", "generative_accuracy", "implicit_accuracy", "agreement")
+BY_ITERATION = (
+    "quality", "greedy_quality", "distinct", "generative_accuracy", "implicit_accuracy", "agreement", "label_accuracy",
+)  # fmt: skip
 DRIFT = ("entropy", "kl", "eos_rate", "verdict_mass")
 TITLES = {column.key: column.title for column in COLUMNS} | {
     "processor_seconds": "processor seconds",
@@ -51,8 +54,9 @@ def markdown(found: dict[str, Any]) -> str:
         parts += [f"## After {iterations} iterations", *_tables(found, rows)]
     if found["tuning"]:
         parts += ["## Tuning", _tuning(found)]
-    if curve := _by_iteration(found):
-        parts += [f"## {TITLES[found['by']].capitalize()} by iteration", curve]
+    for column in dict.fromkeys((found["by"], *BY_ITERATION)):
+        if made := _by_iteration(found, column):
+            parts.append(f"## By iteration: {TITLES[column]}\n\n{made}")
     parts += ["## The study", "```yaml\n" + found["study"].rstrip() + "\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -125,27 +129,31 @@ def _tuning(found: dict[str, Any]) -> str:
     return sentence + "\n\n" + table(["method", "chosen", "where", "runs", "tried"], rows)
 
 
-def _by_iteration(found: dict[str, Any]) -> str:
-    rows = []
-    last = max((int(iterations) for iterations in found["tables"]), default=0)
-    for method in found["methods"]:
-        means = curve(found, method, found["by"])
-        rows.append([method, *(f"{mean:.3f}" for mean, _ in means), *["–"] * (last + 1 - len(means))])
-    return table(["method", *(f"M{number + 1}" for number in range(last + 1))], [row for row in rows if row[1:]])
+def _by_iteration(found: dict[str, Any], column: str) -> str:
+    """Writes the means of a column, one column of the table per model; empty where no model of no method has it."""
+    means = {method: curve(found, method, column) for method in found["methods"]}
+    models = range(max((max(of_one, default=0) for of_one in means.values()), default=0) + 1)
+    digits = WIDE.get(column, 3)
+    rows = [
+        [method, *(f"{of_one[number][0]:.{digits}f}" if number in of_one else "–" for number in models)]
+        for method, of_one in means.items()
+        if of_one
+    ]
+    return table(["method", *(f"M{number + 1}" for number in models)], rows)
 
 
-def curve(found: dict[str, Any], method: str, column: str) -> list[tuple[float, float | None]]:
+def curve(found: dict[str, Any], method: str, column: str) -> dict[int, tuple[float, float | None]]:
     """Computes the mean and the standard error of a column after 0, 1, ... iterations, of the longest runs there are.
 
-    It ends where a run has no more models or lacks the column.
+    Returns:
+      Iterations -> mean and error, for the models of which all runs have the column.
     """
     runs = of(found, LONGER, method) or of(found, TABLE, method)
-    result = []
+    result = {}
     for number in range(min((len(run["rows"]) for run in runs), default=0)):
         values = [run["rows"][number].get(column) for run in runs]
-        if None in values:
-            break
-        result.append(mean_and_error(values))
+        if None not in values:
+            result[number] = mean_and_error(values)
     return result
 
 

@@ -110,6 +110,38 @@ def test_a_study_from_beginning_to_end(study, tmp_path):
     with pytest.raises(SystemExit):
         ablate.command.main(lambda: ablate.main(["--from", str(tmp_path / "out" / "study.json")]))
     assert (tmp_path / "out" / "study.md").read_text() == before
+    # A part of it, which is what a study of that part would say, but for the costs.
+    part = ("--methods", "scir", "srlm", "--against", "scir", "--seeds", "2", "--iterations", "1")
+    with pytest.raises(SystemExit):
+        place = tmp_path / "part"
+        ablate.command.main(
+            lambda: ablate.main(["--from", str(tmp_path / "out" / "study.json"), "--output", str(place), *part])
+        )
+    result = json.loads((place / "study.json").read_text())
+    rows = {row["method"]: row for row in result["tables"]["1"]}
+    assert list(rows) == ["sft", *result["methods"]] and sorted(result["methods"]) == ["scir", "srlm"]
+    assert rows["scir"]["columns"]["quality"][0] == pytest.approx(quality(rate, 2, 1)) and rows["scir"]["seeds"] == [2]
+    assert list(result["tables"]) == ["1"] and "processor_seconds" not in rows["scir"]["columns"]
+    assert "differences" not in rows["scir"] and rows["srlm"]["against"] == "scir"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--methods", "scir", "dpo"), "--methods dpo: the study has "),
+        (("--against", "nobody"), "--against nobody: the study has "),
+        (("--seeds", "1", "9"), "--seeds 9: the study has 1, 2"),
+        (("--iterations", "3"), "--iterations 3: the study has 2"),
+        (("--jobs", "2"), "--from makes no runs"),
+    ],
+)
+def test_parts_that_a_study_does_not_have(command, tmp_path, option, words):
+    file = tmp_path / "study.json"
+    against = {"srlm": "scir"}
+    found = dict(methods=["scir", "srlm"], seeds=[1, 2], iterations=2, against=against, oracles=[], tuning={}, runs=[])
+    file.write_text(json.dumps(found))
+    assert words in command(ablate.main, "--from", file, *option).err
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_the_grid_grows_at_its_edge_until_the_peak_is_inside(study, tmp_path):
