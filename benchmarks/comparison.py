@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -38,13 +39,27 @@ def described(size: str, **more):
     return spec, {**model_config(spec), "vocab_size": vocabulary}
 
 
-def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
-    """Writes a random model, its tokenizer and judge templates, and pairs."""
+CONTINUATION = """\
+layout: continuation
+question: "{words}{{response_b}}"
+answer_prefix: ""
+verdicts: ["1", "2"]
+"""
+QUESTION = 75
+"""about the tokens of the package's template `continuation` beside the other answer"""
+
+
+def make_case(directory: Path, size: str, pairs: int, longest: int, question: int = QUESTION) -> None:
+    """Writes a random model, its tokenizer and judge templates, and pairs.
+
+    Args:
+      question: tokens of the continuing judge's question beside the other answer. The prompt is not repeated in it.
+    """
     import jax
 
     from scir_jax.model import decoder, families
     from scir_jax.model.hf import weights
-    from scir_jax.world.files import JUDGE, JUDGE_CONTINUATION
+    from scir_jax.world.files import JUDGE
     from scir_jax.world.tasks import LETTERS
     from scir_jax.world.tokenizer import write_tokenizer
 
@@ -57,7 +72,8 @@ def make_case(directory: Path, size: str, pairs: int, longest: int) -> None:
     params = jax.tree.map(np.asarray, jax.jit(decoder.define(arch).init)(jax.random.key(0)))
     weights.save(directory / "model", arch, params, config=config, source=source)
     (directory / "judge.yaml").write_text(JUDGE)
-    (directory / "judge_continuation.yaml").write_text(JUDGE_CONTINUATION)
+    words = "".join(itertools.islice(itertools.cycle(LETTERS), question))
+    (directory / "judge_continuation.yaml").write_text(CONTINUATION.format(words=words))
     rng = np.random.default_rng(0)
 
     def text(mean: float, sigma: float, most: int) -> str:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from comparison import SIZES, alternate, make_case, parsed, write_figures
+from comparison import QUESTION, SIZES, alternate, make_case, parsed, write_figures
 
 BETA, WEIGHT, RATE = 0.1, 1.0, 1e-5
 OURS = ("dtype", "lora", "remat", "prompts")
@@ -339,6 +339,8 @@ def main() -> int:
     parser.add_argument("--remat", default="none", help="of scir_jax's rows")
     parser.add_argument("--prompts", default="auto", help="text.share_prompts of scir_jax's rows")
     parser.add_argument("--groups", type=int, default=1, help="of similar lengths, into which torch's rows are divided")
+    words = "tokens of the continuing judge's question beside the other answer"
+    parser.add_argument("--question", type=int, default=QUESTION, help=words)
     arguments = parsed(parser, CONTESTANTS, repeat=2)
     if arguments.run:
         print(json.dumps(contestant(arguments.run, arguments.case, arguments)))
@@ -346,7 +348,9 @@ def main() -> int:
     if importlib.util.find_spec("trl") is None:
         arguments.only = [name for name in arguments.only if not name.startswith("trl")]
     with tempfile.TemporaryDirectory() as directory:
-        make_case(Path(directory), arguments.size, arguments.batch * arguments.steps, arguments.longest)
+        make_case(
+            Path(directory), arguments.size, arguments.batch * arguments.steps, arguments.longest, arguments.question
+        )
         found = alternate(__file__, arguments, directory, KEYS)
     print(
         f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
