@@ -207,7 +207,7 @@ class Plan:
             jobs = [self.job(TUNE, method, point, seed, study.iterations) for seed in study.tune_seeds]
             if not all(map(self.finished, jobs)):
                 return None
-            values = [score(self.record(job), study.by) for job in jobs]
+            values = [score(self.record(job), study.by, study.iterations) for job in jobs]
             scores[point] = float(np.mean(values))
         return scores
 
@@ -289,10 +289,10 @@ class Plan:
                 self.finished(job)
 
 
-def score(record: dict[str, Any], column: str) -> float:
-    """Returns a column of a run's last model, -inf where the run diverged or the column is not there."""
+def score(record: dict[str, Any], column: str, iterations: int) -> float:
+    """Returns a column of a run's model after some iterations, -inf where the run diverged or lacks the column."""
     rows = record.get("rows") or [{}]
-    value = rows[-1].get(column)
+    value = rows[: iterations + 1][-1].get(column)
     return -np.inf if value is None else float(value)
 
 

@@ -155,8 +155,11 @@ def test_the_grid_grows_at_its_edge_until_the_peak_is_inside(study, tmp_path):
     assert tuning["points"][0]["score"] == pytest.approx(quality(1e-4, 100, 2))
     assert {run["settings"]["optimise.learning_rate"] for run in result["runs"] if run["kind"] == "table"} == {PEAK}
     assert "| srlm | learning_rate 0.0004 | inside | 4 |" in done.out
-    # Without growth the edge is told.
+    # Fewer iterations are chosen by their own models, and need no run.
     calls(tmp_path)
+    assert study(TUNED, "--iterations", "1").code == 0 and calls(tmp_path) == []
+    assert found(tmp_path)["tuning"]["srlm"]["points"][0]["score"] == pytest.approx(quality(1e-4, 100, 1))
+    # Without growth the edge is told.
     done = study(TUNED | {"tuning": TUNED["tuning"] | {"extend": 0}}, "--methods", "srlm")
     assert "| srlm | learning_rate 0.0002 | edge of optimise.learning_rate | 2 |" in done.out
     assert calls(tmp_path) == [f"runs/srlm/optimise.learning_rate=0.0002/seed_{seed} 2" for seed in (1, 2)]
