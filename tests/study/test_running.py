@@ -339,10 +339,10 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate runs/some", "ablate --methods cream", "ablate docs/results/methods.json")
-@pytest.mark.documented("ablate studies/iterations", "ablate studies/judges_untuned", "ablate studies/variations")
+@pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables, of_iterations, of_judges, of_variations = documented
+    quick, again, guides, some, of_record, its_tables, of_judges, of_variations = documented
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -368,14 +368,13 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         "consensus",
     ]
 
-    five = ["scir", "srlm", "consistency_only", "consensus", "oracle"]
-    eleven = [*five, "scir_entropy", "selection_only", "implicit", "dice", "cream", "upo"]
+    eleven = ["scir", "srlm", "consistency_only", "consensus", "oracle", "scir_entropy", "selection_only", "implicit"]
+    eleven += ["dice", "cream", "upo"]
     variations = list(yaml.safe_load((ROOT / "configs/studies/variations.yaml").read_text())["methods"])
     for one, output, names, seeds, iterations in (
         (some, "some", ["srlm", "scir", "dice", "oracle"], 8, 4),
-        (of_record, "methods", eleven, 8, 3),
-        (of_iterations, "iterations", five, 6, 4),
-        (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle"], 5, 3),
+        (of_record, "methods", eleven, 8, 4),
+        (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle", "oracle_taught"], 4, 4),
         (of_variations, "variations", variations, 3, 2),
     ):
         done = one()
@@ -394,7 +393,6 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
     table = ""
     for one, name in (
         (of_record, "methods"),
-        (of_iterations, "iterations"),
         (of_judges, "judges"),
         (of_variations, "variations"),
     ):
@@ -402,6 +400,8 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
         assert recorded["command"].split() == one.command.line.split() and recorded["missing"] == []
         table += Path(f"runs/{name}_record/study.md").read_text()
+    assert its_tables("--iterations", "3", instead={"runs/record": "runs/three"}).code == 0
+    table += Path("runs/three/study.md").read_text()
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     figures = set(re.findall(r"\d\.\d\d\d ± 0\.\d\d\d|[+-]\d\.\d\d\d \[.*?\]", page))
     assert len(figures) > 40 and sorted(one for one in figures if one not in table) == []
