@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--from {options.found}: is no study.json; give the file that a study wrote")
         if options.study or options.jobs or options.dry_run:
             raise InputError("--from makes no runs: leave the study, --jobs and --dry_run out")
-        found = narrowed(found, **{name: getattr(options, name) for name in NARROWING})
-        print(_write(found, options.output or options.found.parent, figures=True))
+        output, wanted = options.output or options.found.parent, {name: getattr(options, name) for name in NARROWING}
+        if any(wanted.values()) and (output / "study.json").resolve() == options.found.resolve():
+            raise InputError(f"a part of {options.found} would take the place of all of it: give another --output")
+        print(_write(narrowed(found, **wanted), output, figures=True))
         return 0
     if not options.study or not options.output:
         raise InputError("say which study and where its runs lie, as in: studies/quick --output runs/quick")

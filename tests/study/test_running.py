@@ -128,14 +128,16 @@ def test_a_study_from_beginning_to_end(study, tmp_path):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (("--methods", "scir", "dpo"), "--methods dpo: the study has "),
-        (("--against", "nobody"), "--against nobody: the study has "),
-        (("--seeds", "1", "9"), "--seeds 9: the study has 1, 2"),
-        (("--iterations", "3"), "--iterations 3: the study has 2"),
+        (("--methods", "scir", "dpo", "--output", "part"), "--methods dpo: the study has "),
+        (("--against", "nobody", "--output", "part"), "--against nobody: the study has "),
+        (("--seeds", "1", "9", "--output", "part"), "--seeds 9: the study has 1, 2"),
+        (("--iterations", "3", "--output", "part"), "--iterations 3: the study has 2"),
+        (("--iterations", "1"), "would take the place of all of it: give another --output"),
         (("--jobs", "2"), "--from makes no runs"),
     ],
 )
-def test_parts_that_a_study_does_not_have(command, tmp_path, option, words):
+def test_parts_that_a_study_does_not_have(command, tmp_path, monkeypatch, option, words):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "study.json"
     against = {"srlm": "scir"}
     found = dict(methods=["scir", "srlm"], seeds=[1, 2], iterations=2, against=against, oracles=[], tuning={}, runs=[])
