@@ -188,6 +188,8 @@ def _check_judge(config: Config) -> None:
             "consistency.target is labels, those that the pairs have from elsewhere, but preference.labels is "
             f"{config.preference.labels}; set that to one of {', '.join(GIVEN)}"
         )
+    if config.consistency.target == "labels" and not config.consistency.weight:
+        raise InputError("consistency.target is labels, but consistency.weight is 0, so that they teach nothing; set it")
     if config.consistency.target == "transitive" and config.consistency.weight:
         if config.pairs.kind not in ("all", "best_worst") or config.data.pairs:
             raise InputError(

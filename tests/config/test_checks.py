@@ -35,6 +35,10 @@ DICE = dict(pairs=dict(kind="dice"), preference=dict(labels="dice"), consistency
         (DICE | dict(selection=dict(rule="sampled")), "pairs.kind dice asks the judge nothing"),
         (DICE | dict(data=dict(pairs="pairs.jsonl")), "preference.labels is dice, which ranks sampled"),
         (dict(consistency=dict(target="labels")), "but preference.labels is agreement; set that to one of external"),
+        (
+            dict(consistency=dict(target="labels", weight=0.0), preference=dict(labels="external")),
+            "consistency.weight is 0, so that they teach nothing",
+        ),
         (dict(consistency=dict(target="transitive")), "set pairs.kind to all or best_worst"),
         (
             dict(consistency=dict(target="transitive"), pairs=dict(kind="all"), data=dict(pairs="pairs.jsonl")),
