@@ -163,8 +163,11 @@ def objective(reference, rows, config, templates, judged):
         config.implicit.length
     ]
     start = column("cached", "start_logps") / (lengths if config.rewards.likelihood_length == "mean" else 1)
+    one = torch.tensor([[[True, False], [False, True]][i % 2] for i in size])[:, None]  # every other pair is turned
+    asked = one if config.judge.orders == "one" else torch.ones_like(one)
+    favour = z * torch.tensor([1.0, -1.0])
     kinds = {
-        "generative": (z[..., 0] - z[..., 1]) / 2,  # [P, G]
+        "generative": (favour * asked).sum(dim=2) / asked.sum(dim=2),  # [P, G]
         "implicit": r[:, :1] - r[:, 1:],
         "likelihood": start[:, :1] - start[:, 1:],
     }
@@ -229,15 +232,15 @@ def objective(reference, rows, config, templates, judged):
     decisions = {"p_implicit": torch.sigmoid(kinds["implicit"][:, 0]), "selected": chosen > 0, "label": q}
     decisions["weight"] = chosen
     if judged:
+        mass = torch.stack([torch.stack([torch.stack([m for _, m in both]) for both in of_pair]) for of_pair in read])
         means |= {
             "consistency": penalty,
             "agreement": mean(agreed.double()),
-            "generative/slot_bias": mean(z.mean(dim=(1, 2))),
-            "generative/flip_rate": mean((z[..., 0] * z[..., 1] > 0).double().mean(dim=1)),
-            "generative/verdict_mass": mean(
-                torch.stack([torch.stack([mass for both in of_pair for _, mass in both]).mean() for of_pair in read])
-            ),
+            "generative/verdict_mass": mean(((mass * asked).sum(dim=2) / asked.sum(dim=2)).mean(dim=1)),
         }
+        if config.judge.orders == "both":
+            means["generative/slot_bias"] = mean(z.mean(dim=(1, 2)))
+            means["generative/flip_rate"] = mean((z[..., 0] * z[..., 1] > 0).double().mean(dim=1))
         decisions |= {"p_generative": torch.sigmoid(kinds["generative"]), "agreed": agreed}
     if config.replay.weight:
         means |= {"sft/ift": ift, "sft/eft": eft}

@@ -189,7 +189,9 @@ def _check_judge(config: Config) -> None:
             f"{config.preference.labels}; set that to one of {', '.join(GIVEN)}"
         )
     if config.consistency.target == "labels" and not config.consistency.weight:
-        raise InputError("consistency.target is labels, but consistency.weight is 0, so that they teach nothing; set it")
+        raise InputError(
+            "consistency.target is labels, but consistency.weight is 0, so that they teach nothing; set it"
+        )
     if config.consistency.target == "transitive" and config.consistency.weight:
         if config.pairs.kind not in ("all", "best_worst") or config.data.pairs:
             raise InputError(
@@ -213,6 +215,12 @@ def _check_judge(config: Config) -> None:
     ):
         if value < 0:
             raise InputError(f"judge.{key} must not be negative, not {value}")
+    for key, asks in (
+        ("judge.slot_penalty is set", judge.slot_penalty > 0),
+        ("selection.rule is both_orders", config.selection.rule == "both_orders"),
+    ):
+        if asks and judge.orders == "one":
+            raise InputError(f"{key}, for which a step asks the judge in both orders; leave judge.orders at both")
     if judge.constructed_batch_size and not judge.constructions:
         raise InputError("judge.constructions is empty; name at least one, or set judge.constructed_batch_size to 0")
 

@@ -8,7 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """What teaches the judge beside the consistency penalty and the replay."""
+    """How a step asks the judge, and what teaches it beside the consistency penalty and the replay."""
+
+    orders: Literal["both", "one"] = "both"
+    """orders in which a step asks about a pair; one: every other pair shows its second answer as A, which nearly halves
+    the questions' tokens; before training and in evaluation both are asked"""
 
     constructed_batch_size: int = 0
     """judge questions per step about constructed pairs, whose order is known: the better answer was sampled for the

@@ -50,7 +50,7 @@ class Laid(NamedTuple):
       rows: ids of each row.
       scored: numbers of the tokens of each row that are scored or learned.
       answers: the scored tokens are an answer's.
-      judged: a verdict is read off the last token.
+      judged: of each row, whether a verdict is read off its last token; (): of none.
       part: the supervised part that learns the scored tokens.
       shared: how many tokens the rows begin with in common.
     """
@@ -59,7 +59,7 @@ class Laid(NamedTuple):
     rows: tuple[Ids, ...]
     scored: tuple[Sequence[int], ...]
     answers: bool = False
-    judged: bool = False
+    judged: tuple[bool, ...] = ()
     part: str = ""
     shared: int = 0
 
@@ -73,15 +73,13 @@ class Laid(NamedTuple):
             # Not what answers happen to begin with in common: where rows lie would depend on more than their lengths.
             alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row.ids[: row.start] for row in rows)))
             shared = sum(1 for _ in alike)
-        return cls(kind, ids, scored, kind == 0, all(row.judged for row in rows), shared=shared)
+        return cls(kind, ids, scored, kind == 0, tuple(row.judged for row in rows), shared=shared)
 
     @property
     def size(self) -> RowSize:
         number = len(self.rows)
         tokens = sum(map(len, self.rows)) - (number - 1) * self.shared
-        return RowSize(
-            self.kind, tokens, sum(map(len, self.scored)), number * self.answers, number * self.judged, number
-        )
+        return RowSize(self.kind, tokens, sum(map(len, self.scored)), number * self.answers, sum(self.judged), number)
 
     @property
     def policy(self) -> int:
@@ -128,7 +126,7 @@ def fill(packing: Packing, shape: Shape, laid: Sequence[Laid], parts: Sequence[s
             if one.answers:
                 first_K[answers], length_K[answers] = done, len(scored)
                 answers += 1
-            if one.judged:
+            if one.judged and one.judged[branch - 1]:
                 verdict_V[verdicts] = where[-1]
                 verdicts += 1
             done = behind

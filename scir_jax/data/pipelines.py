@@ -148,7 +148,12 @@ def _batches(
     row_items = {name: [(spec.laid(name, row).size,) for row in rows[name]] for name, _ in spec.targets}
     check_bins(
         way,
-        ((len(row.ids), pair.prompt.where) for pair in pairs for two in spec.pairs.rows(pair, encoder) for row in two),
+        (
+            (len(row.ids), pair.prompt.where)
+            for number, pair in enumerate(pairs)
+            for group in spec.pairs.rows(pair, encoder, spec.pairs.second(number))
+            for row in group
+        ),
     )
     check_bins(way, ((len(row.ids), row.where) for name, _ in spec.targets for row in rows[name]))
 
@@ -163,8 +168,8 @@ def _batches(
         """Lays the stage out, where rows of up to `most` tokens share their beginning."""
         pair_items: list[Item] = []
         pair_tokens = []
-        for pair in pairs:
-            both = spec.pairs.laid(pair, encoder, most)
+        for number, pair in enumerate(pairs):
+            both = spec.pairs.laid(pair, encoder, most, spec.pairs.second(number))
             pair_items.append(tuple(one.size for one in both))
             policy = sum(one.policy for one in both)
             pair_tokens.append({"policy": policy, "judge": sum(one.size.tokens for one in both) - policy})
@@ -191,7 +196,8 @@ def _batches(
 
         def laid(item: int) -> Sequence[Laid]:
             if item < len(mine):
-                return spec.pairs.laid(pairs[mine[item]], encoder, most)
+                number = mine[item]
+                return spec.pairs.laid(pairs[number], encoder, most, spec.pairs.second(number))
             name, i = beside[item - len(mine)]
             return [spec.laid(name, rows[name][i])]
 

@@ -1,8 +1,8 @@
 """What a training step takes: pairs and supervised rows, in the bins of scir_jax.data.bins.
 
 Axes: C cells (one for each device and micro-batch), T tokens of a bin, A scored places, K answers and V verdicts of a
-cell, P pairs, 2 the answers of a pair (or the orders in which a judge is shown them), G templates that are asked, R
-columns of a reward model, S single verdicts. A place of a cell counts its bins' tokens, group by group.
+cell, P pairs, 2 the answers of a pair, G templates that are asked, O the orders in which a judge is shown a pair (2, or
+1 of them), R columns of a reward model, S single verdicts. A place of a cell counts its bins' tokens, group by group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class PairBatch(NamedTuple):
 
     Attributes:
       answer: [P, 2] int32, number of each answer among those of all devices' cells of its micro-batch.
-      verdict: [P, G, 2] int32, likewise of each verdict, with the first or the second answer shown as A.
+      verdict: [P, G, O] int32, likewise of each verdict, with the first or the second answer shown as A.
+      second: [P] bool, the second answer is shown as A in the only order.
       length: [P, 2] int32, tokens of each answer.
       cached: ROLE_READING -> [P, 2], see data.pairs.Pair.
       frozen: reward model -> [P, R] logits at the start of the iteration.
@@ -41,6 +42,7 @@ class PairBatch(NamedTuple):
 
     answer: np.ndarray
     verdict: np.ndarray
+    second: np.ndarray
     length: np.ndarray
     cached: dict[str, np.ndarray]
     frozen: dict[str, np.ndarray]
@@ -70,6 +72,7 @@ class PairSpec:
       cached: names of the cached values.
       frozen: name and number of columns of each frozen reward model.
       verdicts: S, single verdicts of the judge.
+      orders: O.
     """
 
     pairs: int
@@ -78,10 +81,19 @@ class PairSpec:
     cached: tuple[str, ...] = ()
     frozen: tuple[tuple[str, int], ...] = ()
     verdicts: int = 0
+    orders: int = 2
 
     @classmethod
     def of(
-        cls, pairs: int, lengths: Lengths, *, judged: bool, continued: bool, heads: int = 1, **values: Any
+        cls,
+        pairs: int,
+        lengths: Lengths,
+        *,
+        judged: bool,
+        continued: bool,
+        heads: int = 1,
+        orders: int = 2,
+        **values: Any,
     ) -> PairSpec:
         """Describes pairs with rows of these lengths.
 
@@ -97,7 +109,8 @@ class PairSpec:
         else:
             answers = RowGroup(leading, lengths.scored, lengths.answer, heads=heads)
             judges = lengths.judges if judged else ()
-        return cls(pairs, answers, tuple(RowGroup(leading, tokens, verdict=True) for tokens in judges), **values)
+        asked = tuple(RowGroup((pairs, orders), tokens, verdict=True) for tokens in judges)
+        return cls(pairs, answers, asked, orders=orders, **values)
 
     @property
     def groups(self) -> tuple[RowGroup, ...]:
@@ -108,20 +121,41 @@ class PairSpec:
         """G."""
         return len(self.judges) + self.answers.verdict
 
-    def rows(self, pair: Pair, encoder: Encoder) -> list[Sequence[Row]]:
-        """Returns a pair's two rows of each of `groups`."""
-        judges = encoder.judges[len(encoder.judges) - len(self.judges) :] if self.judges else ()
-        answers = encoder.judge_rows(encoder.judges[0], pair) if self.answers.verdict else encoder.answer_rows(pair)
-        return [answers, *(encoder.judge_rows(judge, pair) for judge in judges)]
+    def second(self, number: int) -> bool:
+        """Returns whether the pair of this number shows its second answer as A in the only order."""
+        return self.orders == 1 and number % 2 == 1
 
-    def laid(self, pair: Pair, encoder: Encoder, most: int = 0) -> list[Laid]:
+    def rows(self, pair: Pair, encoder: Encoder, second: bool = False) -> list[tuple[Row, ...]]:
+        """Returns a pair's rows of each of `groups`, those of its two answers first.
+
+        Args:
+          second: of the only order.
+        """
+        judges = encoder.judges[len(encoder.judges) - len(self.judges) :] if self.judges else ()
+        answers = encoder.answer_rows(pair)
+        if self.answers.verdict:
+            continued = encoder.judge_rows(encoder.judges[0], pair)
+            answers = tuple(continued[i] if self.asks(i, second) else answers[i] for i in range(2))
+        orders = slice(int(second), int(second) + 1) if self.orders == 1 else slice(2)
+        return [answers, *(encoder.judge_rows(judge, pair)[orders] for judge in judges)]
+
+    def asks(self, row: int, second: bool = False) -> bool:
+        """Returns whether a verdict is read off a pair's row of this number, one of those of its `rows`.
+
+        Args:
+          second: of the only order.
+        """
+        return row > 1 or (bool(self.answers.verdict) and (self.orders == 2 or row == int(second)))
+
+    def laid(self, pair: Pair, encoder: Encoder, most: int = 0, second: bool = False) -> list[Laid]:
         """Returns a pair's `rows` as they lie in bins.
 
         Args:
+          second: of the only order.
           most: the two rows of a group share their beginning if they have one and so many tokens hold both; 0: never.
         """
         found = []
-        for kind, both in enumerate(self.rows(pair, encoder)):
+        for kind, both in enumerate(self.rows(pair, encoder, second)):
             one = Laid.of(kind, both)
             alone = one.shared == 0 or one.size.tokens > most
             found += [Laid.of(kind, [row]) for row in both] if alone else [one]
@@ -150,7 +184,8 @@ class PairSpec:
         """Returns a pair that counts for nothing."""
         return PairBatch(
             answer=np.zeros(2, np.int32),
-            verdict=np.zeros((self.asked, 2), np.int32),
+            verdict=np.zeros((self.asked, self.orders), np.int32),
+            second=np.zeros((), bool),
             length=np.zeros(2, np.int32),
             cached={name: np.zeros(2, np.float32) for name in self.cached},
             frozen={name: np.zeros(size, np.float32) for name, size in self.frozen},
@@ -212,17 +247,20 @@ class TrainSpec:
         """The shape that holds the longest rows, each kind in bins of its own."""
         groups = tuple((group.rows // self.cells, group.tokens) for group in self.groups)
         scored = sum(group.rows * group.scored for group in self.groups) // self.cells
-        answers = 2 * self._each
-        return Shape(groups, max(scored, 1), answers, answers * (self.pairs.asked if self.pairs else 0))
+        verdicts = self._each * self.pairs.asked * self.pairs.orders if self.pairs else 0
+        return Shape(groups, max(scored, 1), 2 * self._each, verdicts)
 
     @property
     def longest(self) -> list[Item]:
         """The sizes of a step's rows that are all the longest, as those of items."""
         found = []
         for _ in range(self.pairs.pairs if self.pairs else 0):
-            rows = enumerate(self.pairs.groups)
+            rows = ((k, group) for k, group in enumerate(self.pairs.groups) for _ in range(group.leading[1]))
             found.append(
-                tuple(RowSize(k, g.tokens, g.scored, int(not k), int(g.verdict)) for k, g in rows for _ in range(2))
+                tuple(
+                    RowSize(k, group.tokens, group.scored, int(not k), int(self.pairs.asks(number)))
+                    for number, (k, group) in enumerate(rows)
+                )
             )
         first = len(self.pairs.groups) if self.pairs else 0
         for kind, (_, group) in enumerate(self.targets, first):
@@ -270,7 +308,7 @@ class TrainSpec:
             rows.append(fill(packing, shape, [made[i][r] for i, r in dealt.cells[cell]], parts, pad_id))
         if self.pairs is None:
             return TrainBatch(self._laid(mine, rows), None)
-        answers, verdicts = self._readings(shape, dealt, items)
+        answers, verdicts = self._readings(shape, dealt, items, pairs)
         found = []
         for cell in mine:
             device, part = divmod(cell, self.micro)
@@ -287,7 +325,7 @@ class TrainSpec:
         return jax.tree.map(lay, *parts)
 
     def _readings(
-        self, shape: Shape, dealt: Dealt, items: Sequence[Item]
+        self, shape: Shape, dealt: Dealt, items: Sequence[Item], pairs: Sequence[tuple[int, Pair] | None]
     ) -> tuple[dict[Number, int], dict[Number, int]]:
         """Returns the number of every answer, and of every verdict, among those of its micro-batch.
 
@@ -300,9 +338,12 @@ class TrainSpec:
             rows = [(i, row, items[i][r]) for i, r in laid for row in rows_of(items[i], r)]
             counted = [(i, row) for i, row, size in rows if size.answers]
             answers |= {number: device * shape.answers + k for k, number in enumerate(counted)}
-            judged = [(i, row) for i, row, size in rows if size.verdicts]
+            judged = [(i, row) for i, row, size in rows if size.verdicts and self._asks(row, pairs[i])]
             verdicts |= {number: device * shape.verdicts + k for k, number in enumerate(judged)}
         return answers, verdicts
+
+    def _asks(self, row: int, pair: tuple[int, Pair] | None) -> bool:
+        return pair is not None and self.pairs.asks(row, self.pairs.second(pair[0]))
 
     def _pair(
         self,
@@ -314,10 +355,11 @@ class TrainSpec:
         one = self.pairs.padding()._replace(place=np.int32(number))
         if pair is None:
             return one
-        one = one._replace(**self.pairs.known(pair[1]), index=np.int32(pair[0]))
+        second = np.bool_(self.pairs.second(pair[0]))
+        one = one._replace(**self.pairs.known(pair[1]), index=np.int32(pair[0]), second=second)
         one.answer[:] = [answers[number, side] for side in range(2)]
-        rows = 2 * len(self.pairs.groups)
-        asked = [verdicts[number, row] for row in range(rows - 2 * self.pairs.asked, rows)]
+        rows = range(sum(group.leading[1] for group in self.pairs.groups))
+        asked = [verdicts[number, row] for row in rows if self._asks(row, pair)]
         one.verdict[:] = np.reshape(asked, one.verdict.shape)
         return one
 

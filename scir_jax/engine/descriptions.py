@@ -180,6 +180,7 @@ class Descriptions:
             self.facts.lengths,
             judged=wanted.asks_judge,
             continued=self.facts.continued,
+            orders=1 if config.judge.orders == "one" else 2,
             cached=wanted.cached,
             frozen=tuple((name, rewards.columns(name, config)) for name in wanted.frozen),
             verdicts=self.verdicts if wanted.verdicts else 0,

@@ -22,7 +22,10 @@ Array = jax.Array
 
 
 class Judged(NamedTuple):
-    """verdicts [P, G, 2, 2] float32 logits of (A, B); mass [P, G, 2] P(A) + P(B); P pairs in both orders."""
+    """verdicts [P, G, O, 2] float32 logits of (A, B); mass [P, G, O] P(A) + P(B); P pairs in both orders.
+
+    O = 1 where a step asks in one order: the logits are then those of the letters of the first and the second answer.
+    """
 
     verdicts: Array
     mass: Array
@@ -200,7 +203,7 @@ def outputs(
     spans = read_answers({name: read[name] for name in wanted}, rows, answer_tokens)
     fresh = {name: values_M[pairs.answer] for name, values_M in spans.items()}
     if verdict_ids:
-        judged = _verdicts(model, params, x_CND, rows.verdict, pairs.verdict, verdict_ids)
+        judged = _verdicts(model, params, x_CND, rows.verdict, pairs, verdict_ids)
         fresh |= {"verdicts": judged.verdicts, "verdict_mass": judged.mass}
     return Outputs(fresh, sft)
 
@@ -238,14 +241,17 @@ def _verdicts(
     params: Params,
     x_CND: Array,
     places_CV: Array,
-    numbers_PG2: Array,
+    pairs: PairBatch,
     verdict_ids: Sequence[Sequence[int]],
 ) -> Judged:
     """Puts the verdicts at places of cells together, those of each pair."""
     read = _read_verdicts(model, params, x_CND, places_CV, verdict_ids)
-    numbers = [numbers_PG2[:, i] for i in range(len(read))]
+    numbers = [pairs.verdict[:, i] for i in range(len(read))]
+    verdicts = jnp.stack([logits_M2[at] for (logits_M2, _), at in zip(read, numbers)], axis=1)
+    if verdicts.shape[2] == 1:
+        verdicts = jnp.where(pairs.second[:, None, None, None], verdicts[..., ::-1], verdicts)
     return Judged(
-        verdicts=jnp.stack([logits_M2[at] for (logits_M2, _), at in zip(read, numbers)], axis=1),
+        verdicts=verdicts,
         mass=jnp.stack([mass_M[at] for (_, mass_M), at in zip(read, numbers)], axis=1),
     )
 

@@ -19,8 +19,9 @@ class Evidence(NamedTuple):
 
     Attributes:
       fresh: readings under the parameters being trained: "logps" [P, 2] log pi(y|x), summed over tokens, nats;
-        "verdicts" [P, G, 2, 2] logits of (A, B) with the first or the second answer shown as A; "verdict_mass"
-        [P, G, 2] P(A) + P(B); "entropy" [P, 2] mean entropy of the policy at the answer's tokens, nats.
+        "verdicts" [P, G, O, 2] logits of (A, B) with the first or the second answer shown as A (O = 2), or in one order
+        the logits of the first and the second answer's letter (O = 1); "verdict_mass" [P, G, O] P(A) + P(B);
+        "entropy" [P, 2] mean entropy of the policy at the answer's tokens, nats.
       cached: ROLE_READING -> [P, 2] under another model: "preference_logps" under DPO's reference, "implicit_logps"
         under the implicit reward's, "start_logps" under the policy that the iteration started from; "start_points" and
         "start_points_mass" the points that it gives as a judge, see `expected_points`, and the probability of all points.
@@ -60,21 +61,25 @@ class Reward(NamedTuple):
     health: Callable[[Evidence], dict[str, Array]] | None = None
 
 
-def verdict_logits(verdicts_P22: Array) -> dict[str, Array]:
-    """Reads the generative reward model's logit off the policy's verdicts in both orders.
+def verdict_logits(verdicts_PO2: Array) -> dict[str, Array]:
+    """Reads the generative reward model's logit off the policy's verdicts in both orders, or in one.
 
     z(y1, y2) = logit(A) - logit(B) with y1 shown as A. The logit 1/2 [z(y1, y2) - z(y2, y1)] is free of any additive
-    preference for a slot, 0 for y1 = y2, and changes its sign when the pair is swapped.
+    preference for a slot, 0 for y1 = y2, and changes its sign when the pair is swapped. One order gives z(y1, y2) or
+    -z(y2, y1), which holds that preference.
 
     Args:
-      verdicts_P22: float32, logits of (A, B) [..., 2] with the first (index 0 of axis 1) or second answer as A.
+      verdicts_PO2: float32, logits of (A, B) [..., 2] with the first (index 0 of axis 1) or second answer as A; of one
+        order those of the first and the second answer's letter.
 
     Returns:
       [P] each: `logit`; `slot_bias` 1/2 [z(y1, y2) + z(y2, y1)] in nats; `flip` 1 where both orders name the same
-      letter, else 0.
+      letter, else 0. One order gives `logit` alone.
     """
-    z_P2 = verdicts_P22[..., 0] - verdicts_P22[..., 1]
-    first, second = z_P2[:, 0], z_P2[:, 1]
+    z_PO = verdicts_PO2[..., 0] - verdicts_PO2[..., 1]
+    if z_PO.shape[1] == 1:
+        return {"logit": z_PO[:, 0]}
+    first, second = z_PO[:, 0], z_PO[:, 1]
     return {
         "logit": 0.5 * (first - second),
         "slot_bias": 0.5 * (first + second),
@@ -82,9 +87,9 @@ def verdict_logits(verdicts_P22: Array) -> dict[str, Array]:
     }
 
 
-def judged(verdicts_PG22: Array) -> dict[str, Array]:
+def judged(verdicts_PGO2: Array) -> dict[str, Array]:
     """Returns `verdict_logits` of every template, [P, G] each."""
-    return jax.vmap(verdict_logits, in_axes=1, out_axes=1)(verdicts_PG22)
+    return jax.vmap(verdict_logits, in_axes=1, out_axes=1)(verdicts_PGO2)
 
 
 def single_verdicts(verdicts_PG22: np.ndarray) -> np.ndarray:
@@ -165,9 +170,9 @@ def _generative(evidence: Evidence, config: Config) -> Array:
 
 def _judges_health(evidence: Evidence) -> dict[str, Array]:
     found = judged(evidence.fresh["verdicts"])
+    bias = {"slot_bias": found["slot_bias"], "flip_rate": found["flip"]} if "flip" in found else {}
     return {
-        "slot_bias": found["slot_bias"].mean(axis=1),
-        "flip_rate": found["flip"].mean(axis=1),
+        **{name: values.mean(axis=1) for name, values in bias.items()},
         "verdict_mass": evidence.fresh["verdict_mass"].mean(axis=(1, 2)),
     }
 

@@ -180,10 +180,11 @@ def _packed(
         found = []
         for kind, group in enumerate(spec.pairs.groups):
             judge = asked[kind - (0 if group.scored and group.verdict else 1)] if group.verdict else None
-            for first, second in ((a, b), (b, a)):
-                tokens = x + first if judge is None else _judge_row(judge, x, first, second)
+            for first, second in ((a, b), (b, a))[: group.leading[1]]:
+                asks = judge is not None and spec.pairs.asks(len(found))
+                tokens = _judge_row(judge, x, first, second) if asks else x + first
                 scored = int(first) if group.scored else 0
-                found.append(RowSize(kind, min(int(tokens), group.tokens), scored, int(not kind), int(group.verdict)))
+                found.append(RowSize(kind, min(int(tokens), group.tokens), scored, int(not kind), int(asks)))
         return tuple(found)
 
     replayed = [

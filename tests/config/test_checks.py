@@ -50,6 +50,11 @@ DICE = dict(pairs=dict(kind="dice"), preference=dict(labels="dice"), consistency
         (dict(pairs=dict(kind="dice", offline=0.5), preference=dict(labels="dice")), "from data.eft"),
         (dict(judge=dict(constructed_batch_size=-1)), "judge.constructed_batch_size must not be negative, not -1"),
         (dict(judge=dict(slot_penalty=-0.1)), "judge.slot_penalty must not be negative"),
+        (
+            dict(judge=dict(orders="one", slot_penalty=0.1)),
+            "judge.slot_penalty is set, for which a step asks the judge in",
+        ),
+        (dict(judge=dict(orders="one"), selection=dict(rule="both_orders")), "leave judge.orders at both"),
         (dict(judge=dict(constructed_batch_size=2, constructions=())), "judge.constructions is empty"),
         (dict(judge=dict(constructed_batch_size=3), training=dict(accumulate=2)), "batch_size=3 does not divide"),
         (dict(text=dict(bin_tokens=-1)), "text.bin_tokens is -1 and text.packing auto; it is the size of a bin"),

@@ -226,8 +226,10 @@ def test_supervised_training():
     [Way("bins", 2**20), Way("bins", 120), Way("bins", 2**20, "always"), Way("bins", 90, "always"), Way("lengths")],
     ids=str,
 )
-def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
+@pytest.mark.parametrize("orders", [2, 1])
+def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro, orders):
     parts = dict(epochs=2, replay=dict(ift=4, eft=4), layouts=("continuation", "standalone"), cached=("start_logps",))
+    parts["orders"] = orders
     unpacked = batches_of(8, devices=2, micro=micro, **parts)
     packed = batches_of(8, devices=2, micro=micro, way=way, **parts)
     assert len(packed) == len(unpacked) == 3
@@ -247,32 +249,40 @@ def test_packed_batches_hold_the_rows_of_unpacked_ones(way, micro):
                 for side in range(2) if number >= 0 else ():
                     cell, places, tokens = answers[side]
                     assert tokens == pair.answers[side].ids
-                    for judge, at in zip(encoder.judges, verdicts, strict=True):
-                        cell, place = at[side]
+                    sides = [0, 1] if orders == 2 else [number % 2]
+                    for judge, at in zip(encoder.judges, verdicts, strict=True) if side in sides else ():
+                        cell, place = at[sides.index(side)]
                         (ids,) = [ids for where, ids in found[cell] if where[-1] == place]
                         assert ids == encoder.judge_rows(judge, pair)[side].ids
 
 
 @pytest.mark.parametrize("layouts", [("standalone",), ("continuation",), ("continuation", "standalone")])
 @pytest.mark.parametrize("way", [Way(), Way("bins", 2**20), Way("bins", 2**20, "always")], ids=str)
-def test_the_tokens_of_each_part(layouts, way):
+@pytest.mark.parametrize("orders", [2, 1])
+def test_the_tokens_of_each_part(layouts, way, orders):
     """They are those that the arrays hold, and the policy's are those of prompts and answers, however rows lie."""
     encoder = make_encoder(*layouts)
     pairs = make_pairs(encoder)
     for judged in (True, False):
-        stage = stage_of(5, layouts=layouts, way=way, replay=dict(ift=3), judged=judged, cached=("start_logps",))
+        parts = dict(layouts=layouts, way=way, replay=dict(ift=3), judged=judged, cached=("start_logps",))
+        stage = stage_of(5, orders=orders, **parts)
         for number, batch in enumerate(stage.dataset):
             tokens = stage.tokens(number)
             assert sum(tokens.values()) == sum(int((segments > 0).sum()) for segments in batch.rows.segments)
-            mine = [pairs[i] for i in index(batch) if i >= 0]
+            numbers = [i for i in index(batch) if i >= 0]
+            mine = [pairs[i] for i in numbers]
             shown = 1 if way.share == "always" else 2
             policy = sum(shown * len(pair.prompt.ids) + sum(pair.lengths) for pair in mine)
             assert tokens["policy"] == policy and tokens["ift"] == 9
             assert (tokens["judge"] > 0) == judged
             if way.share == "never" and judged:
-                rows = [len(row.ids) for p in mine for judge in encoder.judges for row in encoder.judge_rows(judge, p)]
-                # The first template's rows hold the answers where it continues the conversation.
-                assert tokens["judge"] == sum(rows) - policy * (layouts[0] == "continuation")
+                asked = 0
+                for i, pair in zip(numbers, mine):
+                    for side in range(2) if orders == 2 else [i % 2]:
+                        asked += sum(len(encoder.judge_rows(judge, pair)[side].ids) for judge in encoder.judges)
+                        # The first template's rows hold the answers where it continues the conversation.
+                        asked -= (layouts[0] == "continuation") * len(encoder.answer_rows(pair)[side].ids)
+                assert tokens["judge"] == asked
     stage = supervised_stage(2)
     assert [stage.tokens(number) for number in range(2)] == [{"ift": 9}] * 2
 

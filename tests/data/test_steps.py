@@ -37,13 +37,13 @@ def known(columns=(2, 1), verdicts=2):
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("judged", [True, False])
-def test_batches_hold_the_rows_of_their_pairs(layouts, judged):
+@pytest.mark.parametrize(("judged", "orders"), [(True, 2), (True, 1), (False, 2)])
+def test_batches_hold_the_rows_of_their_pairs(layouts, judged, orders):
     encoder = make_encoder(*layouts)
     cached = ("preference_logps", "implicit_logps", "start_logps")
     values = dict(frozen={"generative": (0.5, -0.5)}, verdicts=(1.0, -2.0, 3.0), length_penalty=0.25, label=0.75)
     pairs = make_pairs(encoder, weight=0.5, **values)
-    spec = make_spec(encoder, 4, judged=judged, cached=cached, frozen=(("generative", 2),), verdicts=3)
+    spec = make_spec(encoder, 4, judged=judged, cached=cached, frozen=(("generative", 2),), verdicts=3, orders=orders)
     continued = judged and layouts[0] == "continuation"
     asked = encoder.judges if judged else ()
     assert spec.pairs.asked == len(asked) and len(spec.pairs.judges) == len(asked) - continued
@@ -53,20 +53,23 @@ def test_batches_hold_the_rows_of_their_pairs(layouts, judged):
         assert rows.learned == {} and p.index.tolist() == list(range(first, first + 4))
         (found,) = rows_of(batch)
         by_place = {int(place): (where, ids) for where, ids in found for place in where}
-        assert len(found) == 4 * 2 * (1 + len(spec.pairs.judges))
+        assert len(found) == 4 * (2 + orders * len(spec.pairs.judges))
+        assert p.second.tolist() == [orders == 1 and i % 2 == 1 for i in p.index]
         for at, i in enumerate(p.index):
             pair = pairs[i]
+            sides = range(2) if orders == 2 else [int(p.second[at])]
+            assert all(len(numbers) == orders for numbers in p.verdict[at])
             answers, verdicts = read_of(batch)[at]
             for side, answer in enumerate(pair.answers):
                 _, places, tokens = answers[side]
                 assert tokens == answer.ids and p.length[at, side] == len(answer.ids), "scored as sampled"
                 where, ids = by_place[int(places[0])]
-                row = encoder.judge_rows(encoder.judges[0], pair)[side] if continued else None
-                row = row or encoder.answer_rows(pair)[side]
+                asks = continued and side in sides
+                row = (encoder.judge_rows(encoder.judges[0], pair) if asks else encoder.answer_rows(pair))[side]
                 assert ids == row.ids, "behind its prompt"
                 np.testing.assert_array_equal(places, where[row.start - 1 : row.start - 1 + row.length])
-                for number, judge in enumerate(asked):
-                    place = verdicts[number][side][1]
+                for number, judge in enumerate(asked if side in sides else ()):
+                    place = verdicts[number][sides.index(side)][1]
                     where, ids = by_place[place]
                     assert ids == encoder.judge_rows(judge, pair)[side].ids and where[-1] == place
             assert {name: tuple(values[at]) for name, values in p.cached.items()} == pair.cached
@@ -125,13 +128,13 @@ def test_supervised_rows():
 
 
 @pytest.mark.parametrize("layouts", [None, *LAYOUTS], ids=lambda x: "-".join(x or ["none"]))
-@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize(("judged", "orders"), [(True, 2), (True, 1), (False, 2)])
 @pytest.mark.parametrize("filled", [6, 3, 0])
-def test_shapes_are_those_of_the_arrays(layouts, judged, filled):
+def test_shapes_are_those_of_the_arrays(layouts, judged, orders, filled):
     """Whatever the configuration asks for, and whether or not the batch is full."""
     encoder = make_encoder(*(layouts or ()))
     values = dict(cached=("preference_logps", "implicit_logps"), frozen=FROZEN, verdicts=2) if layouts else {}
-    spec = make_spec(encoder, 6, dict(ift=3, eft=3), judged=judged, devices=3, **values)
+    spec = make_spec(encoder, 6, dict(ift=3, eft=3), judged=judged, devices=3, orders=orders, **values)
     pairs = [*list(enumerate(make_pairs(encoder, **known())))[:filled], *[None] * (6 - filled)]
     rows = dict(ift=marked_rows()[:3], eft=marked_rows()[3:6])
     fits(spec.abstract(spec.bound), step_of(spec, pairs, encoder, rows))

@@ -201,6 +201,10 @@ CASES = {
             selection=dict(rule="all"),
         ),
     ),
+    "one order": (
+        (CONTINUATION, STANDALONE),
+        dict(replay=NO_REPLAY, judge=dict(orders="one"), consistency=dict(kind="cross_entropy")),
+    ),
     "entropy": (
         (CONTINUATION,),
         dict(
@@ -235,7 +239,8 @@ def test_loss_and_gradient_are_those_of_torch(case, make, reference, params, tmp
     batch = train_batch(setup, rows)
     assert (batch.pairs.weight > 0).sum() == len(rows) < len(batch.pairs.weight)
     assert len({row["weight"] for row in rows}) > 1
-    assert batch.pairs.verdict.shape == (8, len(templates) if judged else 0, 2)
+    orders = 1 if case == "one order" else 2
+    assert batch.pairs.verdict.shape == (8, len(templates) if judged else 0, orders)
 
     loss, means, decisions, gradients = evaluated(setup, params, batch)
     expected, expected_means, expected_decisions = objective(reference, rows, config, templates, judged)
@@ -248,6 +253,7 @@ def test_loss_and_gradient_are_those_of_torch(case, make, reference, params, tmp
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     for name, value in expected_means.items():
         assert means[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+    assert ("generative/slot_bias" in means) == (judged and orders == 2)
     for name, value in expected_decisions.items():
         np.testing.assert_allclose(np.float64(decisions[name]), np.float64(value), atol=3e-5, err_msg=name)
     assert_same_gradients(gradients, reference.gradients(expected, tmp_path / "gradients"), 1e-4)

@@ -49,6 +49,7 @@ EXPECTED = {
     "upo": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True, False),
     "upo_dropout": Needs(PLAIN, ("implicit",), REFERENCES, ("generative",), ("generative",), True, True, False),
     "scir_constructed": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
+    "scir_one_order": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
     "scir_both_orders": Needs(JUDGED, BOTH, REFERENCES, (), (), False, False, False),
     "scir_lagged": Needs(
         JUDGED, BOTH, REFERENCES, ("generative", "generative_before"), ("generative",), False, True, False

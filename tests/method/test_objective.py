@@ -89,6 +89,28 @@ def test_no_selected_pair_is_no_loss_and_no_gradient():
         np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("templates", [("a",), ("a", "b")])
+def test_one_order_counts_like_two_that_say_the_same(kind, templates):
+    """The other order's verdict mirrored: its letters exchanged, as a judge without a bias for a slot would answer."""
+    config = configured({"consistency.kind": kind, "generative.templates": templates})
+    values = example(config, 9, pairs=16, real=12)
+    one = values | {name: values[name][:, :, :1] for name in ("verdicts", "verdict_mass")}
+    two = {name: np.concatenate([one[name]] * 2, axis=2) for name in ("verdicts", "verdict_mass")}
+    two["verdicts"][:, :, 1] = two["verdicts"][:, :, 1, ::-1]
+    loss, sums, decisions, gradients = value_and_grad(one, config)
+    expected, expected_sums, expected_decisions, expected_gradients = value_and_grad(values | two, config)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert set(expected_sums) - set(sums) == {"generative/slot_bias", "generative/flip_rate"}
+    for name, (total, count) in sums.items():
+        assert (total, count) == pytest.approx(expected_sums[name], rel=1e-5, abs=1e-5), name
+    for name, value in decisions.items():
+        np.testing.assert_allclose(value, expected_decisions[name], rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(gradients["logps"], expected_gradients["logps"], atol=1e-6)
+    both = expected_gradients["verdicts"][:, :, :1] + expected_gradients["verdicts"][:, :, 1:, ::-1]
+    np.testing.assert_allclose(gradients["verdicts"], both, atol=1e-6)
+
+
 def test_identical_answers_are_never_selected():
     for rule in options("SelectionConfig", "rule"):
         for soft in (False, True):

@@ -38,6 +38,14 @@ def test_verdict_symmetries():
     np.testing.assert_allclose(rewards.verdict_logits(v.at[:, 0].add(shift))["logit"], out["logit"], atol=1e-5)
 
 
+def test_one_order_is_one_verdict():
+    v = jnp.asarray(np.random.default_rng(5).normal(0, 3, (50, 1, 2)), jnp.float32)
+    out = rewards.verdict_logits(v)
+    assert set(out) == {"logit"}, "one verdict does not tell the slot from the answer"
+    np.testing.assert_allclose(out["logit"], v[:, 0, 0] - v[:, 0, 1], atol=1e-6)
+    np.testing.assert_array_equal(rewards.verdict_logits(v[..., ::-1])["logit"], -out["logit"])
+
+
 @pytest.mark.parametrize(
     ("z", "flip"), [((1, 1), 1), ((-1, -2), 1), ((1, -1), 0), ((-3, 1), 0), ((0, 1), 0), ((0, 0), 0)]
 )

@@ -78,6 +78,15 @@ def test_shorter_rows_ask_for_less(run):
     assert few == pytest.approx(tokens / (run.slot_spec.slots * 32 * 0.92), abs=1)
 
 
+def test_one_order_asks_for_less(run, tiny_config, world_dir):
+    text = dict(max_prompt_tokens=96, max_response_tokens=80, packing="bins")
+    one = prepare(tiny_config(world_dir, text=text, judge=dict(orders="one"))).programs
+    given = stated("60:96,50:80", run.config)
+    both, half = (workload(programs, given).shape for programs in (run, planned(one.config, one.arch, one.mesh)))
+    assert half.verdicts == both.verdicts / 2 and half.answers == both.answers
+    assert 0.5 * both.tokens < half.tokens < 0.9 * both.tokens
+
+
 def test_stated_rows_that_are_longer_than_a_bin(run, tiny_config, world_dir):
     text = dict(max_prompt_tokens=96, max_response_tokens=80, packing="bins", bin_tokens=40)
     small = planned(tiny_config(world_dir, text=text), run.arch, run.mesh)

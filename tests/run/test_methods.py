@@ -26,7 +26,7 @@ LABELS = {
     "upo": lambda frozen, generative, implicit: frozen["generative"],
     **{
         f"scir_{name}": lambda frozen, generative, implicit: generative + implicit
-        for name in ("both_orders", "constructed", "lagged", "transitive")
+        for name in ("both_orders", "constructed", "lagged", "one_order", "transitive")
     },
 }
 FROZEN = {
@@ -86,6 +86,11 @@ def test_methods(method, documented, small_quickstart, from_m1, whole):
         assert "label" not in pair and all(len(logits) == 1 for logits in pair.get("frozen_logits", {}).values())
     if method == "scir_constructed":
         check_constructed(run, rows)
+    if method == "scir_one_order":
+        judged = content(whole / "iteration_01" / "costs.json")["optimise"]["trained_judge"]
+        spent = content(run / "iteration_01" / "costs.json")["optimise"]["trained_judge"]
+        assert 0.4 < spent / judged < 0.6, "a question of two, and what the two share"
+        assert not any("generative/slot_bias" in row for row in rows.steps)
     if method == "scir_both_orders":
         assert all(row["slot_penalty"] >= 0 for row in rows.steps)
         assert sum(row["selected"] for row in rows.decisions) < sum(row["agreed"] for row in rows.decisions)
