@@ -25,7 +25,17 @@ from comparison import QUESTION, SIZES, alternate, make_case, parsed, write_figu
 BETA, WEIGHT, RATE = 0.1, 1.0, 1e-5
 OURS = ("dtype", "lora", "remat", "prompts")
 KEYS = ("size", "batch", "steps", "longest", "groups", *OURS)
-CONTESTANTS = ("trl dpo", "torch dpo", "scir_jax dpo", "torch scir", "scir_jax scir", "scir_jax scir continued")
+CONTESTANTS = (
+    "trl dpo",
+    "torch dpo",
+    "scir_jax dpo",
+    "torch scir",
+    "scir_jax scir",
+    "scir_jax scir continued",
+    "torch scir one order",
+    "scir_jax scir one order",
+    "scir_jax scir continued one order",
+)
 
 
 # --- the case ---------------------------------------------------------------------------------------------------------
@@ -46,6 +56,7 @@ def load_case(
     *,
     dpo: bool,
     continued: bool,
+    orders: str = "both",
     dtype: str = "float32",
     lora: int = 0,
     remat: str = "none",
@@ -59,6 +70,7 @@ def load_case(
         EvaluateConfig,
         GenerativeConfig,
         ImplicitConfig,
+        JudgeConfig,
         LoraConfig,
         ModelConfig,
         OptimiseConfig,
@@ -79,6 +91,7 @@ def load_case(
             max_prompt_tokens=longest * 2 // 5 + 8, max_response_tokens=longest * 3 // 5 + 8, share_prompts=prompts
         ),
         generative=GenerativeConfig(templates=(str(directory / template),)),
+        judge=JudgeConfig(orders=orders),
         implicit=ImplicitConfig(beta=BETA),
         consistency=ConsistencyConfig(kind="kl", weight=0.0 if dpo else WEIGHT),
         selection=SelectionConfig(rule="all" if dpo else "agreement"),
@@ -164,7 +177,7 @@ def run_jax(case: Case, steps: int, batch: int) -> dict:
     return result
 
 
-def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool, groups: int) -> dict:
+def run_torch(case: Case, directory: Path, steps: int, *, dpo: bool, orders: str, groups: int) -> dict:
     """Takes steps in torch: the head at answers only, cached references.
 
     Args:
@@ -193,7 +206,8 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool,
         return found, places
 
     for step in range(steps + 1):
-        pairs = [case.pairs[i] for i in dataset[max(step - 1, 0)].pairs.index]
+        numbers = dataset[max(step - 1, 0)].pairs.index
+        pairs = [case.pairs[i] for i in numbers]
         started = time.monotonic()
         rows = [row for pair in pairs for row in encoder.answer_rows(pair)]
         hidden, places = hidden_of(rows)
@@ -212,14 +226,17 @@ def run_torch(case: Case, directory: Path, steps: int, batch: int, *, dpo: bool,
             loss = -torch.nn.functional.logsigmoid(BETA * margin).mean()
         else:
             judge = encoder.judges[0]
-            rows = [row for pair in pairs for row in encoder.judge_rows(judge, pair)]
+            # In one order every other pair shows its second answer as A.
+            sides = [(i % 2,) if orders == "one" else (0, 1) for i in numbers]
+            asked = [encoder.judge_rows(judge, pair) for pair in pairs]
+            rows = [both[side] for both, shown in zip(asked, sides, strict=True) for side in shown]
+            favour = torch.tensor([[1.0, -1.0][side] for shown in sides for side in shown])
             hidden, places = hidden_of(rows)
             if step:
                 real, computed = real + sum(len(row.ids) for row in rows), computed + places
             last = torch.stack([hidden[i][len(row.ids) - 1] for i, row in enumerate(rows)])
             verdicts = last @ model.lm_head.weight[list(judge.verdict_ids)].T
-            z = (verdicts[:, 0] - verdicts[:, 1]).view(-1, 2)
-            generative = (z[:, 0] - z[:, 1]) / 2
+            generative = ((verdicts[:, 0] - verdicts[:, 1]) * favour).view(len(pairs), -1).mean(dim=1)
             implicit = BETA * (logps - cached["implicit_logps"]) @ torch.tensor([1.0, -1.0])
             # The symmetric KL divergence of two Bernoulli variables, the mean of both directions.
             p, q = generative.sigmoid(), implicit.sigmoid()
@@ -314,11 +331,13 @@ def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dic
     """Runs one contestant in this process."""
     dpo, continued = "dpo" in name, "continued" in name
     ours = {} if "torch" in name or "trl" in name else {key: getattr(arguments, key) for key in OURS}
-    case = load_case(directory, arguments.batch, arguments.longest, dpo=dpo, continued=continued, **ours)
+    orders = "one" if "one order" in name else "both"
+    way = dict(dpo=dpo, continued=continued, orders=orders)
+    case = load_case(directory, arguments.batch, arguments.longest, **way, **ours)
     if name.startswith("trl"):
         result = run_trl(case, directory, arguments.steps, arguments.batch)
     elif name.startswith("torch"):
-        result = run_torch(case, directory, arguments.steps, arguments.batch, dpo=dpo, groups=arguments.groups)
+        result = run_torch(case, directory, arguments.steps, dpo=dpo, orders=orders, groups=arguments.groups)
     else:
         result = run_jax(case, arguments.steps, arguments.batch)
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -353,7 +372,7 @@ def main() -> int:
         )
         found = alternate(__file__, arguments, directory, KEYS)
     print(
-        f"{'contestant':<26}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
+        f"{'contestant':<34}{'s/step':>8}{'pairs/s':>9}{'tokens/s':>10}{'peak GiB':>10}{'real':>7}{'first loss':>12}"
         f"{'log p':>10}{'rejected':>10}"
         f"{'MFU':>7}{'table GiB':>10}{'device GiB':>11}"
     )
@@ -363,7 +382,7 @@ def main() -> int:
             peak = max(result["peak_gib"] for result in results)
             last = results[-1]
             print(
-                f"{name:<26}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}"
+                f"{name:<34}{seconds:>8.2f}{arguments.batch / seconds:>9.2f}"
                 f"{last['tokens'] / sum(last['seconds']):>10,.0f}{peak:>10.2f}"
                 f"{last['real']:>7.0%}{last['loss']:>12.5f}"
                 f"{last['logps'][0]:>10.3f}{last['logps'][1]:>10.3f}{last.get('mfu', 0):>7.1%}"

@@ -132,12 +132,14 @@ class PairSpec:
           second: of the only order.
         """
         judges = encoder.judges[len(encoder.judges) - len(self.judges) :] if self.judges else ()
-        answers = encoder.answer_rows(pair)
+        answers: tuple[Row, ...] = encoder.answer_rows(pair)
         if self.answers.verdict:
             continued = encoder.judge_rows(encoder.judges[0], pair)
             answers = tuple(continued[i] if self.asks(i, second) else answers[i] for i in range(2))
         orders = slice(int(second), int(second) + 1) if self.orders == 1 else slice(2)
-        return [answers, *(encoder.judge_rows(judge, pair)[orders] for judge in judges)]
+        found = [answers]
+        found += [encoder.judge_rows(judge, pair)[orders] for judge in judges]
+        return found
 
     def asks(self, row: int, second: bool = False) -> bool:
         """Returns whether a verdict is read off a pair's row of this number, one of those of its `rows`.
