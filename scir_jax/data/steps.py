@@ -136,9 +136,11 @@ class PairSpec:
         if self.answers.verdict:
             continued = encoder.judge_rows(encoder.judges[0], pair)
             answers = tuple(continued[i] if self.asks(i, second) else answers[i] for i in range(2))
-        orders = slice(int(second), int(second) + 1) if self.orders == 1 else slice(2)
+        sides = (int(second),) if self.orders == 1 else (0, 1)
         found = [answers]
-        found += [encoder.judge_rows(judge, pair)[orders] for judge in judges]
+        for judge in judges:
+            asked = encoder.judge_rows(judge, pair)
+            found.append(tuple(asked[i] for i in sides))
         return found
 
     def asks(self, row: int, second: bool = False) -> bool:
