@@ -341,10 +341,10 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate runs/some", "ablate --methods cream", "ablate docs/results/methods.json")
-@pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations")
+@pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables, of_judges, of_variations = documented
+    quick, again, guides, some, of_record, its_tables, of_judges, of_variations, of_layouts = documented
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -377,7 +377,8 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (some, "some", ["srlm", "scir", "dice", "oracle"], 8, 4),
         (of_record, "methods", eleven, 8, 4),
         (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle", "oracle_taught"], 4, 4),
-        (of_variations, "variations", variations, 3, 2),
+        (of_variations, "variations", variations, 6, 4),
+        (of_layouts, "layouts", ["srlm", "scir", "consensus", "oracle"], 8, 4),
     ):
         done = one()
         assert done.code == 0, done.err
@@ -397,6 +398,7 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (of_record, "methods"),
         (of_judges, "judges"),
         (of_variations, "variations"),
+        (of_layouts, "layouts"),
     ):
         assert its_tables(instead={"methods.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
         recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
