@@ -87,7 +87,7 @@ def test_methods(method, documented, small_quickstart, from_m1, whole):
     if method == "scir_constructed":
         check_constructed(run, rows)
     if method == "scir_one_order":
-        judged = content(whole / "iteration_01" / "costs.json")["optimise"]["trained_judge"]
+        judged = content(whole.path / "iteration_01" / "costs.json")["optimise"]["trained_judge"]
         spent = content(run / "iteration_01" / "costs.json")["optimise"]["trained_judge"]
         assert 0.4 < spent / judged < 0.6, "a question of two, and what the two share"
         assert not any("generative/slot_bias" in row for row in rows.steps)
