@@ -131,7 +131,7 @@ def batches_of(case: Case):
     return pair_batches(programs.optimise_spec, encoder, case.pairs, {}, epochs=1, seed=0, seeds={}, way=programs.way)
 
 
-def run_jax(case: Case, steps: int, batch: int) -> dict:
+def run_jax(case: Case, steps: int) -> dict:
     """Takes steps of scir_jax's own trainer; every shape is compiled before."""
     import jax
 
@@ -339,7 +339,7 @@ def contestant(name: str, directory: Path, arguments: argparse.Namespace) -> dic
     elif name.startswith("torch"):
         result = run_torch(case, directory, arguments.steps, dpo=dpo, orders=orders, groups=arguments.groups)
     else:
-        result = run_jax(case, arguments.steps, arguments.batch)
+        result = run_jax(case, arguments.steps)
     return result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 

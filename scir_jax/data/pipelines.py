@@ -150,8 +150,8 @@ def _batches(
         way,
         (
             (len(row.ids), pair.prompt.where)
-            for number, pair in enumerate(pairs)
-            for group in spec.pairs.rows(pair, encoder, spec.pairs.second(number))
+            for index, pair in enumerate(pairs)
+            for group in spec.pairs.rows(pair, encoder, index)
             for row in group
         ),
     )
@@ -168,8 +168,8 @@ def _batches(
         """Lays the stage out, where rows of up to `most` tokens share their beginning."""
         pair_items: list[Item] = []
         pair_tokens = []
-        for number, pair in enumerate(pairs):
-            both = spec.pairs.laid(pair, encoder, most, spec.pairs.second(number))
+        for index, pair in enumerate(pairs):
+            both = spec.pairs.laid(pair, encoder, most, index)
             pair_items.append(tuple(one.size for one in both))
             policy = sum(one.policy for one in both)
             pair_tokens.append({"policy": policy, "judge": sum(one.size.tokens for one in both) - policy})
@@ -196,8 +196,7 @@ def _batches(
 
         def laid(item: int) -> Sequence[Laid]:
             if item < len(mine):
-                number = mine[item]
-                return spec.pairs.laid(pairs[number], encoder, most, spec.pairs.second(number))
+                return spec.pairs.laid(pairs[mine[item]], encoder, most, mine[item])
             name, i = beside[item - len(mine)]
             return [spec.laid(name, rows[name][i])]
 

@@ -22,13 +22,18 @@ from scir_jax.data.pairs import Pair
 from scir_jax.errors import InputError
 
 
+def turned(index: Any) -> Any:
+    """Returns whether the pairs of these places in the iteration's file show their second answer as A in one order."""
+    return index % 2 == 1
+
+
 class PairBatch(NamedTuple):
     """Pairs of a training step; float32 unless said otherwise.
 
     Attributes:
       answer: [P, 2] int32, number of each answer among those of all devices' cells of its micro-batch.
-      verdict: [P, G, O] int32, likewise of each verdict, with the first or the second answer shown as A.
-      second: [P] bool, the second answer is shown as A in the only order.
+      verdict: [P, G, O] int32, likewise of each verdict, with the first or the second answer shown as A; in one order
+        as `turned` says.
       length: [P, 2] int32, tokens of each answer.
       cached: ROLE_READING -> [P, 2], see data.pairs.Pair.
       frozen: reward model -> [P, R] logits at the start of the iteration.
@@ -42,7 +47,6 @@ class PairBatch(NamedTuple):
 
     answer: np.ndarray
     verdict: np.ndarray
-    second: np.ndarray
     length: np.ndarray
     cached: dict[str, np.ndarray]
     frozen: dict[str, np.ndarray]
@@ -121,45 +125,36 @@ class PairSpec:
         """G."""
         return len(self.judges) + self.answers.verdict
 
-    def second(self, number: int) -> bool:
-        """Returns whether the pair of this number shows its second answer as A in the only order."""
-        return self.orders == 1 and number % 2 == 1
-
-    def rows(self, pair: Pair, encoder: Encoder, second: bool = False) -> list[tuple[Row, ...]]:
+    def rows(self, pair: Pair, encoder: Encoder, index: int = 0) -> list[tuple[Row, ...]]:
         """Returns a pair's rows of each of `groups`, those of its two answers first.
 
         Args:
-          second: of the only order.
+          index: the pair's place in the iteration's file.
         """
         judges = encoder.judges[len(encoder.judges) - len(self.judges) :] if self.judges else ()
         answers: tuple[Row, ...] = encoder.answer_rows(pair)
         if self.answers.verdict:
             continued = encoder.judge_rows(encoder.judges[0], pair)
-            answers = tuple(continued[i] if self.asks(i, second) else answers[i] for i in range(2))
-        sides = (int(second),) if self.orders == 1 else (0, 1)
+            answers = tuple(continued[i] if self.asks(i, index) else answers[i] for i in range(2))
+        sides = (int(turned(index)),) if self.orders == 1 else (0, 1)
         found = [answers]
         for judge in judges:
             asked = encoder.judge_rows(judge, pair)
             found.append(tuple(asked[i] for i in sides))
         return found
 
-    def asks(self, row: int, second: bool = False) -> bool:
-        """Returns whether a verdict is read off a pair's row of this number, one of those of its `rows`.
+    def asks(self, row: int, index: int = 0) -> bool:
+        """Returns whether a verdict is read off a pair's row of this number, one of those of its `rows`."""
+        return row > 1 or (bool(self.answers.verdict) and (self.orders == 2 or row == int(turned(index))))
 
-        Args:
-          second: of the only order.
-        """
-        return row > 1 or (bool(self.answers.verdict) and (self.orders == 2 or row == int(second)))
-
-    def laid(self, pair: Pair, encoder: Encoder, most: int = 0, second: bool = False) -> list[Laid]:
+    def laid(self, pair: Pair, encoder: Encoder, most: int = 0, index: int = 0) -> list[Laid]:
         """Returns a pair's `rows` as they lie in bins.
 
         Args:
-          second: of the only order.
           most: the two rows of a group share their beginning if they have one and so many tokens hold both; 0: never.
         """
         found = []
-        for kind, both in enumerate(self.rows(pair, encoder, second)):
+        for kind, both in enumerate(self.rows(pair, encoder, index)):
             one = Laid.of(kind, both)
             alone = one.shared == 0 or one.size.tokens > most
             found += [Laid.of(kind, [row]) for row in both] if alone else [one]
@@ -189,7 +184,6 @@ class PairSpec:
         return PairBatch(
             answer=np.zeros(2, np.int32),
             verdict=np.zeros((self.asked, self.orders), np.int32),
-            second=np.zeros((), bool),
             length=np.zeros(2, np.int32),
             cached={name: np.zeros(2, np.float32) for name in self.cached},
             frozen={name: np.zeros(size, np.float32) for name, size in self.frozen},
@@ -347,7 +341,7 @@ class TrainSpec:
         return answers, verdicts
 
     def _asks(self, row: int, pair: tuple[int, Pair] | None) -> bool:
-        return pair is not None and self.pairs.asks(row, self.pairs.second(pair[0]))
+        return pair is not None and self.pairs.asks(row, pair[0])
 
     def _pair(
         self,
@@ -359,8 +353,7 @@ class TrainSpec:
         one = self.pairs.padding()._replace(place=np.int32(number))
         if pair is None:
             return one
-        second = np.bool_(self.pairs.second(pair[0]))
-        one = one._replace(**self.pairs.known(pair[1]), index=np.int32(pair[0]), second=second)
+        one = one._replace(**self.pairs.known(pair[1]), index=np.int32(pair[0]))
         one.answer[:] = [answers[number, side] for side in range(2)]
         rows = range(sum(group.leading[1] for group in self.pairs.groups))
         asked = [verdicts[number, row] for row in rows if self._asks(row, pair)]

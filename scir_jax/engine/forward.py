@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from scir_jax.data.batches import Rows
 from scir_jax.data.bins import BinRows
-from scir_jax.data.steps import PairBatch, TrainBatch
+from scir_jax.data.steps import PairBatch, TrainBatch, turned
 from scir_jax.method.rewards import Evidence
 from scir_jax.model.decoder import Model, Params
 from scir_jax.model.logprobs import read_verdicts, token_entropies, token_logprobs
@@ -249,7 +249,7 @@ def _verdicts(
     numbers = [pairs.verdict[:, i] for i in range(len(read))]
     verdicts = jnp.stack([logits_M2[at] for (logits_M2, _), at in zip(read, numbers)], axis=1)
     if verdicts.shape[2] == 1:
-        verdicts = jnp.where(pairs.second[:, None, None, None], verdicts[..., ::-1], verdicts)
+        verdicts = jnp.where(turned(pairs.index)[:, None, None, None], verdicts[..., ::-1], verdicts)
     return Judged(
         verdicts=verdicts,
         mass=jnp.stack([mass_M[at] for (_, mass_M), at in zip(read, numbers)], axis=1),

@@ -66,9 +66,7 @@ def make_spec(encoder, size, targets=None, *, judged=True, devices=1, micro=1, *
 def step_of(spec, pairs, encoder, targets=None, share=np.arange):
     """A step of numbered pairs and of supervised rows by name, nothing of it packed."""
     rows = [(name, row) for name, found in (targets or {}).items() for row in found]
-    laid = [
-        [] if pair is None else spec.pairs.laid(pair[1], encoder, second=spec.pairs.second(pair[0])) for pair in pairs
-    ]
+    laid = [[] if pair is None else spec.pairs.laid(pair[1], encoder, index=pair[0]) for pair in pairs]
     laid += [[spec.laid(name, row)] for name, row in rows]
     items = [tuple(one.size for one in item) for item in laid]
     packing = Packing("off", [spec.bound])

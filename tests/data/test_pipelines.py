@@ -107,6 +107,7 @@ def test_a_batch_holds_the_pairs_that_it_names():
     pairs, spec = make_pairs(encoder), make_spec(encoder, 5, cached=("preference_logps",))
     for batch in iterator(batches_of(cached=("preference_logps",))):
         numbered = [None if i < 0 else (i, pairs[i]) for i in index(batch)]
+        assert any(numbered)
         same(batch, step_of(spec, numbered, encoder))
 
 
