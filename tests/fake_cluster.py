@@ -84,7 +84,10 @@ sys.exit(code)
 
 # A run does what the next line of plan-HOST says: a shell command, or `serve`: until it is asked to stop.
 PYTHON = """
-record() { printf '%s\\0' "$@" | tr '\\n\\0' '\\a\\n' >> "$FAKE/$1.calls"; printf '\\f\\n' >> "$FAKE/$1.calls"; }
+# Two hosts record into one file: a call is written under a lock, or their words mix.
+record() {
+    { flock 9 && printf '%s\\0' "$@" | tr '\\n\\0' '\\a\\n' && printf '\\f\\n'; } >> "$FAKE/$1.calls" 9>> "$FAKE/$1.lock"
+}
 case "$*" in
     -c*) exit "${FAKE_OLD_PYTHON:-0}" ;;
     '-m venv '*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
