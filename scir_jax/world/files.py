@@ -6,8 +6,8 @@
                                       {"prompt", "chosen", "rejected"}
     prompts.jsonl, heldout_prompts.jsonl
                                       {"prompt"}
-    judge.yaml, judge_continuation.yaml
-                                      the judge question in the two layouts
+    judge.yaml, judge_continuation.yaml, judge_brief.yaml
+                                      the judge's question in three forms
     untrained/                        config.json and the tokenizer of the model; no weights
 
 No prompt of a held-out file, and no word of one, occurs in the other files.
@@ -29,7 +29,7 @@ from scir_jax.world.spec import WorldSpec
 from scir_jax.world.tokenizer import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 
 # Raised whenever the same specification would give other files.
-FORMAT = 1
+FORMAT = 2
 
 # The prompt is repeated before each answer: what the judge has to do at each answer is then
 # what it does when it answers, so it can reuse what it knows from answering.
@@ -45,6 +45,14 @@ JUDGE_CONTINUATION = """\
 # better, "2" if the one in the question.
 layout: continuation
 question: "judge {prompt}{response_b}"
+answer_prefix: ""
+verdicts: ["1", "2"]
+"""
+# The base model has never seen it: SFT teaches it.
+JUDGE_BRIEF = """\
+# As judge.yaml in another word, with the prompt once.
+layout: standalone
+question: "verdict {prompt}{response_a};{response_b}"
 answer_prefix: ""
 verdicts: ["1", "2"]
 """
@@ -136,6 +144,7 @@ def _write_files(directory: Path, spec: WorldSpec) -> None:
         _write_text(directory / name, "".join(lines))
     _write_text(directory / "judge.yaml", JUDGE)
     _write_text(directory / "judge_continuation.yaml", JUDGE_CONTINUATION)
+    _write_text(directory / "judge_brief.yaml", JUDGE_BRIEF)
     write_tokenizer(directory / "untrained", spec.max_length)
     config = json.dumps(model_config(spec), indent=2) + "\n"
     _write_text(directory / "untrained" / "config.json", config)

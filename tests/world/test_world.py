@@ -290,6 +290,7 @@ def test_row_counts(world):
     assert set(contents(world)) == {f"{name}.jsonl" for name in expected} | {
         "judge.yaml",
         "judge_continuation.yaml",
+        "judge_brief.yaml",
         "world.json",
         "untrained/config.json",
         "untrained/generation_config.json",
