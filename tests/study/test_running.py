@@ -335,6 +335,7 @@ def test_cores_are_divided(monkeypatch):
     assert math.isclose(PEAK, 4e-4)
 
 
+SIZES = ["small", "middle", "large"]
 JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 
 
@@ -342,9 +343,10 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate runs/some", "ablate --methods cream", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
+@pytest.mark.documented("ablate studies/sizes")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables, of_judges, of_variations, of_layouts = documented
+    quick, again, guides, some, of_record, its_tables, of_judges, of_variations, of_layouts, of_sizes = documented
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -379,6 +381,7 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle", "oracle_taught"]),
         (of_variations, "variations", variations),
         (of_layouts, "layouts", ["srlm", "scir", "consensus", "oracle"]),
+        (of_sizes, "sizes", [f"{name}_{size}" for name in ("srlm", "scir", "oracle") for size in SIZES]),
     ):
         done = one("--seeds", "0", "1")
         assert done.code == 0, done.err
@@ -387,8 +390,9 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         # Methods whose M1 is another one have a row for it, "sft (method)".
         assert result["missing"] == [] and {"sft", *names} == {name for name in rows if "(" not in name}
         chosen = {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()}
-        assert chosen == ({PEAK} if one in (some, of_record) else set())
-        runs = [run for run in result["runs"] if run["method"] == "scir" and run["kind"] == "table"]
+        assert chosen == ({PEAK} if one in (some, of_record, of_sizes) else set())
+        scir = "scir_large" if one is of_sizes else "scir"
+        runs = [run for run in result["runs"] if run["method"] == scir and run["kind"] == "table"]
         assert len(runs) == 2
 
     # The results that the documents quote are these studies', and none of their runs is missing.
@@ -399,6 +403,7 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (of_judges, "judges"),
         (of_variations, "variations"),
         (of_layouts, "layouts"),
+        (of_sizes, "sizes"),
     ):
         assert its_tables(instead={"methods.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
         recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
