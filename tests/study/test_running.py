@@ -343,12 +343,11 @@ JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate runs/some", "ablate runs/methods", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
-@pytest.mark.documented("ablate studies/templates", "ablate studies/sizes")
+@pytest.mark.documented("ablate studies/adapters", "ablate studies/templates", "ablate studies/sizes")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
-    quick, again, guides, some, of_record, its_tables, of_judges, of_variations, of_layouts, of_templates, of_sizes = (
-        documented
-    )
+    quick, again, guides, some, of_record, its_tables, *others = documented
+    of_judges, of_variations, of_layouts, of_adapters, of_templates, of_sizes = others
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -382,6 +381,7 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle", "oracle_taught"]),
         (of_variations, "variations", variations),
         (of_layouts, "layouts", ["srlm", "scir", "consensus", "oracle"]),
+        (of_adapters, "adapters", ["srlm", "scir", "upo_dropout"]),
         (of_templates, "templates", ["srlm", "scir"]),
         (of_sizes, "sizes", [f"{name}_{size}" for name in ("srlm", "scir", "oracle") for size in SIZES]),
     ):
@@ -407,6 +407,7 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         (of_judges, "judges"),
         (of_variations, "variations"),
         (of_layouts, "layouts"),
+        (of_adapters, "adapters"),
         (of_templates, "templates"),
         (of_sizes, "sizes"),
     ):
