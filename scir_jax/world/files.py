@@ -101,7 +101,9 @@ def is_complete(directory: Path, spec: WorldSpec) -> bool:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest_path} is not the manifest of an embedded world") from error
     if found != (FORMAT, as_json(spec)):
-        raise InputError(f"{directory} holds an embedded world of another specification")
+        raise InputError(
+            f"{directory} holds an embedded world of another specification; remove it or name another directory"
+        )
     for name, expected in hashes.items():
         path = directory / name
         if not path.is_file() or _sha256(path) != expected:

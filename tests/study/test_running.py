@@ -335,10 +335,6 @@ def test_cores_are_divided(monkeypatch):
     assert math.isclose(PEAK, 4e-4)
 
 
-SIZES = ["small", "middle", "large"]
-JUDGES = ["constructed", "lagged", "transitive", "both_orders"]
-
-
 @pytest.mark.slow
 @pytest.mark.documented("ablate studies/quick", "ablate --from runs/quick/study.json", "ablate compare.yaml")
 @pytest.mark.documented("ablate runs/some", "ablate runs/methods", "ablate docs/results/methods.json")
@@ -373,18 +369,18 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         "consensus",
     ]
 
-    methods = list(yaml.safe_load((ROOT / "configs/studies/methods.yaml").read_text())["methods"])
-    variations = list(yaml.safe_load((ROOT / "configs/studies/variations.yaml").read_text())["methods"])
-    for one, output, names in (
-        (some, "some", ["srlm", "scir", "dice", "oracle"]),
-        (of_record, "methods", methods),
-        (of_judges, "judges", [*JUDGES, "srlm", "scir", "consensus", "oracle", "oracle_taught"]),
-        (of_variations, "variations", variations),
-        (of_layouts, "layouts", ["srlm", "scir", "consensus", "oracle"]),
-        (of_adapters, "adapters", ["srlm", "scir", "upo_dropout"]),
-        (of_templates, "templates", ["srlm", "scir"]),
-        (of_sizes, "sizes", [f"{name}_{size}" for name in ("srlm", "scir", "oracle") for size in SIZES]),
-    ):
+    recorded = {
+        "methods": of_record,
+        "judges": of_judges,
+        "variations": of_variations,
+        "layouts": of_layouts,
+        "adapters": of_adapters,
+        "templates": of_templates,
+        "sizes": of_sizes,
+    }
+    for output, one in {"some": some, **recorded}.items():
+        file = ROOT / "configs" / "studies" / {"judges": "judges_untuned.yaml"}.get(output, f"{output}.yaml")
+        names = ["srlm", "scir", "dice", "oracle"] if one is some else yaml.safe_load(file.read_text())["methods"]
         done = one("--seeds", "0", "1")
         assert done.code == 0, done.err
         result = json.loads(Path(f"runs/{output}/study.json").read_text())
@@ -402,18 +398,10 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
     # The results that the documents quote are these studies', and none of their runs is missing.
     shutil.copytree(ROOT / "docs" / "results", "docs/results")
     table = ""
-    for one, name in (
-        (of_record, "methods"),
-        (of_judges, "judges"),
-        (of_variations, "variations"),
-        (of_layouts, "layouts"),
-        (of_adapters, "adapters"),
-        (of_templates, "templates"),
-        (of_sizes, "sizes"),
-    ):
+    for name, one in recorded.items():
         assert its_tables(instead={"methods.json": f"{name}.json", "runs/record": f"runs/{name}_record"}).code == 0
-        recorded = json.loads(Path(f"docs/results/{name}.json").read_text())
-        assert recorded["command"].split() == one.command.line.split() and recorded["missing"] == []
+        result = json.loads(Path(f"docs/results/{name}.json").read_text())
+        assert result["command"].split() == one.command.line.split() and result["missing"] == []
         table += Path(f"runs/{name}_record/study.md").read_text()
     assert its_tables("--iterations", "3", instead={"runs/record": "runs/three"}).code == 0
     table += Path("runs/three/study.md").read_text()
