@@ -340,10 +340,12 @@ def test_cores_are_divided(monkeypatch):
 @pytest.mark.documented("ablate runs/some", "ablate runs/methods", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
 @pytest.mark.documented("ablate studies/adapters", "ablate studies/templates", "ablate studies/sizes")
+@pytest.mark.documented("ablate studies/responses")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
     quick, again, guides, some, of_record, its_tables, *others = documented
-    of_judges, of_variations, of_layouts, of_adapters, of_templates, of_sizes = others
+    names = ("judges", "variations", "layouts", "adapters", "templates", "sizes", "responses")
+    recorded = {"methods": of_record, **dict(zip(names, others, strict=True))}
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
     monkeypatch.setattr(plots, "write_plots", lambda *_: [])
@@ -369,29 +371,22 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         "consensus",
     ]
 
-    recorded = {
-        "methods": of_record,
-        "judges": of_judges,
-        "variations": of_variations,
-        "layouts": of_layouts,
-        "adapters": of_adapters,
-        "templates": of_templates,
-        "sizes": of_sizes,
-    }
     for output, one in {"some": some, **recorded}.items():
         file = ROOT / "configs" / "studies" / {"judges": "judges_untuned.yaml"}.get(output, f"{output}.yaml")
-        names = ["srlm", "scir", "dice", "oracle"] if one is some else yaml.safe_load(file.read_text())["methods"]
+        methods = (
+            ["srlm", "scir", "dice", "oracle"] if output == "some" else yaml.safe_load(file.read_text())["methods"]
+        )
         done = one("--seeds", "0", "1")
         assert done.code == 0, done.err
         result = json.loads(Path(f"runs/{output}/study.json").read_text())
         rows = {row["method"]: row for row in result["tables"]["4"]}
         # Methods whose M1 is another one have a row for it, "sft (method)".
-        assert result["missing"] == [] and {"sft", *names} == {name for name in rows if "(" not in name}
+        assert result["missing"] == [] and {"sft", *methods} == {name for name in rows if "(" not in name}
         chosen = {tuning["chosen"]["optimise.learning_rate"] for tuning in result["tuning"].values()}
         # The point that is nearest to it of the grid for adapters, 5e-4, is no edge.
-        tuned = {PEAK, 5e-4} if one is of_record else {PEAK} if one in (some, of_sizes) else set()
+        tuned = {PEAK, 5e-4} if output == "methods" else {PEAK} if output in ("some", "sizes") else set()
         assert chosen == tuned
-        scir = "scir_large" if one is of_sizes else "scir"
+        scir = "scir_large" if output == "sizes" else "scir"
         runs = [run for run in result["runs"] if run["method"] == scir and run["kind"] == "table"]
         assert len(runs) == 2
 
