@@ -340,11 +340,11 @@ def test_cores_are_divided(monkeypatch):
 @pytest.mark.documented("ablate runs/some", "ablate runs/methods", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
 @pytest.mark.documented("ablate studies/adapters", "ablate studies/templates", "ablate studies/sizes")
-@pytest.mark.documented("ablate studies/responses")
+@pytest.mark.documented("ablate studies/responses", "ablate studies/judges_large")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
     quick, again, guides, some, of_record, its_tables, *others = documented
-    names = ("judges", "variations", "layouts", "adapters", "templates", "sizes", "responses")
+    names = ("judges", "variations", "layouts", "adapters", "templates", "sizes", "responses", "judges_large")
     recorded = {"methods": of_record, **dict(zip(names, others, strict=True))}
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
@@ -398,8 +398,10 @@ def test_the_documents_studies(documented, tmp_path, monkeypatch):
         result = json.loads(Path(f"docs/results/{name}.json").read_text())
         assert result["command"].split() == one.command.line.split() and result["missing"] == []
         table += Path(f"runs/{name}_record/study.md").read_text()
-    assert its_tables("--iterations", "3", instead={"runs/record": "runs/three"}).code == 0
-    table += Path("runs/three/study.md").read_text()
+    for name, output in {"methods": "three", "judges_large": "large_three"}.items():
+        instead = {"methods.json": f"{name}.json", "runs/record": f"runs/{output}"}
+        assert its_tables("--iterations", "3", instead=instead).code == 0
+        table += Path(f"runs/{output}/study.md").read_text()
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     figures = set(re.findall(r"\d\.\d\d\d ± 0\.\d\d\d|[+-]\d\.\d\d\d \[.*?\]", page))
     assert len(figures) > 40 and sorted(one for one in figures if one not in table) == []
