@@ -340,11 +340,11 @@ def test_cores_are_divided(monkeypatch):
 @pytest.mark.documented("ablate runs/some", "ablate runs/methods", "ablate docs/results/methods.json")
 @pytest.mark.documented("ablate studies/judges_untuned", "ablate studies/variations", "ablate studies/layouts")
 @pytest.mark.documented("ablate studies/adapters", "ablate studies/templates", "ablate studies/sizes")
-@pytest.mark.documented("ablate studies/responses", "ablate studies/judges_large")
+@pytest.mark.documented("ablate studies/responses", "ablate studies/judges_large", "ablate studies/large")
 def test_the_documents_studies(documented, tmp_path, monkeypatch):
     """Each from beginning to end; the stand-in of the train command has the learning rate's peak at the same place."""
     quick, again, guides, some, of_record, its_tables, *others = documented
-    names = ("judges", "variations", "layouts", "adapters", "templates", "sizes", "responses", "judges_large")
+    names = ("judges", "variations", "layouts", "adapters", "templates", "sizes", "responses", "judges_large", "large")
     recorded = {"methods": of_record, **dict(zip(names, others, strict=True))}
     monkeypatch.setattr(running, "PROGRAM", PROGRAM)
     monkeypatch.setattr(running, "PAUSE", 0.005)
